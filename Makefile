@@ -1,0 +1,45 @@
+# One door to everything: `make` lists what there is.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+OUT ?= demo
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+export HF_HUB_OFFLINE := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help install demo test check fix bench
+
+help: ## list the targets
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## make .venv with the tested set of packages (the other targets do it when it is missing)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; name another: make install PYTHON=python3.12")'
+	@echo "installing into .venv (some minutes the first time; torch is the large one)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq -c constraints.txt torch==2.13.0
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## the whole corridor on the embedded teacher, with a report (OUT=demo)
+	$(BIN)/diffusion2gan demo --out $(OUT)
+
+test: $(STAMP) ## the tests, without the slow ones
+	$(BIN)/pytest -m "not slow"
+
+check: $(STAMP) ## lint, format and types, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src
+
+fix: $(STAMP) ## lint and format, mending what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## every benchmark; each prints a table
+	@found=; for file in benchmarks/*.py; do \
+	  test -e "$$file" || continue; found=1; echo "== $$file"; $(BIN)/python "$$file" || exit 1; \
+	done; test -n "$$found" || echo "no benchmarks yet"

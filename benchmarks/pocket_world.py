@@ -1,0 +1,83 @@
+"""The pocket world measured: scenes a second, VAE, probe on real renderings, teacher at 50 steps and at one.
+
+    python benchmarks/pocket_world.py --count 1000 --work work/pocket_world
+
+Writes docs/results/pocket_world.json and the sheets docs/images/{scenes,vae,teacher}.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion2gan.evaluate.evaluate import HELD_OUT_WORLD, evaluate, real_pictures
+from diffusion2gan.evaluate.features import attributes_right, load_probe
+from diffusion2gan.evaluate.metrics import share
+from diffusion2gan.evaluate.systems import load_system
+from diffusion2gan.pairs.store import noise_of
+from diffusion2gan.pocket import scenes
+from diffusion2gan.runtime.files import write_image, write_json
+from diffusion2gan.runtime.images import from_uint8, sheet
+from diffusion2gan.teacher.pipeline import load_teacher
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def scenes_per_second(count: int = 1024) -> float:
+    scenes.draw(range(64), 3)
+    start = time.perf_counter()
+    for first in range(0, count, 64):
+        scenes.draw(range(first, first + 64), 3)
+    return count / (time.perf_counter() - start)
+
+
+@torch.no_grad()
+def vae_psnr(count: int = 256) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Mean PSNR in dB of held-out pictures through the VAE; the pictures and their reconstructions."""
+    vae = load_teacher().vae
+    images = scenes.draw(range(count), HELD_OUT_WORLD).images
+    decoded = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
+    errors = (images - decoded).square().mean((1, 2, 3))
+    return float((10 * torch.log10(4 / errors)).mean()), images, decoded
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--work", type=Path, default=Path("work/pocket_world"))
+    args = parser.parse_args()
+    pace = scenes_per_second()
+    psnr, images, decoded = vae_psnr()
+    prompts = scenes.captions(range(args.count), HELD_OUT_WORLD)
+    right = attributes_right(load_probe(), real_pictures(args.count, 0), prompts)
+    result: dict[str, Any] = {
+        "command": f"python benchmarks/pocket_world.py --count {args.count}",
+        "device": f"CPU, {torch.get_num_threads()} threads",
+        "gpu": "not measured",
+        "scenes_per_second": pace,
+        "vae_psnr_db": psnr,
+        "probe_accuracy_on_real": share([answer for answers in right.values() for answer in answers]),
+        "probe_accuracy_on_real_by_kind": {kind: share(answers) for kind, answers in right.items()},
+        "teacher": evaluate("pocket-teacher", count=args.count, seed=0, cache=args.work),
+        "teacher_one_step": evaluate(
+            "pocket-teacher", count=args.count, seed=0, cache=args.work, num_inference_steps=1
+        ),
+    }
+    write_json(DOCS / "results" / "pocket_world.json", result)
+    write_image(DOCS / "images" / "scenes.png", sheet(images[:32], 8).save)
+    pairs = torch.cat([torch.cat([images[i : i + 8], decoded[i : i + 8]]) for i in (0, 8)])
+    write_image(DOCS / "images" / "vae.png", sheet(pairs, 8).save)
+    teacher = load_system("pocket-teacher")
+    shown = from_uint8(teacher.generate(prompts[:32], noise_of(range(32), teacher.latent_shape)))
+    write_image(DOCS / "images" / "teacher.png", sheet(shown, 8).save)
+    for key, value in result.items():
+        print(f"{key}: {value}", file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

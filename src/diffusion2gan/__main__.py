@@ -1,0 +1,3 @@
+from diffusion2gan.cli import main
+
+main()

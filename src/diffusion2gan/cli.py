@@ -1,0 +1,241 @@
+"""One command per job: parse, build the recipe, call one function. Heavy imports wait until a job starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffusion2gan.errors import Diffusion2GANError, UserError
+
+app = typer.Typer(
+    help="Distil a diffusers text-to-image pipeline into a one-step generator: pairs → distill → export → evaluate → "
+    "compare. Every long job continues when the same command is run again.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+pairs_app = typer.Typer(
+    help="Make noise→image pairs, or look at a set of them.", invoke_without_command=True, rich_markup_mode=None
+)
+pocket_app = typer.Typer(help="The embedded world.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(pairs_app, name="pairs")
+app.add_typer(pocket_app, name="pocket")
+
+TeacherOption = Annotated[str, typer.Option(help="`pocket` or the folder of a diffusers pipeline.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="A recipe's setting, key=value; repeatable.")]
+
+
+@pairs_app.callback()
+def pairs(
+    context: typer.Context,
+    out: Annotated[Path | None, typer.Option(help="The folder of the set.")] = None,
+    prompts: Annotated[str, typer.Option(help="A text file, one prompt a line, or `pocket`.")] = "pocket",
+    count: Annotated[int, typer.Option(min=1, help="How many pairs.")] = 1024,
+    num_inference_steps: Annotated[int, typer.Option(min=1, max=1000)] = 50,
+    guidance_scale: Annotated[float, typer.Option(min=0.0)] = 3.0,
+    seed: Annotated[int, typer.Option(min=0, max=255, help="Sets of different seeds share no noise.")] = 0,
+    teacher: TeacherOption = "pocket",
+    batch_size: Annotated[int, typer.Option(min=1, help="Changes the speed, not the pairs.")] = 64,
+    shard_size: Annotated[int, typer.Option(min=1, help="Pairs a file.")] = 128,
+    keep_noise: Annotated[bool, typer.Option(help="Store the noise beside its seed.")] = False,
+) -> None:
+    """Solve the teacher's ODE (deterministic DDIM) from per-pair noises; run again to continue."""
+    if context.invoked_subcommand is not None:
+        return
+    if out is None:
+        raise UserError("--out is missing: name the folder that shall hold the pairs")
+    from diffusion2gan.pairs import make, store
+    from diffusion2gan.pocket import scenes, shipped
+    from diffusion2gan.teacher.pipeline import load_teacher, warn_truncated
+
+    lines = [] if prompts == "pocket" else make.read_prompts(Path(prompts))
+    loaded = load_teacher(teacher)
+    loaded.truncation_told = bool(lines) and warn_truncated(loaded.tokenizer, lines)
+    spec = store.PairsSpec(
+        teacher=loaded.name, revision=loaded.revision, prompts=prompts if not lines else make.prompts_digest(lines),
+        count=count, seed=seed, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+        latent_shape=loaded.latent_shape, shard_size=shard_size, keep_noise=keep_noise,
+    )  # fmt: skip
+
+    def prompts_of(indices: Sequence[int]) -> list[str]:
+        if lines:
+            return [lines[i % len(lines)] for i in indices]
+        return scenes.captions(indices, shipped.pairs_world(seed))
+
+    make.make_pairs(loaded, prompts_of, spec, out, batch_size)
+    typer.echo(f"{out}: {count} pairs. Next: diffusion2gan distill pocket --pairs {out} --out runs/NAME")
+
+
+@pairs_app.command("info")
+def pairs_info(folder: Path) -> None:
+    """What a set is made of, and how much of it is there."""
+    from diffusion2gan.pairs import store
+
+    spec = store.open_set(folder)
+    there = store.present_shards(folder, spec)
+    size = sum(store.shard_path(folder, shard).stat().st_size for shard in there)
+    made = sum(len(spec.shard_indices(shard)) for shard in there)
+    for key, value in vars(spec).items():
+        typer.echo(f"{key}: {value}")
+    typer.echo(f"made: {made} of {spec.count} pairs, {len(there)} of {spec.num_shards} shards")
+    typer.echo(f"size: {size / 2**20:.1f} MiB, {size / 1024 / max(1, made):.2f} KiB a pair")
+
+
+@pairs_app.command("verify")
+def pairs_verify(folder: Path) -> None:
+    """Read every shard: checksums, order, seeds, finite numbers."""
+    from diffusion2gan.errors import Failure
+    from diffusion2gan.pairs import store
+
+    problems = store.verify(folder)
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if problems:
+        raise Failure(f"{folder}: {len(problems)} problems (above)")
+    typer.echo(f"{folder}: all {store.open_set(folder).count} pairs are well")
+
+
+@app.command()
+def distill(
+    recipe: Annotated[str, typer.Argument(help="A .toml file or a shipped recipe: pocket, pocket-demo.")],
+    pairs: Annotated[Path, typer.Option(help="The pairs to learn from.")],
+    out: Annotated[Path, typer.Option(help="The run's folder.")],
+    set_: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and the cost, train nothing.")] = False,
+) -> None:
+    """Train a one-step student; run again to resume exactly."""
+    from diffusion2gan.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])
+    for key, value in loaded.model_dump().items():
+        typer.echo(f"{key} = {value!r}")
+    from diffusion2gan.distill import train
+
+    if dry_run:
+        for key, value in train.dry_run(loaded, pairs).items():
+            typer.echo(f"{key}: {value}")
+        return
+    train.distill(loaded, pairs, out)
+    typer.echo(f"{out}: {loaded.pairs_seen} pairs seen. Next: diffusion2gan export {out} --out export/NAME")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    out: Annotated[Path, typer.Option(help="The pipeline folder to write.")],
+    half: Annotated[bool, typer.Option("--half", help="float16 weights.")] = False,
+) -> None:
+    """Write a pipeline folder that stock diffusers runs with num_inference_steps=1, guidance_scale=0."""
+    import torch
+
+    from diffusion2gan import export as job
+
+    job.export(run, out, torch.float16 if half else torch.float32)
+    typer.echo(
+        f"{out}: DiffusionPipeline.from_pretrained({str(out)!r})(prompt, num_inference_steps=1, guidance_scale=0)"
+    )
+
+
+@app.command()
+def generate(
+    student: Annotated[str, typer.Argument(help="pocket-student, pocket-teacher or a pipeline folder.")],
+    prompt: Annotated[list[str], typer.Option(help="Repeat it for several prompts, one row each.")],
+    out: Annotated[Path, typer.Option(help="The picture to write.")],
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    per_prompt: Annotated[int, typer.Option(min=1, help="Pictures a prompt, from seeds seed, seed+1, …")] = 4,
+    num_inference_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0.0)] = None,
+) -> None:
+    """Make pictures and print the seconds each took."""
+    from diffusion2gan import generate as job
+    from diffusion2gan.evaluate.systems import load_system
+
+    system = load_system(student, num_inference_steps, guidance_scale)
+    seconds = job.generate(system, prompt, seed, per_prompt, out)
+    typer.echo(f"{out}: {len(prompt) * per_prompt} pictures, {system.note}, {seconds:.4f} seconds per picture")
+
+
+@app.command()
+def evaluate(
+    system: Annotated[str, typer.Argument(help="pocket-teacher, pocket-student or a pipeline folder.")],
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("metrics.json"),
+    count: Annotated[int, typer.Option(min=2, help="Held-out captions.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=127)] = 0,
+    num_inference_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0.0)] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where pictures are kept; beside --out if not given.")] = None,
+) -> None:
+    """Measure a system on the pocket world's held-out captions."""
+    from diffusion2gan.evaluate import evaluate as job
+
+    metrics = job.evaluate(
+        system, count=count, seed=seed, cache=cache or out.parent / "pictures",
+        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+    )  # fmt: skip
+    job.save_metrics(out, metrics)
+    for key, value in metrics.items():
+        typer.echo(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
+
+
+@app.command()
+def compare(
+    system: Annotated[list[str], typer.Option(help="NAME=PATH; repeatable, one column each.")],
+    prompts: Annotated[Path, typer.Option(help="A text file, one prompt a line, one row each.")],
+    out: Annotated[Path, typer.Option(help="The report's folder.")],
+    seed: Annotated[int, typer.Option(min=0, max=255)] = 255,
+) -> None:
+    """Write a page with several systems' pictures of the same prompts from the same noises."""
+    from diffusion2gan.compare import compare as job
+    from diffusion2gan.pairs.make import read_prompts
+
+    lines = read_prompts(prompts)
+    job.compare(job.parse_systems(system), lines, out, seed=seed)
+    typer.echo(f"{out / 'index.html'}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The folder for everything it makes.")] = Path("demo"),
+    count: Annotated[int, typer.Option(min=2, help="Held-out captions to measure on.")] = 256,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Rows of the report.")] = 12,
+    set_: SetOption = None,
+) -> None:
+    """All of it on the embedded teacher: pairs, distill, export, evaluate, compare. About ten minutes on two cores."""
+    from diffusion2gan.demo import demo as job
+
+    job(out, count=count, num_prompts=num_prompts, settings=set_ or [])
+
+
+@pocket_app.command("train")
+def pocket_train(
+    out: Annotated[Path, typer.Option(help="Checkpoints, and in out/weights the finished models.")] = Path("pocket"),
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    scale: Annotated[float, typer.Option(min=0.0001, help="Multiplies the pictures each stage sees.")] = 1.0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+) -> None:
+    """Train every pocket model from nothing; run again to continue."""
+    from diffusion2gan.pocket.train import train
+
+    train(out, seed=seed, scale=scale, device=device)
+
+
+def main() -> None:
+    """The console script: exit code 0 for done, 2 for the user's mistakes, 1 for failures, 130 for an interruption."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=True)
+    except Diffusion2GANError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"error: {error}. Nothing finished is lost; run the same command to continue.", file=sys.stderr)
+        sys.exit(1)
+
+
+def _interrupt(signal_number: int, frame: object) -> None:
+    raise KeyboardInterrupt

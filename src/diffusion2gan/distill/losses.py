@@ -1,0 +1,40 @@
+"""Regression losses between the student's and the teacher's latents: pure functions `(a, b) → [B]`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS
+from diffusion2gan.recipe import Recipe
+
+Distance = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+
+
+def mse(a: Tensor, b: Tensor) -> Tensor:
+    """[B] mean squared difference."""
+    return (a - b).square().mean((1, 2, 3))
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """[B] √(‖a−b‖² + c²·n) − c·√n, divided by √n, n numbers a sample (Song & Dhariwal 2023, section 3.3)."""
+    return (mse(a, b) + c**2).sqrt() - c
+
+
+def distance_of(recipe: Recipe, device: torch.device) -> Distance:
+    """The recipe's loss as one function of (student's latents, teacher's latents, generator)."""
+    match recipe.loss:
+        case "mse":
+            return lambda a, b, generator: mse(a, b)
+        case "pseudo_huber":
+            return lambda a, b, generator: pseudo_huber(a, b, recipe.pseudo_huber_c)
+        case "latent_lpips":
+            plain: LatentLPIPS = LatentLPIPS.from_pretrained(recipe.perceptual).to(device)
+            return lambda a, b, generator: plain(a, b)
+        case "e_latent_lpips":
+            ensembled: ELatentLPIPS = ELatentLPIPS.from_pretrained(
+                recipe.perceptual, transforms=recipe.transforms, num_draws=recipe.num_draws
+            ).to(device)
+            return lambda a, b, generator: ensembled(a, b, generator)

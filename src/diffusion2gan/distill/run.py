@@ -1,0 +1,109 @@
+"""A run: the student, its optimiser and its average; on disk a folder that says what it is and where it stands."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion2gan.distill.student import Student
+from diffusion2gan.errors import UserError
+from diffusion2gan.pairs.store import PairsSpec
+from diffusion2gan.recipe import Recipe, parse_recipe
+from diffusion2gan.runtime import checkpoint
+from diffusion2gan.runtime.files import read_json, write_json
+from diffusion2gan.teacher.pipeline import Teacher, load_teacher
+
+CHECKPOINT = "checkpoint.safetensors"
+# Settings that may change between stopping and going on: they do not alter a single update.
+FREE_ON_RESUME = {"checkpoint_every_s", "sample_every"}
+
+
+class Run:
+    """Everything a run carries from step to step."""
+
+    def __init__(self, recipe: Recipe, teacher: Teacher) -> None:
+        self.recipe, self.teacher = recipe, teacher
+        self.student = Student(teacher).train()
+        self.optimizer = torch.optim.AdamW(
+            self.student.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
+        )
+        self.ema = checkpoint.EMA(self.student.unet, recipe.ema_decay)
+        self.pairs_seen = 0
+
+    def save(self, folder: Path) -> None:
+        tensors = checkpoint.pack("student", self.student.unet) | checkpoint.pack_optimizer("adam", self.optimizer)
+        tensors |= {f"ema/{key}": value for key, value in self.ema.shadow.items()}
+        checkpoint.save(
+            folder / CHECKPOINT, tensors, {"pairs_seen": self.pairs_seen, "num_updates": self.ema.num_updates}
+        )
+
+    def load(self, folder: Path) -> None:
+        tensors, meta = checkpoint.load(folder / CHECKPOINT)
+        self.student.unet.load_state_dict(checkpoint.unpack("student", tensors))
+        checkpoint.unpack_optimizer("adam", self.optimizer, tensors)
+        self.ema.shadow = checkpoint.unpack("ema", tensors)
+        self.ema.num_updates, self.pairs_seen = meta["num_updates"], meta["pairs_seen"]
+
+    def with_ema(self, call: Callable[[], Tensor]) -> Tensor:
+        """`call()` while the student carries its averaged weights."""
+        unet = self.student.unet
+        weights = {key: value.detach().clone() for key, value in unet.state_dict().items()}
+        unet.load_state_dict(self.ema.shadow)
+        try:
+            return call()
+        finally:
+            unet.load_state_dict(weights)
+
+
+def open_run(run: Run, out: Path, spec: PairsSpec) -> None:
+    """Starts a run folder, or resumes the one there. Raises UserError where it holds another recipe's run."""
+    path = out / "recipe.json"
+    described = {"recipe": run.recipe.model_dump(), "pairs": asdict(spec) | {"latent_shape": list(spec.latent_shape)}}
+    if path.exists():
+        there = read_json(path)
+        changed = run.recipe.changed(parse_recipe(there["recipe"], str(path)))
+        differ = [f"{k}: {b!r} there, {a!r} asked" for k, (a, b) in changed.items() if k not in FREE_ON_RESUME]
+        if there["pairs"] != described["pairs"]:
+            differ.append("other pairs")
+        if differ:
+            raise UserError(
+                f"{out} holds a run of another recipe ({'; '.join(differ)}). Repeat its settings to resume it, or "
+                "choose another --out."
+            )
+    else:
+        write_json(path, described)
+    if (out / CHECKPOINT).exists():
+        run.load(out)
+    _cut_log(out, run.pairs_seen)
+
+
+def _cut_log(out: Path, pairs_seen: int) -> None:
+    """Drops lines of steps after the checkpoint: they are made again."""
+    path = out / "log.jsonl"
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["pairs_seen"] <= pairs_seen]
+        path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def load_student(run_folder: Path) -> tuple[Teacher, dict[str, Tensor], dict[str, Any]]:
+    """The teacher, the student's averaged weights and the run's description. Raises UserError where there is no run."""
+    if not (run_folder / "recipe.json").is_file():
+        raise UserError(f"{run_folder} holds no run (recipe.json is missing); make one with diffusion2gan distill")
+    if not (run_folder / CHECKPOINT).is_file():
+        raise UserError(f"{run_folder} has no checkpoint yet; run its distill command until the first one is written")
+    described = read_json(run_folder / "recipe.json")
+    tensors, meta = checkpoint.load(run_folder / CHECKPOINT)
+    teacher = load_teacher(described["recipe"]["teacher"])
+    if teacher.revision != described["pairs"]["revision"]:
+        raise UserError(
+            f"the run in {run_folder} was distilled from weights {described['pairs']['revision']}, but its teacher "
+            f"{described['recipe']['teacher']!r} now has weights {teacher.revision}; put the old ones back."
+        )
+    return teacher, checkpoint.unpack("ema", tensors), described | {"pairs_seen": meta["pairs_seen"]}

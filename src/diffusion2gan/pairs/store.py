@@ -1,0 +1,206 @@
+"""Pairs on disk: Parquet shards that carry all that is needed to read, check and remake them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from diffusion2gan.errors import Failure, UserError
+from diffusion2gan.runtime.files import read_json, whole, write_json
+
+SPEC_FILE = "pairs.json"
+PAIRS_PER_SEED = 2**24  # torch's CPU generator takes 32 bits of a seed: 256 sets of 16.7 M pairs never share a noise
+ROW_GROUP = 128
+
+
+@dataclass(frozen=True)
+class PairsSpec:
+    """What a set of pairs is made of; written into `pairs.json` and every shard."""
+
+    teacher: str
+    revision: str
+    prompts: str
+    count: int
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    latent_shape: tuple[int, int, int]
+    shard_size: int
+    keep_noise: bool = False
+    noise: str = "torch.Generator('cpu').manual_seed(seed), randn(latent_shape), float32"
+    dtype: str = "float16"
+    format: int = 1
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.count // self.shard_size)
+
+    def shard_indices(self, shard: int) -> range:
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
+
+    @classmethod
+    def parse(cls, text: str | dict[str, Any], where: Path) -> PairsSpec:
+        try:
+            values = json.loads(text) if isinstance(text, str) else text
+            return cls(**{**values, "latent_shape": tuple(values["latent_shape"])})
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            raise UserError(f"{where} does not describe a set of pairs: {error}") from error
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A batch: `index`, `seed` (ints), `prompts`, `latents` [B, C, h, w] float32 × scaling_factor."""
+
+    index: list[int]
+    seed: list[int]
+    prompts: list[str]
+    latents: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def rows(self, rows: Sequence[int]) -> Pairs:
+        """The pairs at these places of the batch."""
+        return Pairs(
+            [self.index[i] for i in rows], [self.seed[i] for i in rows], [self.prompts[i] for i in rows],
+            self.latents[list(rows)],
+        )  # fmt: skip
+
+    @classmethod
+    def concat(cls, parts: Sequence[Pairs]) -> Pairs:
+        return cls(
+            [i for part in parts for i in part.index], [s for part in parts for s in part.seed],
+            [p for part in parts for p in part.prompts], torch.cat([part.latents for part in parts]),
+        )  # fmt: skip
+
+
+def pair_seed(set_seed: int, index: int) -> int:
+    """The seed of pair `index`: usable as it is with `torch.Generator("cpu").manual_seed` and a stock pipeline."""
+    if not 0 <= set_seed < 256:
+        raise UserError(f"--seed {set_seed}: a set's seed is 0 to 255, so that sets never share a noise")
+    if not 0 <= index < PAIRS_PER_SEED:
+        raise UserError(f"pair {index}: one seed has {PAIRS_PER_SEED} pairs; use another --seed for more")
+    return set_seed * PAIRS_PER_SEED + index
+
+
+def noise_of(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+    """[B, *shape] float32, N(0, I): each pair's from its own CPU generator, whatever the batch."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+
+
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"pairs-{shard:05d}.parquet"
+
+
+def open_set(folder: Path) -> PairsSpec:
+    """The description of the set in `folder`. Raises UserError where there is none."""
+    if not (folder / SPEC_FILE).is_file():
+        raise UserError(
+            f"{folder} holds no pairs ({SPEC_FILE} is missing); make some: diffusion2gan pairs --out {folder}"
+        )
+    return PairsSpec.parse(read_json(folder / SPEC_FILE), folder / SPEC_FILE)
+
+
+def start_set(folder: Path, spec: PairsSpec) -> None:
+    """Creates the set, or checks that the one in `folder` is the same, so that it can be continued."""
+    if (folder / SPEC_FILE).is_file():
+        there = asdict(open_set(folder))
+        wanted = asdict(spec)
+        differ = [f"{key}: {there[key]!r} there, {wanted[key]!r} asked" for key in wanted if there[key] != wanted[key]]
+        if differ:
+            raise UserError(
+                f"{folder} already holds other pairs ({'; '.join(differ)}). Repeat the settings it was made with to "
+                "continue it, or choose another --out."
+            )
+        return
+    write_json(folder / SPEC_FILE, asdict(spec))
+
+
+def write_shard(folder: Path, shard: int, spec: PairsSpec, pairs: Pairs, noise: Tensor | None = None) -> None:
+    """Writes one shard whole or not at all."""
+    size = int(np.prod(spec.latent_shape)) * 2
+    columns = {
+        "index": pa.array(pairs.index, pa.int64()),
+        "seed": pa.array(pairs.seed, pa.int64()),
+        "prompt": pa.array(pairs.prompts, pa.string()),
+        "latents": _to_bytes(pairs.latents, size),
+    }
+    if noise is not None:
+        columns["noise"] = _to_bytes(noise, size)
+    table = pa.table(columns).replace_schema_metadata({"diffusion2gan": json.dumps(asdict(spec))})
+    with whole(shard_path(folder, shard)) as temporary:
+        pq.write_table(
+            table, temporary, row_group_size=ROW_GROUP, compression="zstd", write_page_checksum=True,
+            use_dictionary=["prompt"], write_statistics=["index", "seed"],
+        )  # fmt: skip
+
+
+def _to_bytes(tensor: Tensor, size: int) -> pa.Array:
+    rows = tensor.to(torch.float16).contiguous().numpy().reshape(len(tensor), -1)
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(rows), [None, pa.py_buffer(rows.tobytes())])
+
+
+def read_shard(folder: Path, shard: int, row_groups: Sequence[int] | None = None) -> Pairs:
+    """One shard, or some of its row groups. Raises Failure where it is cut off, altered or not of this set."""
+    path = shard_path(folder, shard)
+    spec = open_set(folder)
+    try:
+        file = pq.ParquetFile(path, page_checksum_verification=True)
+        table = file.read() if row_groups is None else file.read_row_groups(list(row_groups))
+        described = (table.schema.metadata or {}).get(b"diffusion2gan")
+        if described is None or PairsSpec.parse(described.decode(), path) != spec:
+            raise Failure(f"{path} belongs to another set than {folder / SPEC_FILE} describes; delete it and continue.")
+        return _from_table(table, spec)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the set is not complete; run the same `pairs` command again.") from None
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:  # the last two: altered names or lengths
+        raise Failure(
+            f"{path} is damaged ({str(error).splitlines()[0]}). Delete that file and run the same `pairs` command "
+            "again: it remakes only that shard."
+        ) from error
+
+
+def _from_table(table: pa.Table, spec: PairsSpec) -> Pairs:
+    latents = table["latents"].combine_chunks()
+    if isinstance(latents, pa.ChunkedArray):
+        latents = pa.concat_arrays(latents.chunks)
+    numbers = np.frombuffer(latents.buffers()[1], dtype=np.float16).reshape(len(latents), *spec.latent_shape)
+    return Pairs(
+        table["index"].to_pylist(), table["seed"].to_pylist(), table["prompt"].to_pylist(),
+        torch.from_numpy(numbers.astype(np.float32)),
+    )  # fmt: skip
+
+
+def present_shards(folder: Path, spec: PairsSpec) -> list[int]:
+    return [shard for shard in range(spec.num_shards) if shard_path(folder, shard).exists()]
+
+
+def verify(folder: Path) -> list[str]:
+    """Reads every shard; returns one sentence per problem (empty: all is well)."""
+    spec = open_set(folder)
+    problems: list[str] = []
+    seen: set[int] = set()
+    for shard in range(spec.num_shards):
+        try:
+            pairs = read_shard(folder, shard)
+        except (Failure, UserError) as error:
+            problems.append(str(error))
+            continue
+        indices = spec.shard_indices(shard)
+        if pairs.index != list(indices) or pairs.seed != [pair_seed(spec.seed, i) for i in indices]:
+            problems.append(f"{shard_path(folder, shard)}: its pairs are not {indices.start}…{indices.stop - 1}")
+        if not torch.isfinite(pairs.latents).all():
+            problems.append(f"{shard_path(folder, shard)}: latents that are not finite")
+        if seen & set(pairs.seed):
+            problems.append(f"{shard_path(folder, shard)}: seeds that another shard has too")
+        seen |= set(pairs.seed)
+    return problems

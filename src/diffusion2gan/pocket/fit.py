@@ -1,0 +1,75 @@
+"""The loop that trains every pocket model: pictures in, one loss, EMA, resumable by running it again."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffusion2gan.runtime import checkpoint
+from diffusion2gan.runtime.progress import Bar
+from diffusion2gan.runtime.stop import stop_signal
+
+CHECKPOINT_EVERY_S = 120.0
+
+
+def learning_rate(progress: float, peak: float, warmup: float = 0.03) -> float:
+    """Linear warm-up over the first `warmup` share, then a cosine to zero. `progress` in [0, 1]."""
+    if progress < warmup:
+        return peak * progress / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def fit(
+    stage: str, module: nn.Module, loss: Callable[[range], Tensor], *, num_pictures: int, batch_size: int,
+    peak_lr: float, folder: Path, seed: int, ema_decay: float = 0.999, weight_decay: float = 0.01,
+) -> nn.Module:  # fmt: skip
+    """Trains `module` by AdamW on `loss(picture numbers) → scalar` and returns it with its averaged weights, in eval.
+
+    Progress and optimiser state go to `folder/<stage>.safetensors` every two minutes; a finished stage is loaded.
+    """
+    path = folder / f"{stage}.safetensors"
+    optimizer = torch.optim.AdamW(module.parameters(), lr=peak_lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    ema = checkpoint.EMA(module, ema_decay)
+    seen = 0
+    if path.exists():
+        tensors, meta = checkpoint.load(path)
+        seen, ema.num_updates = meta["pictures_seen"], meta["num_updates"]
+        module.load_state_dict(checkpoint.unpack("module", tensors))
+        ema.shadow = checkpoint.unpack("ema", tensors)
+        checkpoint.unpack_optimizer("adam", optimizer, tensors)
+
+    def keep() -> None:
+        tensors = checkpoint.pack("module", module) | checkpoint.pack_optimizer("adam", optimizer)
+        tensors |= {f"ema/{key}": value for key, value in ema.shadow.items()}
+        checkpoint.save(path, tensors, {"pictures_seen": seen, "num_updates": ema.num_updates})
+
+    module.train()
+    saved, running = time.monotonic(), None
+    with stop_signal() as stopped, Bar(stage, num_pictures, seen) as bar:
+        while seen < num_pictures:
+            torch.manual_seed(hash((seed, seen)) % 2**31)  # the step's randomness depends on its place alone
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(seen / num_pictures, peak_lr)
+            value = loss(range(seen, seen + batch_size))
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            ema.update(module)
+            seen += batch_size
+            last = float(value.detach())
+            running = last if running is None else 0.98 * running + 0.02 * last
+            bar.advance(batch_size, f"loss {running:.4f}")
+            if time.monotonic() - saved > CHECKPOINT_EVERY_S or seen >= num_pictures:
+                keep()
+                saved = time.monotonic()
+            if stopped():
+                keep()
+                raise KeyboardInterrupt
+    module.load_state_dict(ema.shadow)
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,77 @@
+"""Every setting of a training run: typed, frozen, checked at birth, printed, saved."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from diffusion2gan.errors import UserError, nearest
+
+LossName = Literal["mse", "pseudo_huber", "latent_lpips", "e_latent_lpips"]
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+class Recipe(BaseModel):
+    """What `distill` does. Units: pictures are counted in pairs seen, times in seconds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    teacher: str = Field("pocket", description="`pocket` or the folder of a diffusers pipeline")
+    perceptual: str = Field("pocket", description="weights of the latent perceptual distance: `pocket` or a folder")
+    loss: LossName = Field("e_latent_lpips", description="the regression loss between student and teacher latents")
+    pseudo_huber_c: float = Field(0.03, gt=0, description="pseudo_huber's c, per latent number (iCT: 0.00054·√dims)")
+    transforms: str = Field("geometric+cutout", description="e_latent_lpips's families of random transforms")
+    num_draws: int = Field(1, ge=1, description="transforms averaged per pair and step")
+    pairs_seen: int = Field(60_000, ge=1, description="when to stop")
+    batch_size: int = Field(32, ge=1)
+    learning_rate: float = Field(3e-4, gt=0, description="AdamW's peak; linear warm-up, cosine to a twentieth")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the run that warms up")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.999, ge=0, lt=1)
+    seed: int = Field(0, ge=0, lt=2**31)
+    checkpoint_every_s: float = Field(60.0, gt=0)
+    sample_every: int = Field(10_000, ge=1, description="pairs seen between sample sheets")
+
+    def changed(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Settings that differ: name → (ours, theirs)."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
+
+
+def load_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
+    """A shipped recipe's name or a .toml file, with `key=value` settings laid over it.
+
+    Raises UserError at an unknown name, file, setting (the nearest is named) or value.
+    """
+    path = SHIPPED / f"{name}.toml"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        shipped = [recipe.stem for recipe in SHIPPED.glob("*.toml")]
+        raise UserError(f"no recipe {name!r}: neither a file nor shipped{nearest(name, shipped)}")
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not TOML: {error}") from error
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting!r}: write it as key=value")
+        values[key.strip()] = value.strip()
+    return parse_recipe(values, str(path))
+
+
+def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
+    for key in values:
+        if key not in Recipe.model_fields:
+            raise UserError(f"{where}: unknown setting {key!r}{nearest(key, Recipe.model_fields)}")
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        told = "; ".join(f"{e['loc'][0]} = {e['input']!r}: {e['msg']}" for e in error.errors())
+        raise UserError(f"{where}: {told}") from error

@@ -1,0 +1,32 @@
+"""Stopping a long job between two steps, never inside one."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """Yields `stopped()`, true once Ctrl-C or SIGTERM has come; a second signal interrupts at once.
+
+    The job asks between its steps, saves, and raises KeyboardInterrupt itself. Outside the main thread nothing changes.
+    """
+    came: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

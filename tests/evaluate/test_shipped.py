@@ -1,0 +1,67 @@
+"""The weights inside the package: whole, small enough, and as good as the documents say (loosely: few pictures)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion2gan.evaluate.evaluate import HELD_OUT_WORLD, evaluate, real_pictures, render
+from diffusion2gan.evaluate.features import PocketClip, attributes_right, load_probe
+from diffusion2gan.evaluate.metrics import clip_score, share
+from diffusion2gan.evaluate.systems import load_system
+from diffusion2gan.pocket import scenes, shipped
+
+
+def test_all_weights_are_there_and_small() -> None:
+    files = [path for path in shipped.ROOT.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 30 * 2**20
+    assert not {path.suffix for path in files} & {".bin", ".pt", ".pth", ".ckpt", ".pkl"}  # safetensors alone
+    for name in ("teacher", "student", "clip", "probe", "latent_vgg"):
+        assert shipped.folder(name).is_dir()
+
+
+def test_the_probe_reads_real_pictures() -> None:
+    prompts = scenes.captions(range(400), HELD_OUT_WORLD + 5)
+    pictures = real_pictures(400, seed=5)
+    right = attributes_right(load_probe(), pictures, prompts)
+    objects = sum(scenes.stated(prompt).count for prompt in prompts)
+    assert len(right["count"]) == 400 and len(right["shape"]) == objects
+    assert share([answer for answers in right.values() for answer in answers]) >= 0.95
+    others = attributes_right(load_probe(), np.roll(pictures, 1, axis=0), prompts)
+    assert share([answer for answers in others.values() for answer in answers]) <= 0.6
+
+
+def test_clip_knows_which_caption_is_whose() -> None:
+    clip = PocketClip()
+    prompts, pictures = scenes.captions(range(64), HELD_OUT_WORLD + 6), real_pictures(64, seed=6)
+    embeds, texts = clip.images(pictures).image_embeds, clip.texts(prompts)
+    np.testing.assert_allclose(np.linalg.norm(embeds, axis=1), 1, atol=1e-5)
+    assert clip_score(embeds, texts) > clip_score(embeds, np.roll(texts, 1, axis=0)) + 0.1
+    ranks = (embeds @ texts.T).argmax(1) == np.arange(64)
+    assert ranks.mean() > 0.5
+
+
+@pytest.mark.slow
+def test_evaluate_tells_teacher_student_and_chance_apart(tmp_path: Path) -> None:
+    count = 64
+    teacher = evaluate("pocket-teacher", count=count, seed=3, cache=tmp_path)
+    student = evaluate("pocket-student", count=count, seed=3, cache=tmp_path)
+    one_step = evaluate("pocket-teacher", count=count, seed=3, cache=tmp_path, num_inference_steps=1)
+    assert set(teacher) == set(student) == set(one_step)
+    assert teacher["same_noise_distance"] == pytest.approx(0, abs=1e-6)
+    assert 0 < student["same_noise_distance"] < one_step["same_noise_distance"]
+    assert teacher["frechet_distance"] < one_step["frechet_distance"]
+    assert student["frechet_distance"] < one_step["frechet_distance"]
+    assert teacher["attribute_accuracy"] > 0.8 and student["attribute_accuracy"] > 0.7
+    assert student["seconds_per_image"] < teacher["seconds_per_image"] / 5
+
+
+def test_rendered_pictures_are_kept_and_reused(tmp_path: Path) -> None:
+    system, prompts = load_system("pocket-student"), scenes.captions(range(70), HELD_OUT_WORLD + 4)
+    pictures = render(system, prompts, 4, tmp_path)
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert pictures.shape == (70, 64, 64, 3) and len(kept) == 2
+    assert np.array_equal(render(system, prompts, 4, tmp_path), pictures)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == kept

@@ -1,0 +1,154 @@
+"""Making pairs: whatever the batches and the interruptions, the same pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.pairs.make import make_pairs, prompts_digest, read_prompts
+from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, pair_seed, read_shard, shard_path, verify
+from diffusion2gan.teacher.ode import solve_ode
+from diffusion2gan.teacher.pipeline import Teacher, load_teacher
+
+WORDS = ["red", "blue", "ring", "star", "two"]
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_teacher: Path) -> Teacher:
+    return load_teacher(str(tiny_teacher))
+
+
+def spec_of(teacher: Teacher, **changes: object) -> PairsSpec:
+    spec = PairsSpec(teacher.name, teacher.revision, "words", 9, 2, 2, 3.0, teacher.latent_shape, 4)
+    return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
+
+
+def prompts_of(indices: Sequence[int]) -> list[str]:
+    return [f"a {WORDS[i % 5]} star" for i in indices]
+
+
+def read_all(folder: Path, spec: PairsSpec) -> Pairs:
+    return Pairs.concat([read_shard(folder, shard) for shard in range(spec.num_shards)])
+
+
+@pytest.fixture(scope="module")
+def made(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    make_pairs(teacher, prompts_of, spec_of(teacher), folder, batch_size=3)
+    return folder
+
+
+def test_a_pair_is_the_teachers_answer_to_its_own_seed(teacher: Teacher, made: Path) -> None:
+    spec = spec_of(teacher)
+    pairs = read_all(made, spec)
+    assert pairs.index == list(range(9)) and pairs.prompts == prompts_of(range(9)) and verify(made) == []
+    assert pairs.seed == [pair_seed(2, i) for i in range(9)]
+    for i in (0, 3, 8):
+        noise = torch.randn(spec.latent_shape, generator=torch.Generator().manual_seed(pairs.seed[i]))[None]
+        alone = solve_ode(teacher, noise, teacher.encode([pairs.prompts[i]]), teacher.encode([""]), 2, 3.0)[0]
+        torch.testing.assert_close(pairs.latents[i], alone, rtol=1e-3, atol=1e-4)  # float16 on disk
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_pairs_do_not_depend_on_the_batch(teacher: Teacher, made: Path, tmp_path: Path, batch_size: int) -> None:
+    spec = spec_of(teacher, keep_noise=True)
+    make_pairs(teacher, prompts_of, spec, tmp_path, batch_size)
+    found, expected = read_all(tmp_path, spec), read_all(made, spec_of(teacher))
+    assert (found.seed, found.prompts) == (expected.seed, expected.prompts)
+    torch.testing.assert_close(found.latents, expected.latents, rtol=1e-3, atol=1e-4)
+
+
+def test_run_again_makes_nothing(teacher: Teacher, made: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
+    assert sorted(path.name for path in before) == ["pairs-00000.parquet", "pairs-00001.parquet",
+                                                    "pairs-00002.parquet", "pairs.json"]  # fmt: skip
+
+    def never(indices: Sequence[int]) -> list[str]:
+        raise AssertionError(f"{indices} are there already")
+
+    make_pairs(teacher, never, spec_of(teacher), made)
+    assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
+
+
+def test_after_an_interruption_only_the_rest_is_made(teacher: Teacher, made: Path, tmp_path: Path) -> None:
+    spec = spec_of(teacher)
+
+    def interrupted(indices: Sequence[int]) -> list[str]:
+        if 7 in indices:
+            raise KeyboardInterrupt
+        return prompts_of(indices)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs(teacher, interrupted, spec, tmp_path, batch_size=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs-00000.parquet", "pairs.json"]
+    first = shard_path(tmp_path, 0).stat().st_mtime_ns
+    asked: list[int] = []
+
+    def noted(indices: Sequence[int]) -> list[str]:
+        asked.extend(indices)
+        return prompts_of(indices)
+
+    make_pairs(teacher, noted, spec, tmp_path, batch_size=3)
+    assert asked == list(range(4, 9)) and shard_path(tmp_path, 0).stat().st_mtime_ns == first
+    shard_path(tmp_path, 0).unlink()  # a shard that was lost
+    asked.clear()
+    make_pairs(teacher, noted, spec, tmp_path, batch_size=3)
+    assert asked == list(range(4))
+    found, expected = read_all(tmp_path, spec), read_all(made, spec)
+    assert (found.index, found.seed, found.prompts) == (expected.index, expected.seed, expected.prompts)
+    assert torch.equal(found.latents, expected.latents)
+
+
+def test_another_guidance_is_another_set(teacher: Teacher, made: Path) -> None:
+    with pytest.raises(UserError, match=r"guidance_scale: 3\.0 there, 1\.0 asked"):
+        make_pairs(teacher, prompts_of, spec_of(teacher, guidance_scale=1.0), made)
+
+
+def test_the_stored_noise_is_the_seeds(teacher: Teacher, tmp_path: Path) -> None:
+    import numpy as np
+    import pyarrow.parquet as pq
+
+    spec = spec_of(teacher, keep_noise=True, count=2)
+    make_pairs(teacher, prompts_of, spec, tmp_path)
+    for row in pq.read_table(shard_path(tmp_path, 0)).to_pylist():
+        expected = noise_of([row["seed"]], spec.latent_shape).half().numpy()
+        assert np.frombuffer(row["noise"], np.float16).tobytes() == expected.tobytes()
+
+
+def test_prompts_are_read_a_line_each(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("  a cat \nein Hündchen\r\na “dog”", encoding="utf-8")
+    assert read_prompts(path) == ["a cat", "ein Hündchen", "a “dog”"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"a\n\nb\n  \n", r"2 blank lines \(line 2, 4\)"),
+        (b"a\n\xff\xfe", r"is not UTF-8 \(byte 2\)"),
+    ],
+)
+def test_bad_prompt_files_are_said(tmp_path: Path, content: bytes, told: str) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=told):
+        read_prompts(path)
+
+
+def test_missing_prompt_files_are_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no prompts file"):
+        read_prompts(tmp_path / "no.txt")
+    with pytest.raises(UserError, match="is a folder"):
+        read_prompts(tmp_path)
+
+
+def test_a_digest_names_the_content() -> None:
+    assert prompts_digest(["a", "b"]) == prompts_digest(["a", "b"]) != prompts_digest(["b", "a"])
+    assert prompts_digest(["a", "b"]).startswith("2 prompts")

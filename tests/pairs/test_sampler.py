@@ -1,0 +1,77 @@
+"""The order of reading: a permutation an epoch, and the same stream from wherever one starts."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.pairs import sampler, store
+from diffusion2gan.pairs.sampler import PairReader
+from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, pair_seed
+
+COUNT = 23
+
+
+@pytest.fixture(params=[1, 2, 128], ids=lambda window: f"window{window}")
+def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """23 pairs in shards of 7, row groups of 3: nothing divides anything."""
+    monkeypatch.setattr(sampler, "WINDOW", request.param)
+    monkeypatch.setattr(sampler, "ROW_GROUP", 3)
+    monkeypatch.setattr(store, "ROW_GROUP", 3)
+    spec = PairsSpec("t", "r", "p", COUNT, 1, 5, 3.0, (1, 2, 2), 7)
+    store.start_set(tmp_path, spec)
+    for shard in range(spec.num_shards):
+        indices = spec.shard_indices(shard)
+        seeds = [pair_seed(1, i) for i in indices]
+        pairs = Pairs(list(indices), seeds, [f"prompt {i}" for i in indices], noise_of(seeds, (1, 2, 2)))
+        store.write_shard(tmp_path, shard, spec, pairs)
+    return tmp_path
+
+
+def stream(folder: Path, count: int, batch_size: int = 1, position: int = 0, seed: int = 0) -> list[int]:
+    batches = PairReader(folder, seed).batches(batch_size, position)
+    return [index for batch in islice(batches, count // batch_size) for index in batch.index]
+
+
+def test_each_epoch_is_a_permutation(folder: Path) -> None:
+    order = stream(folder, 3 * COUNT)
+    epochs = [order[i : i + COUNT] for i in range(0, 3 * COUNT, COUNT)]
+    assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0] and list(range(COUNT)) not in epochs
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 23, 30])
+def test_any_position_continues_the_same_stream(folder: Path, batch_size: int) -> None:
+    length = 3 * COUNT // batch_size * batch_size
+    whole = stream(folder, length, batch_size)
+    assert whole == stream(folder, length)  # the order does not depend on the batch
+    for position in range(0, length, batch_size):
+        assert stream(folder, length - position, batch_size, position) == whole[position:]
+
+
+def test_the_order_is_the_seeds(folder: Path) -> None:
+    assert stream(folder, COUNT, seed=0) == stream(folder, COUNT, seed=0) != stream(folder, COUNT, seed=1)
+
+
+def test_a_row_stays_together(folder: Path) -> None:
+    for batch in islice(PairReader(folder, 0).batches(4), 12):
+        assert batch.seed == [pair_seed(1, i) for i in batch.index]
+        assert batch.prompts == [f"prompt {i}" for i in batch.index]
+        assert batch.latents.equal(noise_of(batch.seed, (1, 2, 2)).half().float())
+
+
+def test_an_incomplete_set_is_refused(folder: Path) -> None:
+    store.shard_path(folder, 2).unlink()
+    with pytest.raises(UserError, match=r"1 of 4 shards are missing \(first: pairs-00002\.parquet\)"):
+        PairReader(folder, 0)
+
+
+def test_one_pair_is_enough(tmp_path: Path) -> None:
+    spec = dataclasses.replace(PairsSpec("t", "r", "p", 1, 1, 5, 3.0, (1, 2, 2), 7))
+    store.start_set(tmp_path, spec)
+    store.write_shard(tmp_path, 0, spec, Pairs([0], [pair_seed(1, 0)], ["a"], noise_of([0], (1, 2, 2))))
+    assert stream(tmp_path, 6, batch_size=3) == [0] * 6

@@ -1,0 +1,213 @@
+"""The latent perceptual distances against the formula written out in float64, and their invariances."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffusion2gan.errors import Failure, UserError
+from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS
+from diffusion2gan.perceptual.vgg import STAGES, VGG, num_dropped_pools
+
+WIDTHS = (8, 8, 8, 8, 8)
+
+
+def parts(seed: int = 0, num_dropped: int = 2) -> tuple[VGG, list[Tensor]]:
+    """A random network whose batch norms have seen something, and random heads."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vgg = VGG(4, WIDTHS, num_dropped)
+        for _ in range(3):
+            vgg.train()(torch.randn(8, 4, 16, 16))
+        for module in vgg.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.3)
+        return vgg.eval(), [torch.rand(width) for width in WIDTHS]
+
+
+def latents(seed: int, batch: int = 3, size: int = 16) -> Tensor:
+    return torch.randn(batch, 4, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def reference(vgg: VGG, heads: list[Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """Σ_l mean_hw Σ_c w_lc (f̂_lc(a) − f̂_lc(b))² from the weights alone: VGG-16's layers by hand, in float64."""
+    weights = {key: value.double() for key, value in vgg.state_dict().items()}
+
+    def features(x: Tensor) -> list[Tensor]:
+        x, maps = x.double(), []
+        for stage, count in enumerate(STAGES):
+            if stage > 0 and stage - 1 >= vgg.num_dropped:
+                x = x.reshape(*x.shape[:2], x.shape[2] // 2, 2, x.shape[3] // 2, 2).amax((3, 5))
+            for layer in range(count):
+                w, n = f"stages.{stage}.{3 * layer}", f"stages.{stage}.{3 * layer + 1}"
+                x = nn.functional.conv2d(x, weights[f"{w}.weight"], weights[f"{w}.bias"], padding=1)
+                mean, var = (weights[f"{n}.running_{k}"][:, None, None] for k in ("mean", "var"))
+                x = (x - mean) / (var + 1e-5).sqrt()
+                x = (x * weights[f"{n}.weight"][:, None, None] + weights[f"{n}.bias"][:, None, None]).clamp_min(0)
+            maps.append(x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt())
+        return maps
+
+    return sum(
+        ((fa - fb) ** 2 * head.double().clamp_min(0)[None, :, None, None]).sum(1).mean((1, 2))
+        for fa, fb, head in zip(features(a), features(b), heads, strict=True)
+    )  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("factor", "pools"), [(8, 3), (4, 2), (2, 1), (1, 0), (16, 4), (32, 4)])
+def test_as_many_pools_are_dropped_as_the_vae_halves(factor: int, pools: int) -> None:
+    assert num_dropped_pools(factor) == pools
+
+
+@pytest.mark.parametrize("num_dropped", range(5))
+def test_the_taps_sizes(num_dropped: int) -> None:
+    vgg = VGG(4, (8, 9, 10, 11, 12), num_dropped).eval()
+    sizes = [tap.shape for tap in vgg(latents(0))]
+    sides = [16 >> max(0, level - num_dropped) for level in range(5)]
+    assert sizes == [(3, 8 + level, side, side) for level, side in enumerate(sides)]
+    assert vgg(latents(0)).shape == (3, 8)
+    assert sum(isinstance(m, nn.Conv2d) for m in vgg.modules()) == 13
+
+
+@pytest.mark.parametrize("num_dropped", [0, 2, 3])
+def test_latent_lpips_is_the_formula(num_dropped: int) -> None:
+    vgg, heads = parts(num_dropped=num_dropped)
+    heads[2][1] = -5.0  # a negative weight counts as zero
+    a, b = latents(1), latents(2)
+    found = LatentLPIPS(vgg, heads)(a, b)
+    expected = reference(vgg, heads, a, b)
+    assert found.shape == (3,) and float(expected.min()) > 0.1
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_zero_for_equals_symmetric_and_never_negative() -> None:
+    distance = LatentLPIPS(*parts())
+    a, b = latents(1), latents(2)
+    assert torch.equal(distance(a, a), torch.zeros(3))
+    torch.testing.assert_close(distance(a, b), distance(b, a), rtol=1e-6, atol=1e-7)
+    near = distance(a, a + 1e-3 * b)
+    assert bool((near >= 0).all()) and bool((near < 0.1 * distance(a, b)).all())
+    torch.testing.assert_close(distance(a, b)[1:2], distance(a[1:2], b[1:2]))
+    assert torch.isfinite(distance(torch.zeros(1, 4, 16, 16), torch.zeros(1, 4, 16, 16) + 1e-20)).all()
+
+
+@pytest.mark.parametrize("ensembled", [False, True])
+def test_the_gradient_is_the_differences_and_goes_to_a_alone(ensembled: bool) -> None:
+    vgg, heads = parts()
+    distance = ELatentLPIPS(vgg, heads) if ensembled else LatentLPIPS(vgg, heads)
+
+    def value(x: Tensor) -> Tensor:
+        return (distance(x, b, rng(4)) if isinstance(distance, ELatentLPIPS) else distance(x, b)).sum()
+
+    a, b = latents(1).requires_grad_(), latents(2).requires_grad_()
+    value(a).backward()
+    assert a.grad is not None and b.grad is None
+    assert all(p.grad is None for p in vgg.parameters())
+    for seed in range(3):  # along random directions
+        way, step = latents(10 + seed), 1e-3
+        with torch.no_grad():
+            slope = (value(a + step * way) - value(a - step * way)) / (2 * step)
+        assert float((a.grad * way).sum()) == pytest.approx(float(slope), rel=0.02, abs=2e-3)
+
+
+def test_nothing_in_it_can_be_trained() -> None:
+    """Whatever its holder does: no parameters, batch norm stays in eval mode, the same bits."""
+    distance = LatentLPIPS(*parts())
+    holder = nn.ModuleDict({"distance": distance, "student": nn.Linear(1, 1)})
+    a, b = latents(1), latents(2)
+    before = distance(a, b)
+    assert [name for name, _ in holder.named_parameters()] == ["student.weight", "student.bias"]
+    assert list(distance.state_dict()) == []
+    holder.train().requires_grad_(True)
+    for _ in range(2):
+        assert torch.equal(distance(a, b), before)
+    assert not distance(a, b).requires_grad
+    assert torch.equal(copy.deepcopy(distance)(a, b), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_it_moves_to_another_dtype_and_device(dtype: torch.dtype) -> None:
+    vgg, heads = parts()
+    a, b = latents(1), latents(2)
+    expected = reference(vgg, heads, a, b)
+    distance = LatentLPIPS(vgg, heads).to(dtype)
+    found = distance(a, b)
+    torch.testing.assert_close(found.double(), expected, rtol=0.1 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    torch.testing.assert_close(distance(a.to(dtype), b.to(dtype)), found, rtol=0.05, atol=1e-5)
+    assert ELatentLPIPS(*parts()).to(dtype)(a, b, rng()).shape == (3,)
+    meta = LatentLPIPS(*parts()).to("meta")(a.to("meta"), b.to("meta"))
+    assert meta.device.type == "meta" and meta.shape == (3,)
+
+
+@pytest.mark.parametrize("transforms", ["blit", "geometric", "color", "cutout", "geometric+cutout"])
+def test_both_sides_get_the_same_transform(transforms: str) -> None:
+    distance = ELatentLPIPS(*parts(), transforms=transforms)
+    a, b = latents(1), latents(2)
+    assert torch.equal(distance(a, a), torch.zeros(3))
+    assert torch.equal(distance(a, b, rng(1)), distance(a, b, rng(1)))
+    assert not torch.equal(distance(a, b, rng(1)), distance(a, b, rng(2)))
+    generator = rng(1)
+    assert not torch.equal(distance(a, b, generator), distance(a, b, generator))
+    values = distance(a[:1].expand(4, -1, -1, -1), b[:1].expand(4, -1, -1, -1), rng())
+    assert len(set(values.tolist())) == 4  # a fresh T for each sample
+
+
+def test_without_families_it_is_latent_lpips() -> None:
+    vgg, heads = parts()
+    a, b = latents(1), latents(2)
+    plain = LatentLPIPS(vgg, heads)(a, b)
+    torch.testing.assert_close(ELatentLPIPS(vgg, heads, transforms="", num_draws=3)(a, b), plain)
+
+
+def test_draws_are_averaged() -> None:
+    vgg, heads = parts()
+    a, b = latents(1), latents(2)
+    one, three = ELatentLPIPS(vgg, heads), ELatentLPIPS(vgg, heads, num_draws=3)
+    generator = rng(7)
+    singles = torch.stack([one(a, b, generator) for _ in range(3)])
+    torch.testing.assert_close(three(a, b, rng(7)), singles.mean(0))
+
+
+def test_bad_latents_and_families_are_said() -> None:
+    distance = LatentLPIPS(*parts())
+    with pytest.raises(UserError, match=r"\(3, 4, 16, 16\) and \(3, 4, 8, 8\)"):
+        distance(latents(0), latents(0, size=8))
+    for bad in (torch.zeros(1, 3, 16, 16), torch.zeros(4, 16, 16)):
+        with pytest.raises(UserError, match=r"this network reads \[B, 4, h, w\]"):
+            distance(bad, bad)
+    with pytest.raises(UserError, match="'cutot'; did you mean 'cutout'"):
+        ELatentLPIPS(*parts(), transforms="cutot")
+
+
+def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
+    distance = LatentLPIPS(*parts())
+    distance.save_pretrained(tmp_path / "full")
+    a, b = latents(1), latents(2)
+    assert torch.equal(LatentLPIPS.from_pretrained(tmp_path / "full")(a, b), distance(a, b))
+    loaded = ELatentLPIPS.from_pretrained(tmp_path / "full", transforms="cutout", num_draws=2)
+    assert isinstance(loaded, ELatentLPIPS) and (loaded.families, loaded.num_draws) == (("cutout",), 2)
+    distance.save_pretrained(tmp_path / "half", torch.float16)
+    half = LatentLPIPS.from_pretrained(tmp_path / "half")(a, b)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, distance(a, b), rtol=2e-2, atol=1e-3)
+
+
+def test_missing_or_damaged_weights_are_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such file: .*config\.json"):
+        LatentLPIPS.from_pretrained(tmp_path)
+    LatentLPIPS(*parts()).save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(Failure, match="damaged"):
+        LatentLPIPS.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(UserError, match=r"no such file: .*model\.safetensors"):
+        LatentLPIPS.from_pretrained(tmp_path)

@@ -1,0 +1,147 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from diffusion2gan.errors import Failure, UserError
+from diffusion2gan.runtime import checkpoint
+from diffusion2gan.runtime.files import read_json, sha256, whole, write_image, write_json
+from diffusion2gan.runtime.images import from_uint8, sheet, to_uint8
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "file"
+    for text in ("one", "two"):
+        with whole(path) as temporary:
+            temporary.write_text(text)
+            assert temporary.parent == path.parent  # one file system, so that a rename is whole
+        assert path.read_text() == text and names(path.parent) == ["file"]
+
+
+def test_a_folder_is_replaced_with_nothing_of_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    for name in ("a", "b"):
+        with whole(path) as temporary:
+            temporary.mkdir()
+            (temporary / name).write_text(name)
+    assert names(path) == ["b"] and names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError(errno.EACCES, "no")])
+def test_an_exception_leaves_the_old_file(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(type(error)), whole(path) as temporary:  # noqa: PT012
+        temporary.write_text("half of the n")
+        raise error
+    assert path.read_text() == "old" and names(tmp_path) == ["file"]
+
+
+def test_an_exception_leaves_the_old_folder(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole(path) as temporary:  # noqa: PT012
+        temporary.mkdir()
+        (temporary / "new").write_text("new")
+        raise KeyboardInterrupt
+    assert names(path) == ["old"] and names(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_a_failure(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(Failure, match=r"disk is full: could not write .*file.*run the same command again"), whole(path):
+        raise OSError(number, "full")
+    assert path.read_text() == "old" and names(tmp_path) == ["file"]
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """The kernel refuses files over 4 KiB, as it refuses them on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "safetensors": lambda path: save_file({"x": torch.zeros(100_000)}, path),
+    "parquet": lambda path: pq.write_table(pa.table({"x": np.random.default_rng(0).random(100_000)}), path),
+    "text": lambda path: path.write_text("x" * 100_000),
+}
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_library_that_writes_tells_of_a_full_disk(tmp_path: Path, writer: str) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(Failure, match="disk is full"), whole(path) as temporary:
+        WRITERS[writer](temporary)
+    assert path.read_text() == "old" and names(tmp_path) == ["file"]
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint.save(path, {"x": torch.ones(3)}, {"step": 1})
+    with pytest.raises(Failure, match="disk is full"):
+        checkpoint.save(path, {"x": torch.ones(100_000)}, {"step": 2})
+    assert checkpoint.load(path)[1] == {"step": 1} and names(tmp_path) == ["checkpoint.safetensors"]
+
+
+def test_json_and_its_errors(tmp_path: Path) -> None:
+    value = {"words": "“ünï” ✓", "numbers": [1, 2.5, 1e-30], "none": None}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    with pytest.raises(UserError, match="no such file"):
+        read_json(tmp_path / "b.json")
+    for content in (b"{", b"", b"\xff\xfe"):
+        (tmp_path / "c.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"c\.json is not JSON"):
+            read_json(tmp_path / "c.json")
+
+
+def test_digests_are_the_contents(tmp_path: Path) -> None:
+    (tmp_path / "one").write_bytes(b"abc")
+    assert sha256(tmp_path / "one") == hashlib.sha256(b"abc").hexdigest()
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        (folder / "unet").mkdir(parents=True)
+        save_file({"x": torch.ones(3)}, folder / "unet" / "w.safetensors")
+    (folders[1] / "README.md").write_text("not a weight")
+    assert sha256(folders[0]) == sha256(folders[1])
+    save_file({"x": torch.zeros(3)}, folders[1] / "unet" / "w.safetensors")
+    assert sha256(folders[0]) != sha256(folders[1])
+
+
+def test_pictures_are_written_whole(tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 3)).astype(np.uint8)
+    assert np.array_equal(to_uint8(from_uint8(pictures)), pictures)
+    greys = to_uint8(torch.tensor([-9.0, -1, 0, 1, 9]).expand(1, 3, 1, 5))[0, 0, :, 0]
+    assert np.array_equal(greys, [0, 0, 128, 255, 255])
+    whole_sheet = sheet(from_uint8(pictures), columns=3)
+    assert whole_sheet.size == (3 * 8 - 2, 2 * 7 - 2)
+    assert np.array_equal(np.asarray(whole_sheet)[7:12, 0:6], pictures[3])
+    write_image(tmp_path / "a.png", whole_sheet.save)
+    with pytest.raises(ValueError, match="stop"), whole(tmp_path / "a.png"):
+        raise ValueError("stop")
+    assert names(tmp_path) == ["a.png"]

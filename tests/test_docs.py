@@ -1,0 +1,185 @@
+"""The documents are true: every snippet runs, every link leads somewhere, every file and target named exists.
+
+The blocks of one document run in order in one temporary folder, `bash` and `console` with this environment's commands
+on PATH, `python` each in a process of its own. A comment on the line above a block says otherwise:
+
+    <!-- not run: REASON -->    skipped
+    <!-- slow -->               run by .ci/run only
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NAMED = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")]
+DOCUMENTS = [path for path in [*NAMED, *sorted((ROOT / "docs").glob("*.md"))] if path.exists()]
+SHELL, RUN = ("bash", "console"), ("bash", "console", "python")
+NOT_RUN_BY_ANOTHER_NAME = {"sh", "shell", "zsh", "shell-session", "py", "python3", "pycon"}
+FENCE = re.compile(
+    r"(?P<comments>(?:^[ ]*<!--.*?-->[ ]*\n\s*)*)"
+    r"^(?P<indent>[ ]*)```(?P<language>[\w-]*)[^\n]*\n(?P<code>.*?)^(?P=indent)```[ ]*$",
+    re.M | re.S,
+)
+LINK = re.compile(r"\]\(\s*<?([^)\s>]+)|(?:src|href)=\"([^\"]+)\"")
+MAKE = re.compile(r"(?:^|&&|;)\s*(?:\$ )?make[ \t]+([a-z]+)", re.M)
+PATH = re.compile(r"(?:src|tests|docs|recipes|benchmarks|examples)/[\w./*-]+|[a-z]+/[\w/]+\.py")
+
+
+@dataclass(frozen=True)
+class Block:
+    document: Path
+    line: int
+    language: str
+    code: str
+    comments: tuple[str, ...]
+
+    @property
+    def slow(self) -> bool:
+        return "slow" in self.comments
+
+    @property
+    def not_run(self) -> str | None:
+        """The reason given, or None where the block is to run."""
+        reasons = [c.removeprefix("not run").lstrip(":").strip() for c in self.comments if c.startswith("not run")]
+        return reasons[0] if reasons else None
+
+    def __str__(self) -> str:
+        return f"{self.document.relative_to(ROOT)}:{self.line}"
+
+
+def blocks_of(document: Path, text: str) -> list[Block]:
+    return [
+        Block(
+            document,
+            text.count("\n", 0, match.start("language")) + 1,
+            match["language"],
+            textwrap.dedent(match["code"]),
+            tuple(c.strip() for c in re.findall(r"<!--(.*?)-->", match["comments"], re.S)),
+        )
+        for match in FENCE.finditer(text)
+    ]
+
+
+def commands(block: Block) -> str:
+    """The script of a shell block; of a `console` one, the lines after `$ ` and their continuations after `> `."""
+    if block.language == "bash":
+        return block.code
+    lines, continued = [], False
+    for line in block.code.splitlines():
+        if line.startswith("$ ") or continued:
+            lines.append(line.removeprefix("$ ").removeprefix("> "))
+            continued = line.endswith("\\")
+    return "\n".join(lines)
+
+
+def run(block: Block, folder: Path) -> None:
+    if block.language == "python":
+        command = [sys.executable, "-c", block.code]
+    else:
+        command = ["bash", "-euo", "pipefail", "-c", commands(block)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        timeout=3600 if block.slow else 300,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{block}\n{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+
+
+class Reader:
+    """Somebody who reads a document from its start: a block finds what those before it have left."""
+
+    def __init__(self, document: Path, folder: Path) -> None:
+        self.folder = folder
+        self.waiting = [b for b in BLOCKS if b.document == document and b.not_run is None]
+
+    def reach(self, block: Block) -> None:
+        """Runs `block` and what comes before it and has not run yet (slow ones only for a slow one)."""
+        if block not in self.waiting:
+            raise AssertionError(f"{block} has run before, for a later block, and failed there or here")
+        before = self.waiting[: self.waiting.index(block)]
+        for each in [*(b for b in before if block.slow or not b.slow), block]:
+            self.waiting.remove(each)
+            run(each, self.folder)
+
+
+ALL_BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document, document.read_text("utf-8"))]
+BLOCKS = [block for block in ALL_BLOCKS if block.language in RUN]
+
+
+PARAMETERS = [pytest.param(b, marks=[pytest.mark.slow] if b.slow else [], id=str(b)) for b in BLOCKS]
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Reader]:
+    return {document: Reader(document, tmp_path_factory.mktemp(document.stem)) for document in DOCUMENTS}
+
+
+@pytest.mark.parametrize("block", PARAMETERS)
+def test_snippet_runs(block: Block, readers: dict[Path, Reader]) -> None:
+    if block.not_run is not None:
+        assert block.not_run, f"{block}: say why it is not run: <!-- not run: REASON -->"
+        pytest.skip(block.not_run)
+    readers[block.document].reach(block)
+
+
+def test_there_is_a_readme() -> None:
+    assert (ROOT / "README.md").is_file()
+
+
+def code_free(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", text))
+
+
+def spans(text: str) -> list[str]:
+    """What stands in backticks outside the blocks."""
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+class TestDocument:
+    def test_no_snippet_hides_behind_another_name(self, document: Path) -> None:
+        hidden = [str(b) for b in ALL_BLOCKS if b.document == document and b.language in NOT_RUN_BY_ANOTHER_NAME]
+        assert not hidden, f"call these blocks one of {RUN}, so that they are run: {hidden}"
+
+    def test_links_lead_somewhere(self, document: Path) -> None:
+        targets = ["".join(found) for found in LINK.findall(code_free(document.read_text("utf-8")))]
+        near = [t.split("#")[0] for t in targets if not re.match(r"[a-z]+:|#", t)]
+        missing = [t for t in near if not (document.parent / t).exists()]
+        assert not missing, f"{document.name} links to {missing}"
+
+    def test_make_targets_exist(self, document: Path) -> None:
+        targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+        text = document.read_text("utf-8")
+        shell = [commands(b) for b in ALL_BLOCKS if b.document == document and b.language in SHELL]
+        named = {name for code in [*shell, *spans(text)] for name in MAKE.findall(code)}
+        assert named <= targets, f"{document.name} names make {named - targets}"
+
+    def test_files_named_exist(self, document: Path) -> None:
+        named = [span for span in spans(document.read_text("utf-8")) if PATH.fullmatch(span)]
+        missing = [
+            n for n in named if not any(any(base.glob(n.rstrip("/"))) for base in (ROOT, ROOT / "src/diffusion2gan"))
+        ]
+        assert not missing, f"{document.name} names {missing}"
+
+
+def test_blocks_are_read_as_meant() -> None:
+    fence = "`" * 3
+    text = (
+        f"a\n<!-- slow -->\n{fence}bash\nls\n{fence}\n\n<!-- not run: needs a GPU -->\n\n{fence}console\n"
+        f"$ one \\\n> two\noutput\n$ three\n{fence}\n- item\n  {fence}python title=x\n  import os\n  {fence}\n"
+        f"<!-- not run -->\n{fence}bash\n{fence}\n"
+    )
+    first, second, third, fourth = blocks_of(ROOT / "x.md", text)
+    assert (first.slow, first.not_run, first.line, first.code) == (True, None, 3, "ls\n")
+    assert (second.not_run, commands(second)) == ("needs a GPU", "one \\\ntwo\nthree")
+    assert (third.language, third.code, third.comments) == ("python", "import os\n", ())
+    assert (fourth.not_run, fourth.code) == ("", "")

@@ -14,6 +14,7 @@ NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait sleep: much faster beside other processes
 os.environ.setdefault("OMP_NUM_THREADS", str(NUM_THREADS))  # for the commands that tests start
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,32 @@ def test_stopped_and_resumed_is_bit_for_bit_uninterrupted(
     distill(recipe.model_copy(update={"checkpoint_every_s": 100.0, "sample_every": 7}), pairs, out)
     assert_same(whole_run, out)
     distill(recipe, pairs, out)  # nothing left to do
+    assert_same(whole_run, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_mid_step_saves_after_it_and_resumes_exactly(
+    whole_run: Path,
+    recipe: Recipe,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    out, slow = tmp_path / "run", recipe.model_copy(update={"checkpoint_every_s": 1e6})
+    real = train.learning_rate
+
+    def signalled(recipe: Recipe, pairs_seen: int) -> float:
+        if pairs_seen == 4 * BATCH:
+            os.kill(os.getpid(), number)
+        return real(recipe, pairs_seen)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "learning_rate", signalled)
+        with pytest.raises(KeyboardInterrupt):
+            distill(slow, pairs, out)
+    assert checkpoint.load(out / CHECKPOINT)[1]["pairs_seen"] == 5 * BATCH
+    distill(slow, pairs, out)
     assert_same(whole_run, out)
 
 

@@ -73,7 +73,6 @@ def test_the_taps_sizes(num_dropped: int) -> None:
     sizes = [tap.shape for tap in vgg(latents(0))]
     sides = [16 >> max(0, level - num_dropped) for level in range(5)]
     assert sizes == [(3, 8 + level, side, side) for level, side in enumerate(sides)]
-    assert vgg(latents(0)).shape == (3, 8)
     assert sum(isinstance(m, nn.Conv2d) for m in vgg.modules()) == 13
 
 

@@ -36,13 +36,11 @@ def noisy_loss(net: nn.Module, calls: list[range], stop_at: int | None = None) -
     return loss
 
 
-def train(
-    folder: Path, stop_at: int | None = None, seed: int = 5, log: list[str] | None = None
-) -> tuple[nn.Module, list[range]]:
+def train(folder: Path, stop_at: int | None = None, seed: int = 5) -> tuple[nn.Module, list[range]]:
     net, calls = tiny(), []
     done = fit(
         "stage", net, noisy_loss(net, calls, stop_at), num_pictures=NUM_PICTURES, batch_size=BATCH, peak_lr=0.05,
-        folder=folder, seed=seed, ema_decay=0.9, log=(log if log is not None else []).append,
+        folder=folder, seed=seed, ema_decay=0.9,
     )  # fmt: skip
     return done, calls
 

@@ -13,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.pocket import shipped
@@ -23,6 +24,7 @@ from diffusion2gan.teacher.schedule import to_x0
 
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 
 
 @dataclass(frozen=True)

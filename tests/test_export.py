@@ -99,6 +99,15 @@ def test_the_folder_tells_what_it_is(runs: dict[str, Path], tmp_path: Path) -> N
     assert not list(out.rglob("*.bin")) and [path.name for path in out.parent.iterdir()] == ["export"]
 
 
+def test_no_config_tells_where_the_teacher_lay(runs: dict[str, Path], tmp_path: Path) -> None:
+    for style, run in runs.items():
+        export(run, tmp_path / style)
+        teacher = str(load_student(run)[2]["recipe"]["teacher"])
+        for path in (tmp_path / style).rglob("*.json"):
+            if path.name != "diffusion2gan.json":  # the recipe, in the user's own words
+                assert teacher not in path.read_text() and "_name_or_path" not in path.read_text(), path
+
+
 def test_export_again_replaces_the_export_and_nothing_else(runs: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "export"
     export(runs["tiny_teacher"], out)

@@ -68,6 +68,15 @@ def write_pipeline(teacher: Teacher, student: dict[str, Tensor], folder: Path, d
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline.to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
+    for path in folder.rglob("*.json"):
+        _forget_origin(path)
+
+
+def _forget_origin(path: Path) -> None:
+    """Drops diffusers' `_name_or_path` from a config: where the teacher lay on this machine is nobody's business."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_card(described: dict[str, Any], folder: Path) -> None:

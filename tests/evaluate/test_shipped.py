@@ -28,9 +28,26 @@ def test_the_probe_reads_real_pictures() -> None:
     right = attributes_right(load_probe(), pictures, prompts)
     objects = sum(scenes.stated(prompt).count for prompt in prompts)
     assert len(right["count"]) == 400 and len(right["shape"]) == objects
-    assert share([answer for answers in right.values() for answer in answers]) >= 0.82  # measured .864; wanted .97
+    assert share([answer for answers in right.values() for answer in answers]) >= 0.82  # no worse than shipped
     others = attributes_right(load_probe(), np.roll(pictures, 1, axis=0), prompts)
     assert share([answer for answers in others.values() for answer in answers]) <= 0.6
+
+
+@pytest.mark.xfail(strict=True, reason="the shipped probe is undertrained: .864 on 512 pictures")
+def test_bar_probe_on_real_pictures() -> None:
+    right = attributes_right(load_probe(), real_pictures(400, seed=5), scenes.captions(range(400), HELD_OUT_WORLD + 5))
+    assert share([answer for answers in right.values() for answer in answers]) >= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="the shipped teacher is undertrained: .459 and .441 on 512 captions")
+@pytest.mark.parametrize(("name", "bar"), [("pocket-teacher", 0.90), ("pocket-student", 0.80)])
+def test_bar_attributes(name: str, bar: float, tmp_path: Path) -> None:
+    count, prompts = 64, scenes.captions(range(64), HELD_OUT_WORLD + 3)
+    pictures = render(load_system(name), prompts, 3, tmp_path)
+    right = attributes_right(load_probe(), pictures, prompts)
+    assert len(right["count"]) == count
+    assert share([answer for answers in right.values() for answer in answers]) >= bar
 
 
 def test_clip_knows_which_caption_is_whose() -> None:
@@ -54,6 +71,7 @@ def test_evaluate_tells_teacher_student_and_chance_apart(tmp_path: Path) -> None
     assert 0 < student["same_noise_distance"] < one_step["same_noise_distance"]
     assert teacher["frechet_distance"] < one_step["frechet_distance"]
     assert student["frechet_distance"] < one_step["frechet_distance"]
+    # No worse than shipped; the bars themselves stand below.
     assert teacher["attribute_accuracy"] > one_step["attribute_accuracy"] + 0.08
     assert student["attribute_accuracy"] > one_step["attribute_accuracy"] + 0.08
     assert student["seconds_per_image"] < teacher["seconds_per_image"] / 5

@@ -120,8 +120,8 @@ def test_equal_numbers_share_the_mark_or_have_none() -> None:
 
 
 def test_other_keys_go_to_the_small_table() -> None:
-    columns = [column("a", 0, {"count": 64, "clip_score": 0.3}), column("b", 1, {"feature_weights_sha256": "ab12"})]
-    assert report.other_rows(columns) == [("count", ["64", "–"]), ("feature_weights_sha256", ["–", "ab12"])]
+    columns = [column("a", 0, {"count": 64, "clip_score": 0.3}), column("b", 1, {"clip_weights_sha256": "ab12"})]
+    assert report.other_rows(columns) == [("count", ["64", "–"]), ("clip_weights_sha256", ["–", "ab12"])]
 
 
 def test_a_column_of_another_length_is_named_with_both_numbers(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ class Metric(NamedTuple):
 
 METRICS = (
     Metric("frechet_distance", "Fréchet distance", "lower"),
+    Metric("frechet_distance_clip", "Fréchet distance, CLIP", "lower"),
     Metric("clip_score", "CLIP score", "higher"),
     Metric("attribute_accuracy", "Attribute accuracy", "higher", ".1f", " %", 100.0),  # stored as a share in [0, 1]
     Metric("same_noise_distance", "Same-noise distance", "lower"),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import from_numpy
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.evaluate.features import PocketClip, attributes_right, load_probe
+from diffusion2gan.evaluate.features import PocketClip, attributes_right, load_probe, probe_features, probe_sha256
 from diffusion2gan.evaluate.metrics import clip_score, frechet_distance, same_noise_distance, share
 from diffusion2gan.evaluate.systems import System, load_system
 from diffusion2gan.pairs.store import noise_of, pair_seed
@@ -60,17 +60,22 @@ def evaluate(
 def measure(
     pictures: NDArray[np.uint8], reference: NDArray[np.uint8], real: NDArray[np.uint8], prompts: Sequence[str]
 ) -> dict[str, Any]:
-    """The metrics of `pictures` [N, 64, 64, 3] against the teacher's (`reference`) and real renderings (`real`)."""
+    """The metrics of `pictures` [N, 64, 64, 3] against the teacher's (`reference`) and real renderings (`real`).
+
+    `frechet_distance` is taken in the probe's features, `frechet_distance_clip` in the CLIP's embeddings.
+    """
     clip, probe = PocketClip(), load_probe()
     ours, theirs, truth = clip.images(pictures), clip.images(reference), clip.images(real)
     right = attributes_right(probe, pictures, prompts)
     return {
-        "frechet_distance": frechet_distance(ours.image_embeds, truth.image_embeds),
+        "frechet_distance": frechet_distance(probe_features(probe, pictures), probe_features(probe, real)),
+        "frechet_distance_clip": frechet_distance(ours.image_embeds, truth.image_embeds),
         "clip_score": clip_score(ours.image_embeds, clip.texts(prompts)),
         "attribute_accuracy": share([answer for answers in right.values() for answer in answers]),
         "attribute_accuracy_by_kind": {kind: share(answers) for kind, answers in right.items()},
         "same_noise_distance": same_noise_distance(ours.patches, theirs.patches),
-        "feature_weights_sha256": clip.sha256,
+        "clip_weights_sha256": clip.sha256,
+        "probe_weights_sha256": probe_sha256(),
     }
 
 

@@ -64,6 +64,22 @@ def load_probe() -> models.Probe:
     return probe.eval().requires_grad_(False)
 
 
+def probe_sha256() -> str:
+    """Names the probe's weights."""
+    return sha256(shipped.folder("probe"))
+
+
+@torch.no_grad()
+def probe_features(probe: models.Probe, pictures: Pictures) -> NDArray[np.float32]:
+    """[N, 128] of [N, 64, 64, 3] uint8 pictures: the classifier's last feature map, averaged over the picture.
+
+    What Inception's last pool is to the FID (Heusel et al. 2017). Unlike the pocket CLIP's embeddings, which hold what
+    a caption can say, these also see how sharp a picture is (benchmarks/feature_spaces.py).
+    """
+    maps = [probe.features(from_uint8(pictures[i : i + BATCH])) for i in range(0, len(pictures), BATCH)]
+    return np.asarray(torch.cat(maps).mean((2, 3)).numpy())
+
+
 @torch.no_grad()
 def attributes_right(probe: models.Probe, pictures: Pictures, prompts: Sequence[str]) -> dict[str, list[bool]]:
     """For every attribute a prompt states, whether the probe sees it in the picture.

@@ -150,8 +150,12 @@ class Probe(nn.Module):
         )  # 8×8
         self.head = AttributeHead(4 * w)
 
+    def features(self, images: Tensor) -> Tensor:
+        """[B, 128, 8, 8]: what the head reads."""
+        return torch.as_tensor(self.body(self.stem(images)))
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.body(self.stem(images)))
+        return torch.as_tensor(self.head(self.features(images)))
 
 
 class _Residual(nn.Module):

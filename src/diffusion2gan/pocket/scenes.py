@@ -54,7 +54,7 @@ WORDS = sorted(
 IMAGE_SIZE = 64
 
 _NUM_DRAWS = 96
-_RADII = torch.tensor([[0.0, 0.0], [0.50, 0.70], [0.34, 0.46], [0.31, 0.40]])  # [count, size], half-widths
+_RADII = torch.tensor([[0.0, 0.0], [0.50, 0.70], [0.37, 0.46], [0.33, 0.40]])  # [count, size], half-widths
 # Centres of the objects for each layout, in [-1, 1], y down.
 _PAIR = torch.tensor([[-0.48, 0.0], [0.48, 0.0], [0.0, 0.0]])
 _STACK = torch.tensor([[0.0, -0.48], [0.0, 0.48], [0.0, 0.0]])
@@ -150,7 +150,7 @@ def captions(indices: Sequence[int], seed: int) -> list[str]:
 
 def _decide(draws: _Draws) -> _Decided:
     """Everything with a name: how many objects, what they are, how they lie, and what the caption says of it."""
-    count = torch.tensor([1, 2, 2, 3, 3])[draws.integer(num=5)]
+    count = torch.tensor([1, 1, 2, 2, 3])[draws.integer(num=5)]
     shape, colour = draws.integer(3, num=len(SHAPES)), draws.integer(3, num=len(COLOURS))
     pattern, size = draws.integer(3, num=len(PATTERNS)), draws.integer(3, num=len(SIZES))
     ground = draws.integer(num=len(GROUNDS))

@@ -27,12 +27,12 @@ WORLD = 0
 NUM_PICTURES = {
     "vae": 44_000,
     "vae_crops": 96_000,
-    "unet": 180_000,
-    "clip": 40_000,
-    "probe": 40_000,
-    "latent_vgg": 32_000,
+    "unet": 540_000,
+    "clip": 100_000,
+    "probe": 200_000,
+    "latent_vgg": 150_000,
 }
-NUM_LATENTS = 40_960  # of training pictures, encoded once
+NUM_LATENTS = 65_536  # of training pictures, encoded once
 CAPTION_DROP = 0.1
 KL_WEIGHT = 3e-4  # per latent number, against errors per pixel
 
@@ -176,8 +176,17 @@ class Denoiser(nn.Module):
         self.unet = models.unet()
 
 
+def draw_timesteps(size: int) -> Tensor:
+    """[size] int64 in 0 … 999, logit-normal (Esser et al. 2024, eq. 19) with mean −0.8 and deviation 1.2.
+
+    Half lie below 310 and a fifth above 560: outlines and patterns are decided there; uniform timesteps spend almost
+    half of the pictures above it, where small latents are all but noise.
+    """
+    return (1000 * torch.sigmoid(1.2 * torch.randn(size) - 0.8)).long().clamp(0, 999)
+
+
 def train_unet(folder: Path, latents: Tensor, num_pictures: int, seed: int, device: Device = "cpu") -> Denoiser:
-    """v-prediction (Salimans & Ho 2022, eq. 14): mean squared error of v = √ᾱ·ε − √(1−ᾱ)·x0, uniform timesteps.
+    """v-prediction (Salimans & Ho 2022, eq. 14): mean squared error of v = √ᾱ·ε − √(1−ᾱ)·x0 at `draw_timesteps`.
 
     One caption in ten is dropped, which is what classifier-free guidance needs.
     """
@@ -191,7 +200,7 @@ def train_unet(folder: Path, latents: Tensor, num_pictures: int, seed: int, devi
         kept = torch.rand(len(places)) >= CAPTION_DROP
         captions = [c if keep else "" for c, keep in zip(scenes.captions(places, WORLD), kept, strict=True)]
         embeds = denoiser.text_encoder(token_ids(words, captions, device)).last_hidden_state
-        timesteps, noise = torch.randint(0, 1000, (len(places),), device=device), torch.randn_like(x0)
+        timesteps, noise = draw_timesteps(len(places)).to(device), torch.randn_like(x0)
         x_t, v = scheduler.add_noise(x0, noise, timesteps), scheduler.get_velocity(x0, noise, timesteps)
         return F.mse_loss(denoiser.unet(x_t, timesteps, embeds).sample, v)
 

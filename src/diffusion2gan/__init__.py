@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["ELatentLPIPS", "LatentLPIPS", "Recipe", "load_teacher"]
+__all__ = ["DiffusionDiscriminator", "ELatentLPIPS", "LatentLPIPS", "Recipe", "load_teacher"]
 
 _HOMES = {
+    "DiffusionDiscriminator": "diffusion2gan.adversarial.discriminator",
     "ELatentLPIPS": "diffusion2gan.perceptual.distance",
     "LatentLPIPS": "diffusion2gan.perceptual.distance",
     "Recipe": "diffusion2gan.recipe",

@@ -101,7 +101,7 @@ def pairs_verify(folder: Path) -> None:
 
 @app.command()
 def distill(
-    recipe: Annotated[str, typer.Argument(help="A .toml file or a shipped recipe: pocket, pocket-demo.")],
+    recipe: Annotated[str, typer.Argument(help="A .toml file or a shipped recipe: pocket, pocket-gan, pocket-demo.")],
     pairs: Annotated[Path, typer.Option(help="The pairs to learn from.")],
     out: Annotated[Path, typer.Option(help="The run's folder.")],
     set_: SetOption = None,

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from diffusion2gan.errors import UserError, nearest
 
 LossName = Literal["mse", "pseudo_huber", "latent_lpips", "e_latent_lpips"]
+DiscriminatorName = Literal["diffusion", "random", "patch"]
 SHIPPED = Path(__file__).parent / "recipes"
 
 
@@ -27,15 +28,47 @@ class Recipe(BaseModel):
     transforms: str = Field("geometric+cutout", description="e_latent_lpips's families of random transforms")
     num_draws: int = Field(1, ge=1, description="transforms averaged per pair and step")
     pairs_seen: int = Field(60_000, ge=1, description="when to stop")
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, description="pairs an update")
+    accumulate: int = Field(1, ge=1, description="parts a batch is worked in; memory falls, the update stays the same")
     learning_rate: float = Field(3e-4, gt=0, description="AdamW's peak; linear warm-up, cosine to a twentieth")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the run that warms up")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
+    adversarial_weight: float = Field(0.0, ge=0, description="λ: the GAN loss beside the regression; 0 builds no D")
+    discriminator: DiscriminatorName = Field(
+        "diffusion", description="grown from the teacher; the same from random weights; plain convolutions"
+    )
+    discriminator_learning_rate: float = Field(1e-4, gt=0, description="Adam's peak; the student's schedule")
+    discriminator_warmup: int = Field(2_000, ge=0, description="pairs that D learns from before the student feels it")
+    discriminator_timestep: int = Field(0, ge=0, description="where a diffusion D believes to be; latents are clean")
+    noise_input: bool = Field(True, description="D reads the noise")
+    multi_scale_input: bool = Field(True, description="D reads the latents on every grid")
+    multi_scale_output: bool = Field(True, description="D answers at every decoder scale, three times each")
+    spectral_norm: bool = Field(False, description="of D's heads; of every layer of a patch D")
+    patch_width: int = Field(64, ge=1, description="channels of a patch D's first layer")
+    r1_weight: float = Field(1e-4, ge=0, description="γ of the gradient penalty γ/2·‖∇ΣD‖² on one real sample")
+    r1_every: int = Field(16, ge=1, description="D's steps between penalties, each multiplied by this")
+    mix_share: float = Field(0.25, ge=0, lt=1, description="share of D's fakes that are other pairs' real latents")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    device: str = Field("cpu", description="cpu, cuda, cuda:1, …")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, on cuda alone")
     seed: int = Field(0, ge=0, lt=2**31)
     checkpoint_every_s: float = Field(60.0, gt=0)
     sample_every: int = Field(10_000, ge=1, description="pairs seen between sample sheets")
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Recipe:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} cannot be worked in accumulate = {self.accumulate} parts")
+        if self.adversarial_weight > 0 and self.mix_share > 0 and self.batch_size == 1:
+            raise ValueError(
+                f"mix_share {self.mix_share} takes fakes from other pairs of the batch, but batch_size is 1; raise "
+                "batch_size or set mix_share=0"
+            )
+        if self.precision != "float32" and not self.device.startswith("cuda"):
+            raise ValueError(f"precision {self.precision!r} is for cuda, device is {self.device!r}; set one of them")
+        return self
 
     def changed(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """Settings that differ: name → (ours, theirs)."""
@@ -73,5 +106,8 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        told = "; ".join(f"{e['loc'][0]} = {e['input']!r}: {e['msg']}" for e in error.errors())
+        told = "; ".join(
+            f"{e['loc'][0]} = {e['input']!r}: {e['msg']}" if e["loc"] else e["msg"].removeprefix("Value error, ")
+            for e in error.errors()
+        )
         raise UserError(f"{where}: {told}") from error

@@ -74,7 +74,7 @@ def stop_before(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
     """Ctrl-C just before the step that would start at `stop` pairs."""
     real = train.student_step
 
-    def step(run: Run, *rest: Any) -> tuple[float, float]:
+    def step(run: Run, *rest: Any) -> dict[str, Any]:
         if run.pairs_seen == stop:
             raise KeyboardInterrupt
         return real(run, *rest)
@@ -100,7 +100,8 @@ def test_a_run_writes_what_it_saw(whole_run: Path, recipe: Recipe) -> None:
     lines = [json.loads(line) for line in log.splitlines()]
     assert [line["pairs_seen"] for line in lines] == list(range(BATCH, STEPS * BATCH + 1, BATCH))
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in lines)
-    assert meta == {"pairs_seen": STEPS * BATCH, "num_updates": STEPS}
+    assert meta["pairs_seen"] == STEPS * BATCH and meta["num_updates"] == STEPS and meta["health"]["steps"] == STEPS
+    assert not [key for key in tensors if key.startswith("discriminator")]  # none is asked for
     moved = [key for key in tensors if key.startswith("student/")]
     assert any(not torch.equal(tensors[key], tensors[key.replace("student/", "ema/")]) for key in moved)
     assert [p.name for p in (whole_run / "samples").iterdir()] == ["000000020.png"]
@@ -251,31 +252,52 @@ def test_the_loss_falls(recipe: Recipe, pairs: Path, tmp_path: Path) -> None:
     assert len(losses) == steps and losses[-1] < 0.5 * losses[0]
 
 
-def test_a_gradient_that_is_not_finite_is_a_failure(
-    whole_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def poison(monkeypatch: pytest.MonkeyPatch, bad: range) -> None:
+    """The distance's calls of these numbers, counted from 1, are infinite."""
     real: Callable[..., Any] = train.distance_of
     calls = 0
 
     def poisoned(*arguments: Any) -> Any:
         distance = real(*arguments)
 
-        def one(a: Tensor, b: Tensor, generator: torch.Generator) -> Tensor:
+        def one(*arguments: Any) -> Tensor:
             nonlocal calls
             calls += 1
-            return distance(a, b, generator) * (float("inf") if calls == 3 else 1.0)
+            return distance(*arguments) * (float("inf") if calls in bad else 1.0)
 
         return one
 
     monkeypatch.setattr(train, "distance_of", poisoned)
-    with pytest.raises(Failure, match=r"not finite after 4 pairs .*checkpoint is intact; lower learning_rate"):
-        distill(recipe, pairs, tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
+    recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = recipe.model_copy(update={"pairs_seen": 14 * BATCH})
+    poison(monkeypatch, range(3, 12))  # nine in a row are borne
+    distill(long, pairs, tmp_path)
     tensors, meta, log = contents(tmp_path)
-    assert meta["pairs_seen"] == 4 and log.splitlines() == contents(whole_run)[2].splitlines()[:2]
+    lines = [json.loads(line) for line in log.splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 0, *range(1, 10), 9, 9, 9]
+    assert [line["loss"] is None for line in lines] == [2 < i < 12 for i in range(1, 15)]
+    assert meta["num_updates"] == 5 and meta["health"]["skipped"] == 9 and meta["health"]["skipped_in_a_row"] == 0
+    assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
+
+
+def test_ten_skipped_in_a_row_are_a_failure(
+    recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = recipe.model_copy(update={"pairs_seen": 14 * BATCH})
+    distill(long, pairs, tmp_path / "well")
+    poison(monkeypatch, range(3, 99))
+    with pytest.raises(Failure, match=r"not finite in 10 steps in a row, up to 24 pairs .*intact; lower learning_rate"):
+        distill(long, pairs, tmp_path / "run")
+    tensors, meta, _ = contents(tmp_path / "run")
+    assert meta["pairs_seen"] == 4 and meta["health"]["skipped"] == 0  # the last good one
     assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
     monkeypatch.undo()
-    distill(recipe, pairs, tmp_path)
-    assert_same(whole_run, tmp_path)
+    distill(long, pairs, tmp_path / "run")
+    assert_same(tmp_path / "well", tmp_path / "run")
 
 
 def test_a_damaged_checkpoint_is_a_failure(recipe: Recipe, pairs: Path, tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The discriminator's room: empty so far, `distill.train.student_step` has its place."""
+"""The discriminator, grown from the teacher, and the losses it is played by."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +10,13 @@ from torch import Tensor
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS
 from diffusion2gan.recipe import Recipe
 
-Distance = Callable[[Tensor, Tensor, torch.Generator], Tensor]
+
+class Distance(Protocol):
+    """`(a, b, generator)` → [B]. With `part` = (rows, size), a and b are those rows of a batch of that size."""
+
+    def __call__(
+        self, a: Tensor, b: Tensor, generator: torch.Generator, part: tuple[slice, int] | None = None
+    ) -> Tensor: ...
 
 
 def mse(a: Tensor, b: Tensor) -> Tensor:
@@ -27,14 +33,14 @@ def distance_of(recipe: Recipe, device: torch.device) -> Distance:
     """The recipe's loss as one function of (student's latents, teacher's latents, generator)."""
     match recipe.loss:
         case "mse":
-            return lambda a, b, generator: mse(a, b)
+            return lambda a, b, generator, part=None: mse(a, b)
         case "pseudo_huber":
-            return lambda a, b, generator: pseudo_huber(a, b, recipe.pseudo_huber_c)
+            return lambda a, b, generator, part=None: pseudo_huber(a, b, recipe.pseudo_huber_c)
         case "latent_lpips":
             plain: LatentLPIPS = LatentLPIPS.from_pretrained(recipe.perceptual).to(device)
-            return lambda a, b, generator: plain(a, b)
+            return lambda a, b, generator, part=None: plain(a, b)
         case "e_latent_lpips":
             ensembled: ELatentLPIPS = ELatentLPIPS.from_pretrained(
                 recipe.perceptual, transforms=recipe.transforms, num_draws=recipe.num_draws
             ).to(device)
-            return lambda a, b, generator: ensembled(a, b, generator)
+            return lambda a, b, generator, part=None: ensembled(a, b, generator, part)

@@ -1,9 +1,10 @@
-"""A run: the student, its optimiser and its average; on disk a folder that says what it is and where it stands."""
+"""A run: both players, their optimisers, the average; on disk a folder that says what it is and where it stands."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion2gan.adversarial.discriminator import discriminator_of
+from diffusion2gan.distill.health import Health
 from diffusion2gan.distill.student import Student
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.store import PairsSpec
@@ -20,35 +23,53 @@ from diffusion2gan.runtime.files import read_json, write_json
 from diffusion2gan.teacher.pipeline import Teacher, load_teacher
 
 CHECKPOINT = "checkpoint.safetensors"
+BETAS, DISCRIMINATOR_BETAS = (0.9, 0.99), (0.0, 0.99)  # Adam's; no momentum where the target moves
 # Settings that may change between stopping and going on: they do not alter a single update.
 FREE_ON_RESUME = {"checkpoint_every_s", "sample_every"}
 
 
 class Run:
-    """Everything a run carries from step to step."""
+    """Everything a run carries from step to step. Without an adversarial weight there is no discriminator."""
 
     def __init__(self, recipe: Recipe, teacher: Teacher) -> None:
         self.recipe, self.teacher = recipe, teacher
-        self.student = Student(teacher).train()
+        self.student = Student(teacher, recipe.gradient_checkpointing).train()
         self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
+            self.student.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=recipe.weight_decay
         )
         self.ema = checkpoint.EMA(self.student.unet, recipe.ema_decay)
+        self.discriminator = discriminator_of(recipe, teacher).train() if recipe.adversarial_weight > 0 else None
+        self.discriminator_optimizer = None if self.discriminator is None else torch.optim.Adam(
+            self.discriminator.parameters(), lr=recipe.discriminator_learning_rate, betas=DISCRIMINATOR_BETAS
+        )  # fmt: skip
+        self.health = Health()
         self.pairs_seen = 0
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """bfloat16 where the recipe asks for it; the student's output layer, distances and losses stay in float32."""
+        return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
     def save(self, folder: Path) -> None:
         tensors = checkpoint.pack("student", self.student.unet) | checkpoint.pack_optimizer("adam", self.optimizer)
         tensors |= {f"ema/{key}": value for key, value in self.ema.shadow.items()}
-        checkpoint.save(
-            folder / CHECKPOINT, tensors, {"pairs_seen": self.pairs_seen, "num_updates": self.ema.num_updates}
-        )
+        if self.discriminator is not None and self.discriminator_optimizer is not None:
+            tensors |= checkpoint.pack("discriminator", self.discriminator)
+            tensors |= checkpoint.pack_optimizer("discriminator_adam", self.discriminator_optimizer)
+        meta = {"pairs_seen": self.pairs_seen, "num_updates": self.ema.num_updates, "health": self.health.state()}
+        checkpoint.save(folder / CHECKPOINT, tensors, meta)
 
     def load(self, folder: Path) -> None:
         tensors, meta = checkpoint.load(folder / CHECKPOINT)
         self.student.unet.load_state_dict(checkpoint.unpack("student", tensors))
         checkpoint.unpack_optimizer("adam", self.optimizer, tensors)
-        self.ema.shadow = checkpoint.unpack("ema", tensors)
+        shadow = checkpoint.unpack("ema", tensors)
+        self.ema.shadow = {key: value.to(self.teacher.device) for key, value in shadow.items()}
+        if self.discriminator is not None and self.discriminator_optimizer is not None:
+            self.discriminator.load_state_dict(checkpoint.unpack("discriminator", tensors))
+            checkpoint.unpack_optimizer("discriminator_adam", self.discriminator_optimizer, tensors)
         self.ema.num_updates, self.pairs_seen = meta["num_updates"], meta["pairs_seen"]
+        if "health" in meta:  # runs of before it was kept have none
+            self.health = Health.of(meta["health"])
 
     def with_ema(self, call: Callable[[], Tensor]) -> Tensor:
         """`call()` while the student carries its averaged weights."""

@@ -49,6 +49,10 @@ class Transform:
     saturation: Tensor | None = None
     box: Tensor | None = None
 
+    def rows(self, rows: slice) -> Transform:
+        """The Ts of these samples."""
+        return Transform(*(None if value is None else value[rows] for value in vars(self).values()))
+
 
 def parse_families(transforms: str) -> tuple[str, ...]:
     """`"geometric+cutout"` → ("geometric", "cutout"); `""` → (). Raises UserError at an unknown family."""

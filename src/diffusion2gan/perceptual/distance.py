@@ -92,7 +92,8 @@ class ELatentLPIPS(LatentLPIPS):
 
     `transforms`: families joined by "+" (`geometric+cutout` is the paper's final choice); `num_draws`: Ts averaged
     per call. `generator`: a CPU torch.Generator that decides T; give the same state for the same T (a fixed T for
-    monitoring). Without one, torch's own is used.
+    monitoring). Without one, torch's own is used. `part` = (rows, size of the batch): `a` and `b` are these rows of a
+    batch and get the Ts that they would get in it.
     """
 
     def __init__(
@@ -102,12 +103,15 @@ class ELatentLPIPS(LatentLPIPS):
         super().__init__(vgg, heads)
         self.families, self.num_draws, self.strengths = parse_families(transforms), num_draws, strengths
 
-    def forward(self, a: Tensor, b: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(
+        self, a: Tensor, b: Tensor, generator: torch.Generator | None = None, part: tuple[slice, int] | None = None
+    ) -> Tensor:
         _check(a, b, self._frozen[0])
+        rows, batch = part or (slice(None), len(a))
         generator = generator or torch.default_generator
         total = torch.zeros(len(a), device=a.device)
         for _ in range(self.num_draws):
-            transform = draw_transform(len(a), self.families, generator, self.strengths, a.device)
+            transform = draw_transform(batch, self.families, generator, self.strengths, a.device).rows(rows)
             total = total + self._between(apply_transform(a, transform), apply_transform(b, transform))
         return total / self.num_draws
 

@@ -40,6 +40,9 @@ class Conditioning:
     def __len__(self) -> int:
         return len(self.prompt_embeds)
 
+    def rows(self, rows: slice) -> Conditioning:
+        return Conditioning(self.prompt_embeds[rows])
+
 
 class Teacher:
     """A frozen text-to-image pipeline. Everything is in eval mode and needs no gradient."""

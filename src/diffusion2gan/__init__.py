@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["ELatentLPIPS", "LatentLPIPS", "Recipe", "load_teacher"]
+__all__ = ["ELatentLPIPS", "LatentLPIPS", "PixelLPIPS", "Recipe", "load_teacher"]
 
 _HOMES = {
     "ELatentLPIPS": "diffusion2gan.perceptual.distance",
     "LatentLPIPS": "diffusion2gan.perceptual.distance",
+    "PixelLPIPS": "diffusion2gan.perceptual.distance",
     "Recipe": "diffusion2gan.recipe",
     "load_teacher": "diffusion2gan.teacher.pipeline",
 }

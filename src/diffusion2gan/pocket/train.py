@@ -18,8 +18,8 @@ from transformers import CLIPModel, CLIPTokenizer
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.pocket import models, scenes
-from diffusion2gan.pocket.fit import fit
 from diffusion2gan.runtime import checkpoint
+from diffusion2gan.runtime.fit import fit
 from diffusion2gan.runtime.progress import Bar
 
 Device = torch.device | str

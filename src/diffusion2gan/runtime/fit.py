@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -22,6 +23,16 @@ def learning_rate(progress: float, peak: float, warmup: float = 0.03) -> float:
     if progress < warmup:
         return peak * progress / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def shuffled(numbers: range, count: int, seed: int) -> list[int]:
+    """Which of `count` rows the pictures `numbers` of a run are: each epoch all of them, in an order of its own."""
+    return [_order(count, seed, n // count)[n % count] for n in numbers]
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 65_537 + epoch)).tolist()
 
 
 def fit(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.pocket import shipped
+from diffusion2gan.runtime.files import sha256
 
 
 def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
@@ -17,8 +18,7 @@ def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
 
     Raises UserError where there is none, or it does not load.
     """
-    folder = shipped.folder("teacher") if str(name) == "pocket" else Path(name)
-    folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+    folder = _folder(name)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} holds no VAE: neither config.json nor vae/config.json. Give `pocket`, or a folder that "
@@ -33,6 +33,16 @@ def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
     except (OSError, ValueError) as error:
         raise UserError(f"the VAE in {folder} does not load: {error}") from error
     return vae.eval().requires_grad_(False).to(device)
+
+
+def vae_revision(name: str | Path) -> str:
+    """A digest of its weights."""
+    return sha256(_folder(name))[:16]
+
+
+def _folder(name: str | Path) -> Path:
+    folder = shipped.folder("teacher") if str(name) == "pocket" else Path(name)
+    return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
 
 
 def spatial_factor(vae: Any) -> int:

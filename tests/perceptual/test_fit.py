@@ -134,10 +134,12 @@ def module_has(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def test_another_set_does_not_take_the_cache(pictures: Path, tmp_path: Path) -> None:
+def test_other_settings_do_not_take_what_is_there(pictures: Path, tmp_path: Path) -> None:
     run(pictures, tmp_path / "out", epochs=1)
     with pytest.raises(UserError, match="was made with size = 16, this command says 32"):
         run(pictures, tmp_path / "out", epochs=1, size=32)
+    with pytest.raises(UserError, match="was made with epochs = 1, this command says 2"):
+        run(pictures, tmp_path / "out", epochs=2)
 
 
 def test_a_picture_is_resized_and_cut_at_its_centre(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from diffusion2gan.perceptual.images import held_out, to_images
 from diffusion2gan.perceptual.ranking import calibrate_heads, two_afc
 from diffusion2gan.perceptual.triplets import Triplets, open_triplets, read_triplet
 from diffusion2gan.perceptual.weights import load_network
-from diffusion2gan.runtime.cache import Cache, Rows, make_cache
+from diffusion2gan.runtime.cache import Cache, Rows, claim, make_cache
 from diffusion2gan.runtime.files import sha256, write_json
 from diffusion2gan.teacher.autoencoder import encode, load_vae, num_latent_channels, vae_revision
 
@@ -36,6 +36,7 @@ def calibrate(
     distance = LatentLPIPS(vgg, heads, **formula).to(device)
     opened = open_triplets(triplets)
     cache = cached_differences(opened, distance, out / "cache", network, vae, size, device)
+    claim(out / "settings.json", {"epochs": epochs, "peak_lr": peak_lr, "seed": seed, "scored": str(scored)})
     subset = cache.whole("subset")
     apart = torch.zeros(len(subset), dtype=torch.bool)
     if scored is None:

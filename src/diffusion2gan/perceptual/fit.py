@@ -17,7 +17,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.images import Labelled, check_classes, held_out, open_labelled, read_picture, to_images
 from diffusion2gan.perceptual.vgg import STAGES, VGG, num_dropped_pools
-from diffusion2gan.runtime.cache import Cache, Rows, make_cache
+from diffusion2gan.runtime.cache import Cache, Rows, claim, make_cache
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.fit import fit as fit_module
 from diffusion2gan.runtime.fit import shuffled
@@ -47,7 +47,9 @@ def fit(
     if len(widths) != len(STAGES):
         raise UserError(f"--widths {','.join(map(str, widths))}: {len(widths)} numbers, five are needed, one a stage")
     labelled = open_labelled(images)
+    settings = {"widths": list(widths), "epochs": epochs, "batch_size": batch_size, "peak_lr": peak_lr, "seed": seed}
     cache, vgg = cached_inputs(labelled, out / "cache", vae, size, widths, seed, device)
+    claim(out / "settings.json", settings)
     labels = cache.whole("label")
     check_classes(labelled.classes, labels.tolist(), images)
     mask = held_out(labels, seed)

@@ -59,7 +59,7 @@ def make_cache(
     `spec` says what the cache is made of. A thing for which `read` raises Unreadable is skipped and named. Raises
     UserError where the folder holds another cache, or more than 1 % are unreadable.
     """
-    _claim(folder, spec)
+    claim(folder / "cache.json", spec)
     unreadable: list[str] = []
     chunks: list[Rows] = []
     with stop_signal() as stopped, Bar(what, count) as bar:
@@ -100,9 +100,8 @@ def _read_chunk(
     return ({key: torch.cat([rows[key] for rows in done]) for key in done[0]} if done else {}), names
 
 
-def _claim(folder: Path, spec: dict[str, Any]) -> None:
-    """Writes `spec` beside the chunks, or compares it with what is there."""
-    path = folder / "cache.json"
+def claim(path: Path, spec: dict[str, Any]) -> None:
+    """Writes `spec`, what a folder's contents are made with. Raises UserError where `path` says something else."""
     if not path.exists():
         write_json(path, spec)
         return
@@ -110,7 +109,7 @@ def _claim(folder: Path, spec: dict[str, Any]) -> None:
     for key, value in spec.items():
         if there.get(key) != value:
             raise UserError(
-                f"{folder} was made with {key} = {there.get(key)!r}, this command says {value!r}; choose another "
+                f"{path.parent} was made with {key} = {there.get(key)!r}, this command says {value!r}; choose another "
                 "--out, or delete that folder."
             )
 

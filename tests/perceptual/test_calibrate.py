@@ -40,9 +40,9 @@ def network(folder: Path, channels: int) -> Path:
 
 def test_two_afc_by_hand() -> None:
     d0, d1 = torch.tensor([1.0, 2.0, 3.0, 1.0]), torch.tensor([2.0, 1.0, 3.0, 5.0])
-    judge = torch.tensor([0.25, 0.75, 0.9, 1.0])  # share who chose p1
-    # says p0: .75 agree; says p1: .75; a tie: half; says p0: none
-    assert two_afc(d0, d1, judge) == pytest.approx((0.75 + 0.75 + 0.5 + 0.0) / 4)
+    judge = torch.tensor([0.25, 0.75, 0.9, 0.6])  # share who chose p1
+    # says p0: .75 agree; says p1: .75; a tie: half; says p0: .4
+    assert two_afc(d0, d1, judge) == pytest.approx((0.75 + 0.75 + 0.5 + 0.4) / 4)
 
 
 def test_the_small_network_reads_what_lpips_reads() -> None:

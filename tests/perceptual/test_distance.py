@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion2gan.errors import Failure, UserError
-from diffusion2gan.perceptual.augment import FAMILIES
+from diffusion2gan.perceptual.augment import FAMILIES, apply_transform, draw_transform
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, unit
 from diffusion2gan.perceptual.vgg import STAGES, VGG, num_dropped_pools
 
@@ -263,7 +263,9 @@ def test_transforms_and_heads_stay_in_float32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(distance(a, b, rng(3)), plain)
     assert all(x.dtype == torch.float32 for x in seen)
-    assert torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[3])
+    drawn = draw_transform(3, FAMILIES, rng(3))
+    expected = [apply_transform(x, drawn) for x in (b, a, b, a)]  # the target first, then under autocast
+    assert all(torch.equal(x, e) for x, e in zip(seen, expected, strict=True))
 
 
 @pytest.mark.parametrize("inside", [True, False])

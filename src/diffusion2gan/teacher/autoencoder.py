@@ -28,7 +28,7 @@ def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
 
     try:
         vae = AutoencoderKL.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
         )
     except (OSError, ValueError) as error:
         raise UserError(f"the VAE in {folder} does not load: {error}") from error

@@ -33,7 +33,8 @@ from diffusion2gan.runtime.files import sha256, whole
 COUNT, SHARD = 12, 4
 VERBS = (
     [], ["pairs"], ["pairs", "info"], ["pairs", "verify"], ["distill"], ["export"], ["generate"], ["evaluate"],
-    ["compare"], ["demo"], ["pocket"], ["pocket", "train"],
+    ["compare"], ["demo"], ["perceptual"], ["perceptual", "fit"], ["perceptual", "calibrate"], ["perceptual", "import"],
+    ["pocket"], ["pocket", "train"], ["pocket", "triplets"],
 )  # fmt: skip
 
 
@@ -415,3 +416,32 @@ def test_ctrl_c_and_again(tiny_teacher: Path, tmp_path: Path) -> None:
     assert run(*command).code == 0
     assert {path: path.stat().st_mtime_ns for path in there} == before  # kept, not made again
     assert run("pairs", "verify", folder).code == 0
+
+
+# ------------------------------------------------------------------------------------------------ perceptual networks
+
+
+def test_perceptual_words(tmp_path: Path) -> None:
+    base = ["perceptual", "fit", "--images", tmp_path, "--out", tmp_path / "out"]
+    refused(run(*base), 2, "--vae", "--pixels", "one of the two")
+    refused(run(*base, "--pixels", "--vae", "pocket"), 2, "one of the two")
+    refused(run(*base, "--pixels", "--widths", "8,x,8,8,8"), 2, "--widths '8,x,8,8,8'", "five numbers")
+    refused(run(*base, "--pixels"), 2, "has 0 classes of pictures")
+    out = ["--out", tmp_path / "out"]
+    refused(run("perceptual", "import", tmp_path / "x", "--format", "snu", *out), 2, "no such file")
+    pocket = ["--network", "pocket", "--vae", "pocket"]
+    refused(run("perceptual", "calibrate", "--triplets", tmp_path / "x", *pocket, *out), 2, "no folder of triplets")
+    assert not list(tmp_path.iterdir())
+
+
+def test_triplets_calibrate_a_network(tmp_path: Path) -> None:
+    made = run("pocket", "triplets", "--out", tmp_path / "triplets", "--count", 2)
+    assert made.code == 0 and "diffusion2gan perceptual calibrate" in made.out
+    command = ["perceptual", "calibrate", "--triplets", tmp_path / "triplets", "--network", "pocket", "--vae", "pocket"]
+    done = run(*command, "--out", tmp_path / "network", "--epochs", 1)
+    assert done.code == 0, done
+    assert len(re.findall(r"2AFC \d+\.\d\d% \(before: \d+\.\d\d%\), 1 triplets", done.out)) == 6
+    assert {"config.json", "model.safetensors", "README.md", "calibrate.json"} <= {
+        path.name for path in (tmp_path / "network").iterdir()
+    }
+    assert leftovers(tmp_path) == []

@@ -29,7 +29,15 @@ LEVEL = {
     "cli": 9, "__main__": 10,
 }  # fmt: skip
 TOP = {"demo", "cli", "__main__", "__init__"}  # these may import everything; `__init__` is the public surface
-JOBS = {"pairs.make", "distill.train", "export", "evaluate.evaluate", "compare.compare", "perceptual.fit"}
+JOBS = {
+    "pairs.make",
+    "distill.train",
+    "export",
+    "evaluate.evaluate",
+    "compare.compare",
+    "perceptual.fit",
+    "perceptual.calibrate",
+}
 POCKET_IMPORTS = {"pocket", "runtime", "recipe", "errors", "teacher", "perceptual"}
 POCKET_USERS = {"pocket", "evaluate", "compare", "teacher", "perceptual"} | TOP
 POCKET_PATHS_ONLY = {"teacher", "perceptual"}  # of pocket they may see where the shipped weights lie, no network

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["DiffusionDiscriminator", "ELatentLPIPS", "LatentLPIPS", "Recipe", "load_teacher"]
+__all__ = ["DiffusionDiscriminator", "ELatentLPIPS", "LatentLPIPS", "PixelLPIPS", "Recipe", "load_teacher"]
 
 _HOMES = {
     "DiffusionDiscriminator": "diffusion2gan.adversarial.discriminator",
     "ELatentLPIPS": "diffusion2gan.perceptual.distance",
     "LatentLPIPS": "diffusion2gan.perceptual.distance",
+    "PixelLPIPS": "diffusion2gan.perceptual.distance",
     "Recipe": "diffusion2gan.recipe",
     "load_teacher": "diffusion2gan.teacher.pipeline",
 }

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diffusion2gan.errors import UserError, nearest
 
-LossName = Literal["mse", "pseudo_huber", "latent_lpips", "e_latent_lpips"]
+LossName = Literal["mse", "pseudo_huber", "latent_lpips", "e_latent_lpips", "pixel_lpips"]
 DiscriminatorName = Literal["diffusion", "random", "patch"]
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -22,7 +22,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     teacher: str = Field("pocket", description="`pocket` or the folder of a diffusers pipeline")
-    perceptual: str = Field("pocket", description="weights of the latent perceptual distance: `pocket` or a folder")
+    perceptual: str = Field("pocket", description="weights of the perceptual distance: `pocket` or a folder")
     loss: LossName = Field("e_latent_lpips", description="the regression loss between student and teacher latents")
     pseudo_huber_c: float = Field(0.03, gt=0, description="pseudo_huber's c, per latent number (iCT: 0.00054·√dims)")
     transforms: str = Field("geometric+cutout", description="e_latent_lpips's families of random transforms")

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from diffusion2gan.distill.losses import distance_of, mse, pseudo_huber
-from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS
+from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, PixelLPIPS
 from diffusion2gan.perceptual.vgg import VGG
+from diffusion2gan.pocket import models
 from diffusion2gan.recipe import Recipe
 
 A, B = torch.randn(2, 5, 4, 6, 7, generator=torch.Generator().manual_seed(0))
@@ -52,3 +53,14 @@ def test_the_recipe_chooses_the_perceptual_loss(tmp_path: Path) -> None:
     recipe = Recipe(loss="e_latent_lpips", perceptual=str(tmp_path), transforms="blit+cutout", num_draws=2)
     expected = ELatentLPIPS(vgg, heads, transforms="blit+cutout", num_draws=2)(a, b, rng())
     assert torch.equal(distance_of(recipe, CPU)(a, b, rng()), expected)
+
+
+def test_pixel_lpips_decodes_with_the_teachers_vae(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vgg, heads, vae = VGG(3, (8, 8, 8, 8, 8), 0), [torch.rand(8) for _ in range(5)], models.vae()
+    LatentLPIPS(vgg, heads).save_pretrained(tmp_path)
+    a, b = torch.randn(2, 2, 4, 16, 16)
+    distance = distance_of(Recipe(loss="pixel_lpips", perceptual=str(tmp_path)), CPU, vae)
+    assert torch.equal(distance(a, b, rng()), PixelLPIPS(vgg, heads, vae)(a, b))
+    vae.register_to_config(scaling_factor=2 * vae.config.scaling_factor)
+    assert not torch.equal(distance(a, b, rng()), PixelLPIPS(vgg, heads, models.vae())(a, b))

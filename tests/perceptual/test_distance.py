@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusion2gan.errors import Failure, UserError
-from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS
+from diffusion2gan.perceptual.augment import FAMILIES, apply_transform, draw_transform
+from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, unit
 from diffusion2gan.perceptual.vgg import STAGES, VGG, num_dropped_pools
 
 WIDTHS = (8, 8, 8, 8, 8)
@@ -186,6 +188,109 @@ def test_bad_latents_and_families_are_said() -> None:
         ELatentLPIPS(*parts(), transforms="cutot")
 
 
+def test_numbers_no_distance_is_made_of(capsys: pytest.CaptureFixture[str]) -> None:
+    distance = LatentLPIPS(*parts())
+    a, b = latents(1), latents(2)
+    bad = a.clone()
+    bad[1, 0, 3, 3] = float("nan")
+    with pytest.raises(UserError, match=r"the first latents are not finite .* rows \[1\]"):
+        distance(bad, b)
+    with pytest.raises(UserError, match=r"the second latents are not finite .* rows \[1\]"):
+        ELatentLPIPS(*parts())(b, bad)
+    with pytest.raises(UserError, match=r"latents of 2×2: this network needs 4×4"):
+        distance(latents(0, size=2), latents(1, size=2))
+    with pytest.raises(UserError, match="float16 on a CPU"):
+        LatentLPIPS(*parts()).half()(a, b)
+    torch.testing.assert_close(distance(a.half(), b.half()), distance(a.half().float(), b.half().float()))
+    assert capsys.readouterr().err == ""
+
+
+def test_latents_that_look_unscaled_are_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    distance = LatentLPIPS(*parts())
+    distance(latents(1), latents(2))
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        distance(latents(1), latents(2) / 0.18215)
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("standard deviation of 5.5, far from 1") == told.count("warning") == 1
+    assert "latents × scaling_factor" in told
+
+
+@pytest.mark.parametrize("ensembled", [False, True])
+def test_it_compiles_without_a_graph_break(ensembled: bool) -> None:
+    """One graph, forward and backward; without T the same numbers. What waits for the host would break it."""
+    vgg, heads = parts()
+    every = "+".join(FAMILIES)
+    distance = ELatentLPIPS(vgg, heads, transforms=every, num_draws=2) if ensembled else LatentLPIPS(vgg, heads)
+    compiled = torch.compile(distance, fullgraph=True, backend="aot_eager")
+    a, b = latents(1).requires_grad_(), latents(2)
+    found = compiled(a, b)
+    found.sum().backward()
+    assert a.grad is not None and float(a.grad.abs().sum()) > 0
+    if not ensembled:
+        torch.testing.assert_close(found, distance(a, b))
+        return
+    assert not torch.equal(compiled(a, b), found)  # T is drawn anew, not baked in
+    means = [torch.stack([d(a, b).detach() for _ in range(30)]).mean(0) for d in (compiled, distance)]
+    torch.testing.assert_close(*means, rtol=0.3, atol=0)
+
+
+def test_the_target_gets_a_gradient_if_asked() -> None:
+    vgg, heads = parts()
+    a, b = latents(1).requires_grad_(), latents(2).requires_grad_()
+    LatentLPIPS(vgg, heads, target_grad=True)(a, b).sum().backward()
+    assert a.grad is not None and b.grad is not None
+    first = a.grad.clone(), b.grad.clone()
+    a.grad = b.grad = None
+    LatentLPIPS(vgg, heads)(b, a).sum().backward()  # the distance is symmetric, and so are its gradients
+    assert a.grad is None and b.grad is not None
+    torch.testing.assert_close(b.grad, first[1])
+    with torch.no_grad():
+        assert not LatentLPIPS(vgg, heads, target_grad=True)(a, b).requires_grad
+
+
+def test_transforms_and_heads_stay_in_float32() -> None:
+    """Under autocast, and in a module cast to bfloat16: only the network is rounded."""
+    vgg, heads = parts()
+    seen: list[Tensor] = []
+    distance = ELatentLPIPS(vgg, [head / 3 for head in heads], transforms="+".join(FAMILIES)).bfloat16()
+    assert all(head.dtype == torch.float32 for head in distance._frozen[1])
+    assert all(torch.equal(found, head / 3) for found, head in zip(distance._frozen[1], heads, strict=True))
+    a, b = latents(1), latents(2)
+    distance.features = lambda x: seen.append(x) or [x]  # type: ignore[method-assign,assignment,func-returns-value]
+    distance._frozen = (distance._frozen[0], [torch.ones(4)])
+    plain = distance(a, b, rng(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(distance(a, b, rng(3)), plain)
+    assert all(x.dtype == torch.float32 for x in seen)
+    drawn = draw_transform(3, FAMILIES, rng(3))
+    expected = [apply_transform(x, drawn) for x in (b, a, b, a)]  # the target first, then under autocast
+    assert all(torch.equal(x, e) for x, e in zip(seen, expected, strict=True))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_eps_inside_or_outside_the_root(inside: bool) -> None:
+    f = torch.randn(2, 5, 3, 3, generator=rng()) * 0.1
+    length = f.double().square().sum(1, keepdim=True)
+    expected = f / (length + 0.01).sqrt() if inside else f / (length.sqrt() + 0.01)
+    torch.testing.assert_close(unit(f, 0.01, inside).double(), expected.double(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_tap_behind_its_pool() -> None:
+    vgg, _ = parts(num_dropped=3)
+    before = vgg(latents(0))
+    behind = VGG(4, WIDTHS, 3, tapped_after_pool=(4, 5))
+    behind.load_state_dict(vgg.state_dict())
+    found = behind.eval()(latents(0))
+    for level in range(3):
+        assert torch.equal(found[level], before[level])
+    for level in (3, 4):
+        assert torch.equal(found[level], nn.functional.max_pool2d(before[level], 2))
+    assert (vgg.smallest_side, behind.smallest_side) == (2, 4)
+    with pytest.raises(UserError, match="no pool to tap stage 3 behind: the pools left are 4 … 5"):
+        VGG(4, WIDTHS, 3, tapped_after_pool=(3,))
+
+
 def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     distance = LatentLPIPS(*parts())
     distance.save_pretrained(tmp_path / "full")
@@ -193,6 +298,12 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     assert torch.equal(LatentLPIPS.from_pretrained(tmp_path / "full")(a, b), distance(a, b))
     loaded = ELatentLPIPS.from_pretrained(tmp_path / "full", transforms="cutout", num_draws=2)
     assert isinstance(loaded, ELatentLPIPS) and (loaded.families, loaded.num_draws) == (("cutout",), 2)
+    other = LatentLPIPS(VGG(4, WIDTHS, 3, (5,), num_groups=4), parts()[1], eps=1e-3, eps_inside=False)
+    other.save_pretrained(tmp_path / "other", note="Not calibrated.")
+    assert torch.equal(LatentLPIPS.from_pretrained(tmp_path / "other")(a, b), other(a, b))
+    card = (tmp_path / "other" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusion2gan") and "GroupNorm (4 groups)" in card
+    assert "Not calibrated." in card and "ELatentLPIPS.from_pretrained" in card
     distance.save_pretrained(tmp_path / "half", torch.float16)
     half = LatentLPIPS.from_pretrained(tmp_path / "half")(a, b)
     assert half.dtype == torch.float32
@@ -206,6 +317,11 @@ def test_missing_or_damaged_weights_are_said(tmp_path: Path) -> None:
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(Failure, match="damaged"):
+        LatentLPIPS.from_pretrained(tmp_path)
+    other = VGG(4, (8, 8, 8, 8, 9), 2)
+    LatentLPIPS(other, parts()[1]).save_pretrained(tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", weights)
+    with pytest.raises(UserError, match=r"stages\.4\.0\.weight is \[9, 8, 3, 3\], \[8, 8, 3, 3\] is expected"):
         LatentLPIPS.from_pretrained(tmp_path)
     weights.unlink()
     with pytest.raises(UserError, match=r"no such file: .*model\.safetensors"):

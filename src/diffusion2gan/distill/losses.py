@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS
+from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, PixelLPIPS
 from diffusion2gan.recipe import Recipe
 
 
@@ -29,8 +29,11 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     return (mse(a, b) + c**2).sqrt() - c
 
 
-def distance_of(recipe: Recipe, device: torch.device) -> Distance:
-    """The recipe's loss as one function of (student's latents, teacher's latents, generator)."""
+def distance_of(recipe: Recipe, device: torch.device, vae: nn.Module | None = None) -> Distance:
+    """The recipe's loss as one function of (student's latents, teacher's latents, generator).
+
+    `vae`, the teacher's own, decodes for pixel_lpips; the others do without.
+    """
     match recipe.loss:
         case "mse":
             return lambda a, b, generator, part=None: mse(a, b)
@@ -44,3 +47,7 @@ def distance_of(recipe: Recipe, device: torch.device) -> Distance:
                 recipe.perceptual, transforms=recipe.transforms, num_draws=recipe.num_draws
             ).to(device)
             return lambda a, b, generator, part=None: ensembled(a, b, generator, part)
+        case "pixel_lpips":
+            assert vae is not None, "pixel_lpips decodes: give the teacher's vae"
+            pixels: PixelLPIPS = PixelLPIPS.from_pretrained(recipe.perceptual, vae=vae).to(device)
+            return lambda a, b, generator, part=None: pixels(a, b)

@@ -64,23 +64,28 @@ def parse_families(transforms: str) -> tuple[str, ...]:
 
 
 def draw_transform(
-    batch: int, families: tuple[str, ...], generator: torch.Generator, strengths: Strengths | None = None,
-    device: torch.device | str = "cpu",
+    batch: int, families: tuple[str, ...], generator: torch.Generator | None = None,
+    strengths: Strengths | None = None, device: torch.device | str = "cpu",
 ) -> Transform:  # fmt: skip
-    """A fresh T for each of `batch` samples. Random numbers come from `generator` (a CPU one)."""
+    """A fresh T for each of `batch` samples, on `device`.
+
+    Random numbers come from `generator`, on its own device (a CPU one gives the same T on every machine). Without one
+    they are drawn on `device` by torch's own: nothing waits for the host, and it compiles without a graph break.
+    """
     s = strengths or Strengths()
+    home = device if generator is None else generator.device
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(batch, generator=generator) * (high - low) + low
+        return torch.rand(batch, generator=generator, device=home) * (high - low) + low
 
     def normal(std: float) -> Tensor:
-        return torch.randn(batch, generator=generator) * std
+        return torch.randn(batch, generator=generator, device=home) * std
 
-    matrix, shift = torch.eye(3).expand(batch, 3, 3), None
+    matrix, shift = torch.eye(3, device=home).expand(batch, 3, 3), None
     if "blit" in families:
         quarter = (uniform(0, 4)).floor() * (math.pi / 2)
         flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-        matrix = matrix @ _scale(flip, torch.ones(batch)) @ _turn(quarter)
+        matrix = matrix @ _scale(flip, torch.ones_like(flip)) @ _turn(quarter)
         shift = torch.stack([uniform(-s.blit_translate, s.blit_translate) for _ in "xy"], 1)
     if "geometric" in families:
         isotropic, aniso = 2 ** normal(s.scale_log2), 2 ** normal(s.aniso_log2)
@@ -126,8 +131,8 @@ def _whole_pixels(transform: Transform, x: Tensor) -> Tensor:
     assert transform.matrix is not None
     if transform.shift is None:
         return transform.matrix
-    side = x.new_tensor([x.shape[3], x.shape[2]])
-    return transform.matrix + F.pad(2 * ((transform.shift * side).round() / side)[:, :, None], (2, 0))
+    moves = [(transform.shift[:, axis] * side).round() / side for axis, side in enumerate((x.shape[3], x.shape[2]))]
+    return transform.matrix + F.pad(2 * torch.stack(moves, 1)[:, :, None], (2, 0))
 
 
 def _matrix(rows: list[list[Tensor]]) -> Tensor:

@@ -89,6 +89,10 @@ def latent_vgg() -> VGG:
     return VGG(4, widths, num_dropped=num_dropped_pools(4))
 
 
+def pixel_vgg() -> VGG:
+    return VGG(3, (16, 32, 64, 96, 96), num_dropped=0)
+
+
 def scheduler() -> DDIMScheduler:
     """Stable Diffusion's own noise schedule; v-prediction, trailing steps (the first step is the last timestep)."""
     return DDIMScheduler(

@@ -7,6 +7,7 @@ about 23 000 (LOG.md).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from diffusion2gan.perceptual.distance import LatentLPIPS
+from diffusion2gan.perceptual.ranking import calibrate_heads
 from diffusion2gan.perceptual.vgg import VGG
-from diffusion2gan.pocket import models, scenes
-from diffusion2gan.pocket.fit import fit
+from diffusion2gan.pocket import models, scenes, triplets
 from diffusion2gan.runtime import checkpoint
+from diffusion2gan.runtime.fit import fit
 from diffusion2gan.runtime.progress import Bar
+from diffusion2gan.teacher.autoencoder import encode
 
 Device = torch.device | str
 WORLD = 0
@@ -31,8 +34,11 @@ NUM_PICTURES = {
     "clip": 100_000,
     "probe": 200_000,
     "latent_vgg": 150_000,
+    "pixel_vgg": 64_000,
 }
 NUM_LATENTS = 65_536  # of training pictures, encoded once
+NUM_TRIPLETS = 1000  # a sub-set
+CALIBRATION_LR = 1e-3  # ten times LPIPS's: far fewer triplets
 CAPTION_DROP = 0.1
 KL_WEIGHT = 3e-4  # per latent number, against errors per pixel
 
@@ -208,22 +214,69 @@ def train_unet(folder: Path, latents: Tensor, num_pictures: int, seed: int, devi
     return denoiser
 
 
-def train_latent_vgg(folder: Path, latents: Tensor, num_pictures: int, seed: int, device: Device = "cpu") -> VGG:
-    """The feature network of LatentLPIPS: the world's attributes read from VAE latents."""
-    torch.manual_seed(seed)
-    vgg = models.latent_vgg()
+def train_vgg(
+    stage: str, vgg: VGG, inputs: Callable[[scenes.Scenes, list[int]], Tensor], count: int, folder: Path,
+    num_pictures: int, seed: int, device: Device = "cpu",
+) -> VGG:  # fmt: skip
+    """A feature network: the world's attributes read from `inputs(scenes, places)` of its first `count` pictures."""
     head = models.AttributeHead(vgg.config["widths"][-1])
     classifier = nn.ModuleDict({"vgg": vgg, "head": head}).to(device)
 
     def loss(numbers: range) -> Tensor:
-        places = [n % len(latents) for n in numbers]
-        logits = head(vgg(latents[places].float())[-1])
-        return attribute_loss(logits, attribute_targets(scenes.draw(places, WORLD)))
+        places = [n % count for n in numbers]
+        batch = scenes.draw(places, WORLD)
+        logits = head(vgg(inputs(batch, places))[-1])
+        return attribute_loss(logits, attribute_targets(batch))
 
-    fit(
-        "latent_vgg", classifier, loss, num_pictures=num_pictures, batch_size=32, peak_lr=1e-3, folder=folder, seed=seed
-    )
+    fit(stage, classifier, loss, num_pictures=num_pictures, batch_size=32, peak_lr=1e-3, folder=folder, seed=seed)
     return vgg
+
+
+def train_latent_vgg(folder: Path, latents: Tensor, num_pictures: int, seed: int, device: Device = "cpu") -> VGG:
+    """The feature network of LatentLPIPS."""
+    torch.manual_seed(seed)
+    return train_vgg(
+        "latent_vgg", models.latent_vgg(), lambda batch, places: latents[places].float(), len(latents), folder,
+        num_pictures, seed, device,
+    )  # fmt: skip
+
+
+def train_pixel_vgg(folder: Path, count: int, num_pictures: int, seed: int, device: Device = "cpu") -> VGG:
+    """Its twin for PixelLPIPS: the same pictures, before the VAE."""
+    torch.manual_seed(seed)
+    return train_vgg(
+        "pixel_vgg", models.pixel_vgg(), lambda batch, places: batch.images.to(device), count, folder, num_pictures,
+        seed, device,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def differences_of(
+    vgg: VGG, vae: AutoencoderKL | None, count: int, seed: int, device: Device = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d0, d1 [N, ΣC], judge [N] of `count` triplets a sub-set; with a VAE, of their latents."""
+    distance = LatentLPIPS(vgg, [torch.ones(width) for width in vgg.config["widths"]])
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    with Bar("triplets", count * len(triplets.SUBSETS)) as bar:
+        for subset in triplets.SUBSETS:
+            for number in range(count):
+                made = triplets.triplet(number, subset, seed)
+                images = torch.stack([made.p0, made.p1, made.ref]).to(device)
+                p0, p1, ref = (images if vae is None else encode(vae, images)).chunk(3)
+                d0, d1 = (torch.cat(distance.differences(p, ref), 1).cpu() for p in (p0, p1))
+                rows.append((d0, d1, torch.tensor([made.judge])))
+                bar.advance(1)
+    d0, d1, judge = (torch.cat(column) for column in zip(*rows, strict=True))
+    return d0, d1, judge
+
+
+def calibrate(
+    stage: str, folder: Path, vgg: VGG, vae: AutoencoderKL | None, count: int, seed: int, device: Device = "cpu"
+) -> list[Tensor]:
+    """Heads from graded distortions of scenes. What orders them is their grade: these are not human judgements."""
+    heads = [torch.ones(width) for width in vgg.config["widths"]]
+    d0, d1, judge = differences_of(vgg, vae, count, seed, device)
+    return calibrate_heads(d0, d1, judge, heads, folder=folder, stage=stage, peak_lr=CALIBRATION_LR, seed=seed)
 
 
 def train(folder: Path, seed: int = 0, scale: float = 1.0, device: Device = "cpu") -> Path:
@@ -234,16 +287,23 @@ def train(folder: Path, seed: int = 0, scale: float = 1.0, device: Device = "cpu
     probe = train_probe(folder, num["probe"], seed, device)
     latents = cache_latents(folder, vae, max(128, int(NUM_LATENTS * scale)), device)
     vgg = train_latent_vgg(folder, latents, num["latent_vgg"], seed, device)
+    pixel_vgg = train_pixel_vgg(folder, len(latents), num["pixel_vgg"], seed, device)
+    count = max(8, int(NUM_TRIPLETS * scale))
+    networks = {
+        "latent_vgg": (vgg, calibrate("calibrate_latent_vgg", folder, vgg, vae, count, seed, device)),
+        "pixel_vgg": (pixel_vgg, calibrate("calibrate_pixel_vgg", folder, pixel_vgg, None, count, seed, device)),
+    }
     denoiser = train_unet(folder, latents, num["unet"], seed, device)
-    return publish(folder / "weights", vae, denoiser, clip, probe, vgg)
+    return publish(folder / "weights", vae, denoiser, clip, probe, networks)
 
 
 def publish(
-    folder: Path, vae: AutoencoderKL, denoiser: Denoiser, clip: CLIPModel, probe: models.Probe, vgg: VGG
-) -> Path:
+    folder: Path, vae: AutoencoderKL, denoiser: Denoiser, clip: CLIPModel, probe: models.Probe,
+    networks: dict[str, tuple[VGG, list[Tensor]]],
+) -> Path:  # fmt: skip
     """Writes the finished models as float16 safetensors, in the layout of the package's own `pocket/weights`."""
     words = models.tokenizer()
-    for model in (vae, denoiser, clip, probe, vgg):
+    for model in (vae, denoiser, clip, probe):
         model.to("cpu")
     pipeline = StableDiffusionPipeline(
         vae=vae, text_encoder=denoiser.text_encoder, tokenizer=words, unet=denoiser.unet, scheduler=models.scheduler(),
@@ -254,6 +314,7 @@ def publish(
     words.save_pretrained(folder / "clip")
     halves = {k: v.half() if v.is_floating_point() else v for k, v in probe.state_dict().items()}
     checkpoint.save(folder / "probe" / "model.safetensors", halves, {})
-    heads = [torch.ones(width) for width in vgg.config["widths"]]
-    LatentLPIPS(vgg, heads).save_pretrained(folder / "latent_vgg", torch.float16)
+    note = "Heads calibrated on graded distortions of drawn scenes, not on human judgements."
+    for name, (vgg, heads) in networks.items():
+        LatentLPIPS(vgg.cpu(), heads).save_pretrained(folder / name, torch.float16, note)
     return folder

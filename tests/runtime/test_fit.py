@@ -1,4 +1,4 @@
-"""The pocket training loop: interrupted and run again, it ends with the same bits."""
+"""The training loop: interrupted and run again, it ends with the same bits."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion2gan.pocket import fit as module_fit
-from diffusion2gan.pocket.fit import fit, learning_rate
+from diffusion2gan.runtime import fit as module_fit
+from diffusion2gan.runtime.fit import fit, learning_rate
 
 NUM_PICTURES, BATCH = 48, 4
 

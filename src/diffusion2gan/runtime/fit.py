@@ -1,10 +1,11 @@
-"""The loop that trains every pocket model: pictures in, one loss, EMA, resumable by running it again."""
+"""The loop that trains every helper network: pictures in, one loss, EMA, resumable by running it again."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -24,16 +25,29 @@ def learning_rate(progress: float, peak: float, warmup: float = 0.03) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
+def shuffled(numbers: range, count: int, seed: int) -> list[int]:
+    """Which of `count` rows the pictures `numbers` of a run are: each epoch all of them, in an order of its own."""
+    return [_order(count, seed, n // count)[n % count] for n in numbers]
+
+
+@lru_cache(maxsize=4)
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 65_537 + epoch)).tolist()
+
+
 def fit(
     stage: str, module: nn.Module, loss: Callable[[range], Tensor], *, num_pictures: int, batch_size: int,
     peak_lr: float, folder: Path, seed: int, ema_decay: float = 0.999, weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.99), max_grad_norm: float = 1.0,
+    schedule: Callable[[float, float], float] = learning_rate, after_step: Callable[[], None] = lambda: None,
 ) -> nn.Module:  # fmt: skip
     """Trains `module` by AdamW on `loss(picture numbers) → scalar` and returns it with its averaged weights, in eval.
 
     Progress and optimiser state go to `folder/<stage>.safetensors` every two minutes; a finished stage is loaded.
+    `schedule(progress in [0, 1], peak_lr)` is the learning rate; `after_step` may project the weights.
     """
     path = folder / f"{stage}.safetensors"
-    optimizer = torch.optim.AdamW(module.parameters(), lr=peak_lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=peak_lr, betas=betas, weight_decay=weight_decay)
     ema = checkpoint.EMA(module, ema_decay)
     seen = 0
     if path.exists():
@@ -54,12 +68,13 @@ def fit(
         while seen < num_pictures:
             torch.manual_seed(hash((seed, seen)) % 2**31)  # the step's randomness depends on its place alone
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(seen / num_pictures, peak_lr)
+                group["lr"] = schedule(seen / num_pictures, peak_lr)
             value = loss(range(seen, seen + batch_size))
             optimizer.zero_grad(set_to_none=True)
             value.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
             optimizer.step()
+            after_step()
             ema.update(module)
             seen += batch_size
             last = float(value.detach())

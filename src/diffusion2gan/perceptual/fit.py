@@ -1,0 +1,125 @@
+"""`diffusion2gan perceptual fit`: a network for any VAE, trained to classify its latents. Run it again to go on.
+
+Diffusion2GAN (Kang et al. 2024, section 3.2) trains VGG-16 with batch norm on ImageNet's latents; any labelled pictures
+do here. The classifier is one linear layer on the mean of the last map (the paper's is not published; ours).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.distance import LatentLPIPS
+from diffusion2gan.perceptual.images import Labelled, check_classes, held_out, open_labelled, read_picture, to_images
+from diffusion2gan.perceptual.vgg import STAGES, VGG, num_dropped_pools
+from diffusion2gan.runtime.cache import Cache, Rows, claim, make_cache
+from diffusion2gan.runtime.files import write_json
+from diffusion2gan.runtime.fit import fit as fit_module
+from diffusion2gan.runtime.fit import shuffled
+from diffusion2gan.teacher.autoencoder import encode, load_vae, num_latent_channels, spatial_factor, vae_revision
+
+
+class Classifier(nn.Module):
+    """`vgg`'s last map → logits [B, num_classes]."""
+
+    def __init__(self, vgg: VGG, num_classes: int) -> None:
+        super().__init__()
+        self.vgg, self.head = vgg, nn.Linear(vgg.config["widths"][-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.vgg(x)[-1].mean((2, 3)))
+
+
+def fit(
+    images: Path, out: Path, vae: str | None, widths: tuple[int, ...], size: int = 256, epochs: int = 30,
+    batch_size: int = 64, peak_lr: float = 1e-3, seed: int = 0, device: str = "cpu",
+) -> dict[str, Any]:  # fmt: skip
+    """Trains on nine tenths of `images`, measures on the rest, writes the network to `out`; returns what it measured.
+
+    `vae`: its folder or `pocket`; None fits the pixel twin. `size`: the pictures' side. The heads written are all one:
+    `perceptual calibrate` is next. Raises UserError at what `open_labelled` and `make_cache` refuse.
+    """
+    if len(widths) != len(STAGES):
+        raise UserError(f"--widths {','.join(map(str, widths))}: {len(widths)} numbers, five are needed, one a stage")
+    labelled = open_labelled(images)
+    settings = {"widths": list(widths), "epochs": epochs, "batch_size": batch_size, "peak_lr": peak_lr, "seed": seed}
+    cache, vgg = cached_inputs(labelled, out / "cache", vae, size, widths, seed, device)
+    claim(out / "settings.json", settings)
+    labels = cache.whole("label")
+    check_classes(labelled.classes, labels.tolist(), images)
+    mask = held_out(labels, seed)
+    training = (~mask).nonzero()[:, 0]
+    classifier = Classifier(vgg, len(labelled.classes)).to(device)
+
+    def loss(numbers: range) -> Tensor:
+        places = training[shuffled(numbers, len(training), seed)].tolist()
+        inputs = to_inputs(cache.take("input", places)).to(device)
+        return F.cross_entropy(classifier(inputs), labels[places].to(device))
+
+    fit_module(
+        "fit", classifier, loss, num_pictures=epochs * len(training), batch_size=batch_size, peak_lr=peak_lr,
+        folder=out, seed=seed,
+    )  # fmt: skip
+    result = {
+        "top1": top1(classifier, cache, labels, mask.nonzero()[:, 0].tolist(), device), "held_out": int(mask.sum()),
+        "trained_on": len(training), "classes": len(labelled.classes), "unreadable": cache.unreadable,
+        "epochs": epochs, "seed": seed, "size": size, "vae": "none: pixels" if vae is None else Path(vae).name,
+    }  # fmt: skip
+    heads = [torch.ones(width) for width in widths]
+    note = (
+        f"Trained to classify {len(labelled.classes)} classes: top-1 {result['top1']:.1%} on {result['held_out']} "
+        "held-out pictures. Its heads are all one: not calibrated."
+    )
+    LatentLPIPS(vgg.cpu(), heads).save_pretrained(out, note=note)
+    write_json(out / "fit.json", result)
+    return result
+
+
+def cached_inputs(
+    labelled: Labelled, folder: Path, vae: str | None, size: int, widths: tuple[int, ...], seed: int, device: str
+) -> tuple[Cache, VGG]:
+    """(rows `input`, `label`: float16 latents or uint8 pictures; a fresh network that reads them)."""
+    spec: dict[str, Any] = {"images": labelled.digest, "size": size, "vae": None}
+    network, factor, channels = None, 1, 3
+    if vae is not None:
+        network = load_vae(vae, device)
+        factor, channels = spatial_factor(network), num_latent_channels(network)
+        spec["vae"] = vae_revision(vae)
+    torch.manual_seed(seed)
+    vgg = VGG(channels, widths, num_dropped_pools(factor))
+    if size % factor or size < factor * vgg.smallest_side:
+        raise UserError(f"--size {size}: a multiple of {factor}, {factor * vgg.smallest_side} or more, is needed")
+
+    def read(i: int) -> Rows:
+        picture = read_picture(labelled.source(i), labelled.names[i], size)
+        return {"input": picture, "label": torch.tensor(labelled.labels[i])}
+
+    def finish(rows: Rows) -> Rows:
+        if network is None:
+            return rows
+        return rows | {"input": encode(network, to_images(rows["input"]).to(device)).half().cpu()}
+
+    return make_cache(folder, spec, len(labelled.names), read, finish, "pictures"), vgg
+
+
+def to_inputs(rows: Tensor) -> Tensor:
+    """Cached rows → what the network reads, float32."""
+    return to_images(rows) if rows.dtype == torch.uint8 else rows.float()
+
+
+@torch.no_grad()
+def top1(
+    classifier: Classifier, cache: Cache, labels: Tensor, places: list[int], device: str, batch: int = 256
+) -> float:
+    """Share of `places` that the classifier gets right."""
+    right = 0
+    for start in range(0, len(places), batch):
+        here = places[start : start + batch]
+        guesses = classifier(to_inputs(cache.take("input", here)).to(device)).argmax(1).cpu()
+        right += int((guesses == labels[here]).sum())
+    return right / len(places)

@@ -1,0 +1,185 @@
+"""`perceptual fit`: class folders to a network, on latents and pixels; interrupted and run again, the same bits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.distance import LatentLPIPS
+from diffusion2gan.perceptual.fit import fit
+from diffusion2gan.perceptual.images import held_out, open_labelled, read_picture
+from diffusion2gan.runtime import cache as module_cache
+from diffusion2gan.runtime import fit as module_fit
+from diffusion2gan.runtime.cache import Unreadable, make_cache
+from diffusion2gan.runtime.fit import shuffled
+from diffusion2gan.teacher.autoencoder import encode, load_vae
+
+WIDTHS = (4, 4, 8, 8, 8)
+COLOURS = {"blue": (40, 60, 220), "red": (220, 50, 40)}
+
+
+def write_pictures(folder: Path, each: int = 20, size: int = 20) -> Path:
+    """Two classes that any network tells apart: reddish and bluish noise."""
+    noise = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(each):
+            picture = np.clip(np.array(colour) + noise.normal(0, 25, (size, size, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(picture).save(folder / name / f"{i:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed: copy it."""
+    return write_pictures(tmp_path_factory.mktemp("pictures") / "set")
+
+
+def run(images: Path, out: Path, vae: str | None = None, **options: float) -> dict[str, object]:
+    settings = {"size": 16, "epochs": 6, "batch_size": 8} | options
+    return fit(images, out, vae, WIDTHS, **settings)  # type: ignore[arg-type]
+
+
+def test_it_learns_and_says_what_it_measured(pictures: Path, tmp_path: Path) -> None:
+    result = run(pictures, tmp_path / "pixels", epochs=10, peak_lr=0.01)
+    assert (result["trained_on"], result["held_out"], result["classes"]) == (36, 4, 2) and result["top1"] == 1.0
+    assert json.loads((tmp_path / "pixels" / "fit.json").read_text()) == result
+    distance = LatentLPIPS.from_pretrained(tmp_path / "pixels")
+    assert distance.channels == 3 and distance._frozen[0].num_dropped == 0
+    assert all(torch.equal(head, torch.ones_like(head)) for head in distance._frozen[1])
+    assert "top-1 100.0% on 4 held-out pictures" in (tmp_path / "pixels" / "README.md").read_text()
+
+
+def test_latents_are_cached_once_and_a_cut_run_ends_with_the_same_bits(
+    pictures: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = str(tiny_teacher)
+    run(pictures, tmp_path / "whole", vae, epochs=2)
+    rows = LatentLPIPS.from_pretrained(tmp_path / "whole")
+    assert rows.channels == 4 and rows._frozen[0].num_dropped == 2
+    cached = module_cache.checkpoint.load(tmp_path / "whole" / "cache" / "00000000.safetensors")[0]
+    first = read_picture(pictures / "blue" / "000.png", "first", 16).permute(1, 2, 0).numpy()
+    expected = encode(load_vae(vae), torch.from_numpy(first[None] / 127.5 - 1).permute(0, 3, 1, 2).float())
+    torch.testing.assert_close(cached["input"][:1].float(), expected, rtol=1e-2, atol=1e-2)
+    assert cached["label"].tolist() == [0] * 20 + [1] * 20
+
+    monkeypatch.setattr(module_fit, "CHECKPOINT_EVERY_S", 0.0)
+    steps = iter(range(100))
+    real = module_fit.nn.utils.clip_grad_norm_
+
+    def cut(*args: object, **kwargs: object) -> object:
+        if next(steps) == 4:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module_fit.nn.utils, "clip_grad_norm_", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(pictures, tmp_path / "cut", vae, epochs=2)
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    before = (tmp_path / "cut" / "cache" / "00000000.safetensors").stat().st_mtime_ns
+    run(pictures, tmp_path / "cut", vae, epochs=2)
+    assert (tmp_path / "cut" / "cache" / "00000000.safetensors").stat().st_mtime_ns == before
+    ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("cut", "whole"))
+    assert ours == theirs
+
+
+def test_few_unreadable_pictures_are_skipped_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_pictures(tmp_path / "set", each=60)
+    (folder / "red" / "007.png").write_bytes(b"no picture")
+    result = run(folder, tmp_path / "out", epochs=1)
+    assert result["unreadable"] == ["red/007.png (UnidentifiedImageError)"]
+    assert "skipped 1 of 120 pictures: red/007.png" in " ".join(capsys.readouterr().err.split())
+    assert (int(result["trained_on"]), int(result["held_out"])) == (107, 12)  # type: ignore[call-overload]
+    whole = (folder / "red" / "008.png").read_bytes()
+    (folder / "red" / "008.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"2 of 120 pictures cannot be read, more than 1%: red/007.png .*, red/008.png"):
+        run(folder, tmp_path / "other", epochs=1)
+    assert not (tmp_path / "other" / "model.safetensors").exists()
+
+
+def test_folders_that_are_no_classes(pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder of pictures"):
+        open_labelled(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="has 0 classes"):
+        open_labelled(tmp_path)
+    copy = Path(shutil.copytree(pictures, tmp_path / "copy"))
+    (copy / "lonely").mkdir()
+    shutil.copy(copy / "red" / "000.png", copy / "lonely" / "000.png")
+    with pytest.raises(UserError, match=r"class 'lonely' .* has 1 picture .* two are needed"):
+        open_labelled(copy)
+    with pytest.raises(UserError, match="--size 18: a multiple of 4, 16 or more, is needed"):
+        run(pictures, tmp_path / "x", "pocket", size=18)
+    with pytest.raises(UserError, match="five are needed"):
+        fit(pictures, tmp_path / "x", None, (8, 8))
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "dataset_info.json").write_text("{}")
+    if module_has("datasets"):
+        pytest.skip("`datasets` is installed")
+    with pytest.raises(UserError, match="install `datasets` to read it"):
+        open_labelled(tmp_path / "hf")
+
+
+def module_has(name: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(name) is not None
+
+
+def test_other_settings_do_not_take_what_is_there(pictures: Path, tmp_path: Path) -> None:
+    run(pictures, tmp_path / "out", epochs=1)
+    with pytest.raises(UserError, match="was made with size = 16, this command says 32"):
+        run(pictures, tmp_path / "out", epochs=1, size=32)
+    with pytest.raises(UserError, match="was made with epochs = 1, this command says 2"):
+        run(pictures, tmp_path / "out", epochs=2)
+
+
+def test_a_picture_is_resized_and_cut_at_its_centre(tmp_path: Path) -> None:
+    grey = Image.new("L", (40, 20))
+    grey.paste(255, (15, 0, 25, 20))  # a white bar in the middle
+    grey.save(tmp_path / "bar.png")
+    found = read_picture(tmp_path / "bar.png", "bar", 10)
+    assert found.shape == (3, 10, 10) and found.dtype == torch.uint8
+    assert bool((found[:, :, 4:6] > 240).all()) and bool((found[:, :, [0, 9]] < 15).all())
+    with pytest.raises(Unreadable, match="gone"):
+        read_picture(tmp_path / "gone.png", "gone", 10)
+
+
+def test_the_held_out_are_a_tenth_of_each_class() -> None:
+    labels = torch.tensor([0] * 40 + [1] * 2 + [2] * 7)
+    mask = held_out(labels, 3)
+    assert [int(mask[labels == k].sum()) for k in range(3)] == [4, 1, 1]
+    assert torch.equal(mask, held_out(labels, 3)) and not torch.equal(mask, held_out(labels, 4))
+
+
+def test_each_epoch_takes_every_row_once() -> None:
+    places = shuffled(range(30), 10, 1)
+    assert [sorted(places[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3
+    assert places[:10] != places[10:20] and places[:10] != shuffled(range(10), 10, 2)
+    assert shuffled(range(7, 23), 10, 1) == places[7:23]  # whatever the batch
+
+
+def test_the_cache_in_chunks_is_the_same(tmp_path: Path) -> None:
+    def read(i: int) -> dict[str, torch.Tensor]:
+        if i == 150:
+            raise Unreadable(str(i))
+        return {"x": torch.tensor([float(i)])}
+
+    def double(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"x": 2 * rows["x"]}
+
+    caches = [
+        make_cache(tmp_path / str(chunk), {}, 200, read, double, "numbers", chunk=chunk, batch=3) for chunk in (7, 1000)
+    ]
+    expected = torch.tensor([2.0 * i for i in range(200) if i != 150])[:, None]
+    for cache in caches:
+        assert torch.equal(cache.whole("x"), expected) and len(cache) == 199 and cache.unreadable == ["150"]
+        assert torch.equal(cache.take("x", [198, 0, 6, 7, 150]), expected[[198, 0, 6, 7, 150]])

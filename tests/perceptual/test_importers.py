@@ -1,0 +1,187 @@
+"""Imported networks against the published formulas, written out from random weights in the published layouts."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS
+from diffusion2gan.perceptual.importers import import_network
+
+WIDTHS = (32, 32, 64, 32, 64)
+# what each slice holds, in order: "C" convolution, "N" norm, "R" ReLU, "P" pool
+SLICES = {
+    "elatentlpips": ("CNRCNR", "CNRCNR", "CNRCNRCNR", "CNRCNRCNRP", "CNRCNRCNRP"),
+    "snu": ("CNRCNR", "CNRCNR", "CNRCNRCNR", "PCNRCNRCNR", "PCNRCNRCNR"),
+}
+
+
+def weights(format_: str, channels: int = 4) -> dict[str, Tensor]:
+    """Random weights under the published names; the layers' numbers run on through all slices and count every layer."""
+    g = torch.Generator().manual_seed(0)
+    prefix, head = ("net.", "lin") if format_ == "elatentlpips" else ("", "linear")
+    table: dict[str, Tensor] = {}
+    number = 0
+    for stage, (layers, width) in enumerate(zip(SLICES[format_], WIDTHS, strict=True), 1):
+        for layer in layers:
+            name = f"{prefix}slice{stage}.{number}"
+            number += 1
+            if layer == "C":
+                table[f"{name}.weight"] = torch.randn(width, channels, 3, 3, generator=g) / (3 * channels**0.5)
+                table[f"{name}.bias"] = 0.1 * torch.randn(width, generator=g)
+                channels = width
+            if layer == "N":
+                table[f"{name}.weight"] = 0.5 + torch.rand(width, generator=g)
+                table[f"{name}.bias"] = 0.3 * torch.randn(width, generator=g)
+                if format_ == "elatentlpips":
+                    table[f"{name}.running_mean"] = 0.1 * torch.randn(width, generator=g)
+                    table[f"{name}.running_var"] = 0.5 + torch.rand(width, generator=g)
+                    table[f"{name}.num_batches_tracked"] = torch.tensor(7)
+    for level, width in enumerate(WIDTHS):
+        table[f"{head}{level}.model.1.weight"] = torch.rand(1, width, 1, 1, generator=g)
+    return table
+
+
+def formula(format_: str, table: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """Layer by layer in float64, from the names alone."""
+    prefix, head = ("net.", "lin") if format_ == "elatentlpips" else ("", "linear")
+    w = {key: value.double() for key, value in table.items()}
+
+    def taps(x: Tensor) -> list[Tensor]:
+        x, found, number = x.double(), [], 0
+        for stage, layers in enumerate(SLICES[format_], 1):
+            for layer in layers:
+                name = f"{prefix}slice{stage}.{number}"
+                number += 1
+                if layer == "C":
+                    x = F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], padding=1)
+                elif layer == "N" and format_ == "elatentlpips":
+                    mean, var = w[f"{name}.running_mean"], w[f"{name}.running_var"]
+                    scale = w[f"{name}.weight"] / (var + 1e-5).sqrt()
+                    x = (x - mean[:, None, None]) * scale[:, None, None] + w[f"{name}.bias"][:, None, None]
+                elif layer == "N":
+                    groups = x.reshape(len(x), 32, -1)
+                    spread = (groups.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+                    x = ((groups - groups.mean(2, keepdim=True)) / spread).reshape(x.shape)
+                    x = x * w[f"{name}.weight"][:, None, None] + w[f"{name}.bias"][:, None, None]
+                elif layer == "R":
+                    x = x.clamp_min(0)
+                else:
+                    x = x.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5))
+            squares = (x**2).sum(1, keepdim=True)
+            found.append(x / (squares + 1e-8).sqrt() if format_ == "elatentlpips" else x / (squares.sqrt() + 1e-10))
+        return found
+
+    layers = enumerate(zip(taps(a), taps(b), strict=True))
+    return sum(
+        (((fa - fb) ** 2) * w[f"{head}{level}.model.1.weight"]).sum(1).mean((1, 2)) for level, (fa, fb) in layers
+    )  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("format_", ["elatentlpips", "snu"])
+@pytest.mark.parametrize("channels", [4, 16])
+def test_the_imported_distance_is_the_published_formula(format_: str, channels: int, tmp_path: Path) -> None:
+    table = weights(format_, channels)
+    torch.save(collections.OrderedDict(table), tmp_path / "file.pth")
+    told = import_network(tmp_path / "file.pth", format_, tmp_path / "out", WIDTHS)
+    assert "licence" in told[0] and "Licence" in (tmp_path / "out" / "README.md").read_text()
+    a, b = torch.randn(2, 3, channels, 16, 16, generator=torch.Generator().manual_seed(1))
+    expected = formula(format_, table, a, b)
+    assert float(expected.min()) > 0.1
+    found = LatentLPIPS.from_pretrained(tmp_path / "out")(a, b).double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    plain = ELatentLPIPS.from_pretrained(tmp_path / "out", transforms="")(a, b).double()
+    torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_layers_numbers_do_not_matter_their_order_does(tmp_path: Path) -> None:
+    """Numbers that start anew in each slice, and a tensor that is stored under a second name too."""
+    table = weights("elatentlpips")
+    torch.save(table, tmp_path / "one.pth")
+    renamed = {}
+    for key, value in table.items():
+        parts = key.split(".")
+        if parts[0] == "net":
+            first = min(int(k.split(".")[2]) for k in table if k.startswith(f"net.{parts[1]}."))
+            parts[2] = str(int(parts[2]) - first)
+        renamed[".".join(parts)] = value
+        if parts[0].startswith("lin"):
+            renamed["lins." + ".".join([parts[0][3:], *parts[1:]])] = value
+    torch.save({"state_dict": renamed}, tmp_path / "two.pth")
+    for name in ("one", "two"):
+        import_network(tmp_path / f"{name}.pth", "elatentlpips", tmp_path / name, WIDTHS)
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two
+
+
+def test_negative_heads_are_told(tmp_path: Path) -> None:
+    table = weights("elatentlpips")
+    table["lin2.model.1.weight"][0, :3] = -1.0
+    torch.save(table, tmp_path / "file.pth")
+    told = import_network(tmp_path / "file.pth", "elatentlpips", tmp_path / "out", WIDTHS)
+    assert told[-1] == "3 head weights are negative and count as zero"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda t: t | {"net.slice2.9.weight": torch.zeros(48, 32, 3, 3)},
+            r"net\.slice2\.9\.weight is \[48, 32, 3, 3\], \[32, 32, 3, 3\] is expected",
+        ),
+        (
+            lambda t: t | {"lin3.model.1.weight": torch.zeros(1, 33, 1, 1)},
+            r"lin3\.model\.1\.weight is \[1, 33, 1, 1\], \[1, 32, 1, 1\] is expected",
+        ),
+        (
+            lambda t: {k: v for k, v in t.items() if not k.startswith("lin4")},
+            r"lin<4>\.model\.1\.weight, \[1, 64, 1, 1\], is missing",
+        ),
+        (lambda t: {k: v for k, v in t.items() if "running" not in k}, r"running_mean, \[32\], is missing"),
+        (lambda t: t | {"extra.weight": torch.zeros(3)}, r"extra\.weight, \[3\], is not expected"),
+        (lambda t: {"layer1.0.conv1.weight": torch.zeros(64, 3, 7, 7)}, r"slice1\.<layer 0>\.weight, .* is missing"),
+    ],
+)
+def test_another_architecture_is_told_by_its_first_key(change: object, told: str, tmp_path: Path) -> None:
+    torch.save(change(weights("elatentlpips")), tmp_path / "file.pth")  # type: ignore[operator]
+    with pytest.raises(UserError, match=told):
+        import_network(tmp_path / "file.pth", "elatentlpips", tmp_path / "out", WIDTHS)
+    assert not (tmp_path / "out").exists()
+
+
+class Evil:
+    """A pickle of it makes a folder when it is loaded by an unwary reader."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        import os
+
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path) -> None:
+    torch.save({"lin0.model.1.weight": Evil(tmp_path / "pwned")}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="needs to run code is refused"):
+        import_network(tmp_path / "evil.pth", "elatentlpips", tmp_path / "out")
+    assert not (tmp_path / "pwned").exists() and not (tmp_path / "out").exists()
+
+
+def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        import_network(tmp_path / "nowhere.pth", "snu", tmp_path / "out")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(UserError, match="cannot be read as plain tensors"):
+        import_network(tmp_path / "text.pth", "snu", tmp_path / "out")
+    torch.save([torch.zeros(3)], tmp_path / "list.pth")
+    with pytest.raises(UserError, match="holds no table of tensors"):
+        import_network(tmp_path / "list.pth", "snu", tmp_path / "out")
+    with pytest.raises(UserError, match="no format 'elatentlpip'; did you mean 'elatentlpips'"):
+        import_network(tmp_path / "text.pth", "elatentlpip", tmp_path / "out")

@@ -1,0 +1,88 @@
+"""PixelLPIPS against decoding by hand, and its VAE: frozen, hidden, scaled once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from diffusion2gan import PixelLPIPS
+from diffusion2gan.errors import Failure, UserError
+from diffusion2gan.perceptual.distance import LatentLPIPS
+from diffusion2gan.perceptual.vgg import VGG
+from diffusion2gan.pocket import models, shipped
+from diffusion2gan.teacher.autoencoder import decode, encode, load_vae, spatial_factor
+
+
+@pytest.fixture(scope="module")
+def vae() -> AutoencoderKL:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = models.vae()
+        vae.register_to_config(scaling_factor=0.7, shift_factor=0.1)
+        return vae.eval()
+
+
+@pytest.fixture(scope="module")
+def parts() -> tuple[VGG, list[Tensor]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return VGG(3, (8, 8, 8, 8, 8), 0).eval(), [torch.rand(8) for _ in range(5)]
+
+
+def latents(seed: int) -> Tensor:
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_it_is_lpips_of_the_decoded(vae: AutoencoderKL, parts: tuple[VGG, list[Tensor]]) -> None:
+    a, b = latents(1), latents(2)
+    with torch.no_grad():
+        pictures = [vae.decode(x / 0.7 + 0.1).sample for x in (a, b)]
+    assert pictures[0].shape == (2, 3, 32, 32)
+    found = PixelLPIPS(*parts, vae)(a, b)
+    torch.testing.assert_close(found, LatentLPIPS(*parts)(*pictures), rtol=1e-5, atol=1e-6)
+    assert torch.equal(PixelLPIPS(*parts, vae)(a, a), torch.zeros(2))
+
+
+def test_the_vae_is_frozen_and_hidden(vae: AutoencoderKL, parts: tuple[VGG, list[Tensor]]) -> None:
+    distance = PixelLPIPS(*parts, vae)
+    holder = nn.ModuleDict({"distance": distance}).train().requires_grad_(True)
+    assert list(holder.parameters()) == [] and not vae.training
+    a, b = latents(1).requires_grad_(), latents(2).requires_grad_()
+    distance(a, b).sum().backward()
+    assert a.grad is not None and float(a.grad.abs().sum()) > 0 and b.grad is None
+    assert all(p.grad is None for p in vae.parameters())
+    with pytest.raises(UserError, match=r"this network reads \[B, 4, h, w\]"):
+        distance(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
+
+
+def test_encode_undoes_the_scaling_that_decode_undoes(vae: AutoencoderKL) -> None:
+    images = torch.randn(2, 3, 32, 32).clamp(-1, 1)
+    with torch.no_grad():
+        mean = vae.encode(images).latent_dist.mean
+        torch.testing.assert_close(encode(vae, images), (mean - 0.1) * 0.7)
+        torch.testing.assert_close(decode(vae, encode(vae, images)), vae.decode(mean).sample, rtol=1e-4, atol=1e-5)
+    assert spatial_factor(vae) == 4
+
+
+def test_it_loads_with_any_vae_folder(
+    vae: AutoencoderKL, parts: tuple[VGG, list[Tensor]], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    LatentLPIPS(*parts).save_pretrained(tmp_path / "network")
+    vae.save_pretrained(tmp_path / "vae")
+    a, b = latents(1), latents(2)
+    loaded = PixelLPIPS.from_pretrained(tmp_path / "network", vae=tmp_path / "vae")
+    assert torch.equal(loaded(a, b), PixelLPIPS(*parts, vae)(a, b))
+    of_pipeline = PixelLPIPS.from_pretrained(tmp_path / "network", vae=load_vae(tiny_teacher))
+    assert of_pipeline(a, b).shape == (2,)
+    with pytest.raises(UserError, match="holds no VAE"):
+        PixelLPIPS.from_pretrained(tmp_path / "network", vae=tmp_path / "nowhere")
+
+
+@pytest.mark.skipif((shipped.ROOT / "pixel_vgg").exists(), reason="this installation has a pocket pixel network")
+def test_a_missing_pocket_network_is_said() -> None:
+    with pytest.raises(Failure, match="no pocket pixel_vgg"):
+        PixelLPIPS.from_pretrained("pocket")

@@ -16,7 +16,9 @@ from diffusion2gan.pocket import scenes, shipped
 
 def test_all_weights_are_there_and_small() -> None:
     files = [path for path in shipped.ROOT.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 30 * 2**20
+    sizes = {path: path.stat().st_size for path in files}
+    pairs = sum(size for path, size in sizes.items() if path.parent.name == "pairs")
+    assert sum(sizes.values()) - pairs <= 30e6 and pairs <= 10e6
     assert not {path.suffix for path in files} & {".bin", ".pt", ".pth", ".ckpt", ".pkl"}  # safetensors alone
     for name in ("teacher", "student", "clip", "probe", "latent_vgg"):
         assert shipped.folder(name).is_dir()
@@ -28,15 +30,9 @@ def test_the_probe_reads_real_pictures() -> None:
     right = attributes_right(load_probe(), pictures, prompts)
     objects = sum(scenes.stated(prompt).count for prompt in prompts)
     assert len(right["count"]) == 400 and len(right["shape"]) == objects
-    assert share([answer for answers in right.values() for answer in answers]) >= 0.82  # no worse than shipped
+    assert share([answer for answers in right.values() for answer in answers]) >= 0.97
     others = attributes_right(load_probe(), np.roll(pictures, 1, axis=0), prompts)
     assert share([answer for answers in others.values() for answer in answers]) <= 0.6
-
-
-@pytest.mark.xfail(strict=True, reason="the shipped probe is undertrained: .864 on 512 pictures")
-def test_bar_probe_on_real_pictures() -> None:
-    right = attributes_right(load_probe(), real_pictures(400, seed=5), scenes.captions(range(400), HELD_OUT_WORLD + 5))
-    assert share([answer for answers in right.values() for answer in answers]) >= 0.97
 
 
 @pytest.mark.slow

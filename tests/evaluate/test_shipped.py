@@ -36,8 +36,15 @@ def test_the_probe_reads_real_pictures() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the shipped teacher is undertrained: .459 and .441 on 512 captions")
-@pytest.mark.parametrize(("name", "bar"), [("pocket-teacher", 0.90), ("pocket-student", 0.80)])
+@pytest.mark.parametrize(
+    ("name", "bar"),
+    [
+        ("pocket-teacher", 0.90),
+        pytest.param(
+            "pocket-student", 0.80, marks=pytest.mark.xfail(strict=True, reason="@STUDENT@ on 1 000 captions")
+        ),
+    ],
+)
 def test_bar_attributes(name: str, bar: float, tmp_path: Path) -> None:
     count, prompts = 64, scenes.captions(range(64), HELD_OUT_WORLD + 3)
     pictures = render(load_system(name), prompts, 3, tmp_path)
@@ -67,9 +74,9 @@ def test_evaluate_tells_teacher_student_and_chance_apart(tmp_path: Path) -> None
     assert 0 < student["same_noise_distance"] < one_step["same_noise_distance"]
     assert teacher["frechet_distance"] < one_step["frechet_distance"]
     assert student["frechet_distance"] < one_step["frechet_distance"]
-    # No worse than shipped; the bars themselves stand below.
-    assert teacher["attribute_accuracy"] > one_step["attribute_accuracy"] + 0.08
-    assert student["attribute_accuracy"] > one_step["attribute_accuracy"] + 0.08
+    # The bars themselves stand above.
+    assert teacher["attribute_accuracy"] > one_step["attribute_accuracy"] + 0.3
+    assert student["attribute_accuracy"] > one_step["attribute_accuracy"] + 0.2
     assert student["seconds_per_image"] < teacher["seconds_per_image"] / 5
 
 

@@ -1,8 +1,8 @@
 """`diffusion2gan pocket train`: every pocket model from nothing, stage by stage. Run it again to continue.
 
 Training pictures are world 0. More pictures (`--scale`) on a better machine (`--device cuda`, not tried yet) train
-better models by the same recipe. The shipped UNet's learning rate was laid out for 220 000 pictures until it had seen
-about 23 000 (LOG.md).
+better models by the same recipe. The shipped models saw as many pictures, but some of them from an earlier version of
+the world, and their learning rates were changed on the way (LOG.md).
 """
 
 from __future__ import annotations

@@ -40,9 +40,7 @@ def test_the_probe_reads_real_pictures() -> None:
     ("name", "bar"),
     [
         ("pocket-teacher", 0.90),
-        pytest.param(
-            "pocket-student", 0.80, marks=pytest.mark.xfail(strict=True, reason="@STUDENT@ on 1 000 captions")
-        ),
+        pytest.param("pocket-student", 0.80, marks=pytest.mark.xfail(strict=True, reason="76.8 % on 1 000 captions")),
     ],
 )
 def test_bar_attributes(name: str, bar: float, tmp_path: Path) -> None:

@@ -398,6 +398,7 @@ def test_ctrl_c_and_again(tiny_teacher: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "diffusion2gan", *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in background
     )  # fmt: skip
     try:
         end = time.monotonic() + 400

@@ -22,6 +22,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     teacher: str = Field("pocket", description="`pocket` or the folder of a diffusers pipeline")
+    start: str = Field("teacher", description="the student's weights at birth: the teacher's, or a run's folder")
     perceptual: str = Field("pocket", description="weights of the perceptual distance: `pocket` or a folder")
     loss: LossName = Field("e_latent_lpips", description="the regression loss between student and teacher latents")
     pseudo_huber_c: float = Field(0.03, gt=0, description="pseudo_huber's c, per latent number (iCT: 0.00054·√dims)")

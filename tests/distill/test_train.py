@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.distill import train
-from diffusion2gan.distill.run import CHECKPOINT, Run, load_student
+from diffusion2gan.distill.run import CHECKPOINT, Run, load_student, open_run, start_weights
 from diffusion2gan.distill.student import Student
 from diffusion2gan.distill.train import distill, dry_run, learning_rate, step_seed
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.pairs.make import make_pairs
-from diffusion2gan.pairs.store import PairsSpec, noise_of
+from diffusion2gan.pairs.store import PairsSpec, noise_of, open_set
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.recipe import Recipe
@@ -298,6 +299,32 @@ def test_ten_skipped_in_a_row_are_a_failure(
     monkeypatch.undo()
     distill(long, pairs, tmp_path / "run")
     assert_same(tmp_path / "well", tmp_path / "run")
+
+
+def test_a_run_may_start_from_anothers_student(whole_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path) -> None:
+    """Its first loss is that student's, not the teacher's; resumed, it no longer needs the other run."""
+    other = tmp_path / "other"
+    shutil.copytree(whole_run, other)
+    later = recipe.model_copy(update={"start": str(other), "pairs_seen": BATCH, "seed": 3})
+    run = Run(later, load_teacher(later.teacher))
+    open_run(run, tmp_path / "run", open_set(pairs))
+    weights = load_student(whole_run)[1]
+    for now in (run.student.unet.state_dict(), run.ema.shadow):
+        assert all(torch.equal(now[key], value) for key, value in weights.items())
+    distill(later, pairs, tmp_path / "run")
+    shutil.rmtree(other)
+    distill(later, pairs, tmp_path / "run")
+
+
+def test_a_start_that_is_no_run_or_anothers_teachers_is_refused(
+    whole_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path, sd_style_teacher: Path
+) -> None:
+    later = recipe.model_copy(update={"start": str(tmp_path / "none")})
+    with pytest.raises(UserError, match="holds no run"):
+        distill(later, pairs, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match=r"start = .* was distilled from weights"):
+        start_weights(whole_run, load_teacher(str(sd_style_teacher)))
 
 
 def test_a_damaged_checkpoint_is_a_failure(recipe: Recipe, pairs: Path, tmp_path: Path) -> None:

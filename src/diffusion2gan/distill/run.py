@@ -45,6 +45,11 @@ class Run:
         self.health = Health()
         self.pairs_seen = 0
 
+    def begin(self, weights: dict[str, Tensor]) -> None:
+        """Gives the student other weights than the teacher's; its average starts there too."""
+        self.student.unet.load_state_dict(weights)
+        self.ema = checkpoint.EMA(self.student.unet, self.recipe.ema_decay)
+
     def autocast(self) -> AbstractContextManager[None]:
         """bfloat16 where the recipe asks for it; the student's output layer, distances and losses stay in float32."""
         return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
@@ -85,6 +90,8 @@ class Run:
 def open_run(run: Run, out: Path, spec: PairsSpec) -> None:
     """Starts a run folder, or resumes the one there. Raises UserError where it holds another recipe's run."""
     path = out / "recipe.json"
+    if run.recipe.start != "teacher" and not (out / CHECKPOINT).exists():
+        run.begin(start_weights(Path(run.recipe.start), run.teacher))
     described = {"recipe": run.recipe.model_dump(), "pairs": asdict(spec) | {"latent_shape": list(spec.latent_shape)}}
     if path.exists():
         there = read_json(path)
@@ -111,6 +118,17 @@ def _cut_log(out: Path, pairs_seen: int) -> None:
         lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["pairs_seen"] <= pairs_seen]
         path.write_text("".join(f"{line}\n" for line in kept))
+
+
+def start_weights(run_folder: Path, teacher: Teacher) -> dict[str, Tensor]:
+    """The averaged weights of another run's student. Raises UserError where that run had another teacher."""
+    own, weights, _ = load_student(run_folder)
+    if own.revision != teacher.revision:
+        raise UserError(
+            f"start = {str(run_folder)!r} was distilled from weights {own.revision}, but this recipe's teacher "
+            f"{teacher.name!r} has {teacher.revision}. Name a run of the same teacher, or start=teacher."
+        )
+    return weights
 
 
 def load_student(run_folder: Path) -> tuple[Teacher, dict[str, Tensor], dict[str, Any]]:

@@ -41,6 +41,7 @@ class Recipe(BaseModel):
         "diffusion", description="grown from the teacher; the same from random weights; plain convolutions"
     )
     discriminator_learning_rate: float = Field(1e-4, gt=0, description="Adam's peak; the student's schedule")
+    adversarial_from: int = Field(0, ge=0, description="pairs of regression alone before D begins: cheaper by far")
     discriminator_warmup: int = Field(2_000, ge=0, description="pairs that D learns from before the student feels it")
     discriminator_timestep: int = Field(0, ge=0, description="where a diffusion D believes to be; latents are clean")
     noise_input: bool = Field(True, description="D reads the noise")

@@ -242,6 +242,20 @@ def test_in_the_warm_up_the_student_feels_nothing(recipe: Recipe, pairs: Path) -
     assert not all(torch.equal(a, b) for a, b in zip(students[0], students[2], strict=True))
 
 
+def test_before_its_time_the_discriminator_stands_still(recipe: Recipe, pairs: Path) -> None:
+    run, batch, distance = begin(recipe, pairs, adversarial_from=2 * BATCH, discriminator_warmup=BATCH)
+    alone = begin(recipe, pairs, adversarial_weight=0.0)[0]
+    before = weights(run.discriminator)
+    for _ in range(2):
+        entry = step(run, batch, distance)
+        step(alone, batch, distance)
+        assert "d_loss" not in entry and "gan_loss" not in entry
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(run.discriminator), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights(alone.student), weights(run.student), strict=True))
+    learning, both = step(run, batch, distance), step(run, batch, distance)
+    assert "d_loss" in learning and "gan_loss" not in learning and "gan_loss" in both
+
+
 def test_without_a_weight_no_discriminator_is_built(recipe: Recipe, pairs: Path) -> None:
     run, batch, distance = begin(recipe, pairs, adversarial_weight=0.0)
     assert run.discriminator is None and run.discriminator_optimizer is None

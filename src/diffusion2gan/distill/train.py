@@ -75,7 +75,8 @@ def step(run: Run, pairs: Pairs, distance: Distance) -> dict[str, Any]:
     All randomness is a function of (seed, pairs seen), so a resumed run repeats it.
     """
     parts = parts_of(run, pairs)
-    entry = {} if run.discriminator is None else discriminator_step(run, parts)
+    playing = run.discriminator is not None and run.pairs_seen >= run.recipe.adversarial_from
+    entry = discriminator_step(run, parts) if playing else {}
     entry |= student_step(run, parts, distance)
     run.pairs_seen += len(pairs)
     return {"pairs_seen": run.pairs_seen} | entry
@@ -131,7 +132,8 @@ def penalise(run: Run, parts: list[Part], generator: torch.Generator) -> dict[st
 def student_step(run: Run, parts: list[Part], distance: Distance) -> dict[str, Any]:
     """One update of the student and its average by distance + λ·softplus(−D), D held still."""
     recipe = run.recipe
-    weight = recipe.adversarial_weight if run.pairs_seen >= recipe.discriminator_warmup else 0.0
+    felt_from = recipe.adversarial_from + recipe.discriminator_warmup
+    weight = recipe.adversarial_weight if run.pairs_seen >= felt_from else 0.0
     run.optimizer.zero_grad(set_to_none=True)
     total, gan, answers = 0.0, 0.0, []
     for part in parts:
@@ -303,16 +305,24 @@ def dry_run(recipe: Recipe, pairs: Path) -> dict[str, float | int | str]:
     check_pairs(reader.spec, teacher, pairs)
     check_prompts(recipe, reader, pairs)
     run, distance = Run(recipe, teacher), distance_of(recipe, teacher.device, teacher.vae)
-    batches = reader.batches(recipe.batch_size)
-    step(run, next(batches), distance)
-    start = time.monotonic()
-    step(run, next(batches), distance)
-    step_s = time.monotonic() - start
+    first, second = [next(reader.batches(recipe.batch_size)) for _ in range(2)]
+
+    def step_s(pairs_seen: int) -> float:
+        """Seconds of the second of two steps."""
+        run.pairs_seen = pairs_seen
+        step(run, first, distance)
+        start = time.monotonic()
+        step(run, second, distance)
+        return time.monotonic() - start
+
+    alone = min(recipe.adversarial_from, recipe.pairs_seen) if recipe.adversarial_weight > 0 else 0
+    whole_s, alone_s = step_s(recipe.adversarial_from), step_s(0) if alone else 0.0
     student = sum(p.numel() for p in run.student.parameters())
     discriminator = 0 if run.discriminator is None else sum(p.numel() for p in run.discriminator.parameters())
     steps = -(-recipe.pairs_seen // recipe.batch_size)
     return {
         "student_parameters": student, "discriminator_parameters": discriminator,
         "weights_gradients_adam_ema_mib": round((student * 5 + discriminator * 4) * 4 / 2**20, 1),
-        "steps": steps, "seconds_per_step": round(step_s, 3), "hours": round(steps * step_s / 3600, 2),
+        "steps": steps, "seconds_per_step": round(whole_s, 3),
+        "hours": round((alone * alone_s + (recipe.pairs_seen - alone) * whole_s) / recipe.batch_size / 3600, 2),
     }  # fmt: skip

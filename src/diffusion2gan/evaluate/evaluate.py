@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion2gan.errors import UserError
-from diffusion2gan.evaluate import intervals, metrics
+from diffusion2gan.errors import UserError, nearest
+from diffusion2gan.evaluate import backbones, intervals, metrics
+from diffusion2gan.evaluate.coco import evaluate_coco
 from diffusion2gan.evaluate.features import (
     ClipFeatures,
     PocketClip,
@@ -32,7 +33,7 @@ from diffusion2gan.evaluate.pictures import (
     noise_seeds,
     open_images,
 )
-from diffusion2gan.evaluate.protocols import POCKET, describe
+from diffusion2gan.evaluate.protocols import POCKET, PROTOCOLS, describe, read_captions
 from diffusion2gan.evaluate.systems import System, load_system
 from diffusion2gan.pairs.store import noise_of
 from diffusion2gan.pocket import scenes
@@ -80,6 +81,34 @@ def evaluate(
     )
 
 
+def evaluate_published(
+    name: str, protocol: str, *, captions: Path, reference: Path, cache: Path, captions_sha256: str | None = None,
+    inception: Path | None = None, clip: str | None = None, dinov2: str | None = None, seed: int = 0,
+    num_inference_steps: int | None = None, guidance_scale: float | None = None, device: str = "cpu",
+    precision: str = "float32", batch_size: int = 1, num_resamples: int = intervals.NUM_RESAMPLES,
+) -> dict[str, Any]:  # fmt: skip
+    """A system's numbers by a COCO protocol; see `coco.evaluate_coco` for what each feature network tells.
+
+    Raises UserError at an unknown protocol, another captions list, or files that are missing.
+    """
+    if protocol not in PROTOCOLS or protocol == POCKET.name:
+        raise UserError(f"no such protocol: {protocol!r}{nearest(protocol, PROTOCOLS)}")
+    chosen = PROTOCOLS[protocol]
+    assert chosen.count is not None
+    prompts = read_captions(captions, chosen.count, captions_sha256)
+    spaces = {
+        "inception": backbones.inception(inception, device=device) if inception else None,
+        "clip": backbones.clip(clip, device) if clip else None,
+        "dinov2": backbones.dinov2(dinov2, device) if dinov2 else None,
+    }
+    system = open_system(name, num_inference_steps, guidance_scale, device, precision)
+    measured = evaluate_coco(
+        system, chosen, prompts, reference, cache, seed=seed, batch_size=batch_size, num_resamples=num_resamples,
+        **spaces,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return measured | _settings(system, prompts, seed)
+
+
 WEIGHTS = ("clip_weights_sha256", "probe_weights_sha256")
 
 
@@ -100,7 +129,7 @@ def open_system(
 def _settings(system: System | ImageFolder, prompts: Sequence[str], seed: int) -> dict[str, Any]:
     if isinstance(system, ImageFolder):
         return {"weights": system.key, "picture_format": "+".join(system.formats)}
-    few = min(32, len(prompts))
+    few = min(32 if np.prod(system.latent_shape) <= 2**10 else 4, len(prompts))
     noise = noise_of(noise_seeds(seed, range(few)), system.latent_shape)
     return {
         **system.timings(prompts[:few], noise),
@@ -238,7 +267,7 @@ def render(
     return np.concatenate(parts)
 
 
-def render_several(system: System, prompts: Sequence[str], seed: int, cache: Path, num_noises: int) -> Pictures:
+def render_several(system: System | ImageFolder, prompts: Sequence[str], seed: int, cache: Path, num_noises: int) -> Pictures:
     """[N, K, 64, 64, 3]: K pictures of each prompt, from noises of their own."""
     return np.stack([render(system, prompts, seed, cache, nth) for nth in range(num_noises)], axis=1)
 

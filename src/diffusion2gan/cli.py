@@ -164,7 +164,8 @@ def generate(
 @app.command()
 def evaluate(
     system: Annotated[
-        str, typer.Argument(help="pocket-teacher, pocket-student, a folder (pipeline or pictures), or ROW=FOLDER[+FILE].")
+        str,
+        typer.Argument(help="pocket-teacher, pocket-student, a folder (pipeline or pictures), or ROW=FOLDER[+FILE]."),
     ],
     out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("metrics.json"),
     count: Annotated[int, typer.Option(min=2, help="Held-out captions.")] = 1000,
@@ -182,7 +183,9 @@ def evaluate(
     clip: Annotated[str | None, typer.Option(help="COCO: a CLIP, folder or id.")] = None,
     dinov2: Annotated[str | None, typer.Option(help="COCO: a DINOv2, folder or id.")] = None,
     device: Annotated[str, typer.Option(help="COCO: cpu, cuda, …")] = "cpu",
-    precision: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="COCO: the system's.")] = "float32",
+    precision: Annotated[
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="COCO: the system's.")
+    ] = "float32",
     batch_size: Annotated[int, typer.Option(min=1, help="COCO: pictures made at once.")] = 1,
 ) -> None:
     """Measure a system: on the pocket world's held-out captions, or by a COCO protocol with your own files."""

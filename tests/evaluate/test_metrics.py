@@ -178,6 +178,7 @@ def test_cmmd_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def by_neighbours(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     """The four from their definitions, by a full table of distances."""
+
     def radius(x: np.ndarray, k: int) -> np.ndarray:
         return np.sort(scipy.spatial.distance.cdist(x, x), axis=1)[:, k]  # place 0 is itself
 

@@ -255,19 +255,26 @@ def render(
 
     Raises UserError where they are of another size: the pocket protocol resizes nothing.
     """
-    parts = []
-    for pictures in chunks(system, prompts, seed, cache, nth=nth):
-        for picture in pictures:
-            if picture.shape[:2] != (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE):
-                raise UserError(
-                    f"{system.name} makes {picture.shape[1]}×{picture.shape[0]} pictures; the pocket protocol measures "
-                    f"{scenes.IMAGE_SIZE}×{scenes.IMAGE_SIZE} ones"
-                )
-        parts.append(np.stack(pictures))
-    return np.concatenate(parts)
+    pictures = render_any(system, prompts, seed, cache, nth)
+    for picture in pictures:
+        if picture.shape[:2] != (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE):
+            raise UserError(
+                f"{system.name} makes {picture.shape[1]}×{picture.shape[0]} pictures; the pocket protocol measures "
+                f"{scenes.IMAGE_SIZE}×{scenes.IMAGE_SIZE} ones"
+            )
+    return np.stack(pictures)
 
 
-def render_several(system: System | ImageFolder, prompts: Sequence[str], seed: int, cache: Path, num_noises: int) -> Pictures:
+def render_any(
+    system: System | ImageFolder, prompts: Sequence[str], seed: int, cache: Path, nth: int = 0
+) -> list[Pictures]:  # fmt: skip
+    """[H, W, 3] of each prompt, of any size."""
+    return [picture for some in chunks(system, prompts, seed, cache, nth=nth) for picture in some]
+
+
+def render_several(
+    system: System | ImageFolder, prompts: Sequence[str], seed: int, cache: Path, num_noises: int
+) -> Pictures:
     """[N, K, 64, 64, 3]: K pictures of each prompt, from noises of their own."""
     return np.stack([render(system, prompts, seed, cache, nth) for nth in range(num_noises)], axis=1)
 

@@ -200,7 +200,7 @@ def test_manifold_is_its_definitions(n: int, m: int, d: int, move: float, monkey
     both = features(n + m, d, 27)
     a, b = 1.1 * both[:n] + move, both[n:]
     expected = by_neighbours(a, b)
-    assert 0 < expected["coverage"] < 1 and 0 < expected["density"]
+    assert 0 < expected["coverage"] < 1 and expected["density"] > 0
     assert means(a, b) == pytest.approx(expected)
     rng = np.random.default_rng(29)
     assert means(rng.permutation(a) + 1e3, rng.permutation(b) + 1e3) == pytest.approx(expected)

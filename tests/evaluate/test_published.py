@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -235,3 +236,26 @@ def test_bad_names_and_files(sdxl: Path, tiny_teacher: Path, weights: Path, tmp_
     with pytest.raises(UserError, match="runs without guidance"):
         load_system(f"sdxl-turbo={sdxl}", guidance_scale=5.0)
     assert all(row.steps for row in ROWS.values())
+
+
+def test_a_lora_is_merged_into_its_base(sdxl: Path, tmp_path: Path) -> None:
+    layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    base = load_system(f"sdxl={sdxl}", 2)
+    weight = base.pipeline.unet.get_submodule(layer).weight
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        down, up = torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4)
+    lora = {f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}
+    save_file(lora, tmp_path / "Hyper-SDXL-2steps-lora.safetensors")
+    save_file(lora, tmp_path / "Hyper-SDXL-1step-lora.safetensors")
+    name = f"hyper-sd-lora={sdxl}+{tmp_path / 'Hyper-SDXL-2steps-lora.safetensors'}"
+    if importlib.util.find_spec("peft") is None:
+        with pytest.raises(UserError, match="needs the package peft: pip install peft"):
+            load_system(name)
+        pytest.skip("peft is not installed")
+    system = load_system(name)
+    torch.testing.assert_close(system.pipeline.unet.get_submodule(layer).weight, weight + up @ down)
+    timesteps, _ = unet_input(system, noise_of([3], system.latent_shape))
+    assert timesteps == [999, 499] and isinstance(system.pipeline.scheduler, DDIMScheduler)
+    one = load_system(f"hyper-sd-lora-1step={sdxl}+{tmp_path / 'Hyper-SDXL-1step-lora.safetensors'}")
+    assert one.call == {"eta": 1.0} and one.generate(PROMPTS, noise_of([1, 2], one.latent_shape)).shape[0] == 2

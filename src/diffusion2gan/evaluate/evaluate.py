@@ -136,7 +136,7 @@ def _settings(system: System | ImageFolder, prompts: Sequence[str], seed: int) -
         "num_inference_steps": system.num_inference_steps,
         "guidance_scale": system.guidance_scale,
         "scheduler": type(system.pipeline.scheduler).__name__,
-        "precision": system.precision,
+        "dtype": system.precision,
         "device": system.device,
         "weights": system.revision,
         "picture_format": "uint8, never compressed",
@@ -154,33 +154,28 @@ def measure(
     """
     clip, probe = PocketClip(), load_probe()
     ours, theirs, truth = clip.images(pictures), clip.images(reference), clip.images(real)
-    seen, there = probe_features(probe, pictures), probe_features(probe, real)
     patches = [probe_features(probe, np.ascontiguousarray(middle(x, PATCH))) for x in (pictures, real)]
-    texts = clip.texts(prompts)
+    pairs = {
+        "frechet_distance": (probe_features(probe, pictures), probe_features(probe, real)),
+        "frechet_distance_clip": (ours.image_embeds, truth.image_embeds),
+        "patch_frechet_distance": (patches[0], patches[1]),
+    }
+    seen, there = pairs["frechet_distance"]
     metrics.check_features(seen, "probe")
     metrics.check_features(ours.image_embeds, "CLIP")
     warn_few(len(pictures), seen.shape[1])
-    rows = attributes_of_each(probe, pictures, prompts)
-    answers = {kind: [answer for row in rows for answer in row[kind]] for kind in rows[0]}
+    right, by_caption = _attributes(attributes_of_each(probe, pictures, prompts))
+    texts = clip.texts(prompts)
     told: dict[str, Any] = {
-        "frechet_distance": metrics.frechet_distance(seen, there),
-        "frechet_distance_clip": metrics.frechet_distance(ours.image_embeds, truth.image_embeds),
+        **{key: metrics.frechet_distance(a, b) for key, (a, b) in pairs.items()},
         "clip_score": metrics.clip_score(ours.image_embeds, texts),
-        "attribute_accuracy": metrics.share([answer for some in answers.values() for answer in some]),
-        "attribute_accuracy_by_kind": {kind: metrics.share(some) for kind, some in answers.items()},
+        **right,
         "same_noise_distance": metrics.same_noise_distance(ours.patches, theirs.patches),
-        "patch_frechet_distance": metrics.frechet_distance(*patches),
         "kernel_distance": metrics.kernel_distance(seen, there),
         "cmmd": metrics.cmmd(ours.image_embeds, truth.image_embeds),
     }
-    by_caption: dict[str, tuple[Any, Any]] = {  # name → (numbers, what they are divided by), a row a caption
-        "clip_score": (metrics.cosine(ours.image_embeds, texts), None),
-        "same_noise_distance": (metrics.patch_distance(ours.patches, theirs.patches), None),
-        "attribute_accuracy": (
-            [sum(sum(some) for some in row.values()) for row in rows],
-            [sum(len(some) for some in row.values()) for row in rows],
-        ),
-    }
+    by_caption["clip_score"] = (metrics.cosine(ours.image_embeds, texts), None)
+    by_caption["same_noise_distance"] = (metrics.patch_distance(ours.patches, theirs.patches), None)
     if len(pictures) > metrics.NEAREST_DENSITY:
         found = vars(metrics.manifold(seen, there))
         told |= {key: float(values.mean()) for key, values in found.items()}
@@ -190,13 +185,20 @@ def measure(
         told |= {"diversity": float(spread.mean()), "diversity_count": len(several), "num_noises": several.shape[1]}
         by_caption["diversity"] = (spread, None)
     if num_resamples:
-        pairs = {
-            "frechet_distance": (seen, there),
-            "frechet_distance_clip": (ours.image_embeds, truth.image_embeds),
-            "patch_frechet_distance": (patches[0], patches[1]),
-        }
         told |= intervals_of(pairs, by_caption, num_resamples)
     return told | {"clip_weights_sha256": clip.sha256, "probe_weights_sha256": probe_sha256()}
+
+
+def _attributes(rows: list[dict[str, list[bool]]]) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+    """(the shares of right answers, and of each caption how many are right of how many)."""
+    answers = {kind: [answer for row in rows for answer in row[kind]] for kind in rows[0]}
+    told = {
+        "attribute_accuracy": metrics.share([answer for some in answers.values() for answer in some]),
+        "attribute_accuracy_by_kind": {kind: metrics.share(some) for kind, some in answers.items()},
+    }
+    right = [sum(sum(some) for some in row.values()) for row in rows]
+    asked = [sum(len(some) for some in row.values()) for row in rows]
+    return told, {"attribute_accuracy": (right, asked)}
 
 
 def intervals_of(

@@ -41,7 +41,7 @@ JOBS = {
 POCKET_IMPORTS = {"pocket", "runtime", "recipe", "errors", "teacher", "perceptual"}
 POCKET_USERS = {"pocket", "evaluate", "compare", "teacher", "perceptual"} | TOP
 POCKET_PATHS_ONLY = {"teacher", "perceptual"}  # of pocket they may see where the shipped weights lie, no network
-DIFFUSERS_DOORS = ("teacher.", "pocket.", "export", "evaluate.systems")
+DIFFUSERS_DOORS = ("teacher.", "pocket.", "export", "evaluate.systems", "evaluate.published")
 HEAVY = ("torch", "diffusers", "transformers")
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import scipy.linalg
 import scipy.spatial
+import torch
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluate import metrics
@@ -123,3 +126,159 @@ def test_share() -> None:
     assert metrics.share([True, False, True, True]) == 0.75
     assert metrics.share([False]) == 0 and metrics.share([True]) == 1
     assert math.isnan(metrics.share([]))
+
+
+@pytest.mark.parametrize(("n", "m", "d"), [(200, 150, 12), (10, 14, 40)])
+def test_streamed_moments_give_the_same_frechet_distance(n: int, m: int, d: int) -> None:
+    a, b = features(n, d, 20) + 100, features(m, d, 21) + 100
+    cuts = [a[:3], a[3:4], a[4:]]
+    for order in ((0, 1, 2), (2, 0, 1)):
+        parts = [metrics.Moments.of(cuts[i]) for i in order]
+        streamed = parts[0] + parts[1] + parts[2]
+        np.testing.assert_allclose(streamed.covariance(), np.cov(a, rowvar=False), rtol=1e-9, atol=1e-9)
+        told = metrics.frechet_distance_of_moments(streamed, metrics.Moments.of(b))
+        assert told == pytest.approx(metrics.frechet_distance(a, b), rel=1e-5)
+
+
+def test_kernel_distance_is_the_u_statistic(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = features(13, 6, 22), features(9, 6, 23) + 0.5
+    k = lambda x, y: (x @ y / 6 + 1) ** 3  # noqa: E731
+    within = [
+        np.mean([k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j]) for x in (a, b)
+    ]  # fmt: skip
+    expected = sum(within) - 2 * np.mean([[k(x, y) for y in b] for x in a])
+    assert metrics.kernel_distance(a, b) == pytest.approx(expected, rel=1e-10)
+    assert metrics.kernel_distance(b, a[::-1]) == pytest.approx(expected, rel=1e-10)
+    monkeypatch.setattr(metrics, "BLOCK", 4)
+    assert metrics.kernel_distance(a, b) == pytest.approx(expected, rel=1e-10)
+    with pytest.raises(UserError, match="two pictures a side, got 1 and 9"):
+        metrics.kernel_distance(a[:1], b)
+
+
+def test_kernel_distance_of_one_distribution_is_zero_on_average() -> None:
+    told = [metrics.kernel_distance(features(40, 5, i), features(40, 5, i)[::-1]) for i in range(3)]
+    assert all(value < 0 for value in told)  # each picture meets itself across, and not within: a bias below zero
+    rng = np.random.default_rng(24)
+    draws = [metrics.kernel_distance(*rng.standard_normal((2, 30, 5))) for _ in range(200)]
+    assert abs(np.mean(draws)) < 4 * np.std(draws) / math.sqrt(200)
+
+
+def test_cmmd_is_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = features(12, 6, 25), features(7, 6, 26)
+    x, y = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (a, b))
+    mean = lambda p, q: np.exp(-scipy.spatial.distance.cdist(p, q, "sqeuclidean") / 200).mean()  # noqa: E731
+    expected = 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+    assert metrics.cmmd(a, b) == pytest.approx(expected, rel=1e-9)
+    monkeypatch.setattr(metrics, "BLOCK", 5)
+    assert metrics.cmmd(3 * a, b[::-1]) == pytest.approx(expected, rel=1e-9)
+    assert metrics.cmmd(a, a) == pytest.approx(0, abs=1e-9)
+    one, other = np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]])  # |one − other|² = 2
+    assert metrics.cmmd(one, other) == pytest.approx(1000 * (2 - 2 * math.exp(-0.01)), rel=1e-12)
+
+
+def by_neighbours(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """The four from their definitions, by a full table of distances."""
+
+    def radius(x: np.ndarray, k: int) -> np.ndarray:
+        return np.sort(scipy.spatial.distance.cdist(x, x), axis=1)[:, k]  # place 0 is itself
+
+    table = scipy.spatial.distance.cdist(a, b)
+    return {
+        "precision": (table <= radius(b, 3)).any(1).mean(),
+        "recall": (table <= radius(a, 3)[:, None]).any(0).mean(),
+        "density": (table <= radius(b, 5)).sum(1).mean() / 5,
+        "coverage": (table <= radius(b, 5)).any(0).mean(),
+    }
+
+
+def means(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    return {key: float(values.mean()) for key, values in vars(metrics.manifold(a, b)).items()}
+
+
+@pytest.mark.parametrize(("n", "m", "d", "move"), [(60, 45, 3, 0.5), (45, 60, 12, 0.0), (30, 200, 2, 1.0)])
+def test_manifold_is_its_definitions(n: int, m: int, d: int, move: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = features(n + m, d, 27)
+    a, b = 1.1 * both[:n] + move, both[n:]
+    expected = by_neighbours(a, b)
+    assert 0 < expected["coverage"] < 1 and expected["density"] > 0
+    assert means(a, b) == pytest.approx(expected)
+    rng = np.random.default_rng(29)
+    assert means(rng.permutation(a) + 1e3, rng.permutation(b) + 1e3) == pytest.approx(expected)
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    assert means(a, b) == pytest.approx(expected)
+    found = metrics.manifold(a, b)
+    assert [len(x) for x in (found.precision, found.density)] == [n, n]
+    assert [len(x) for x in (found.recall, found.coverage)] == [m, m]
+
+
+def test_manifold_of_itself_and_of_another_world() -> None:
+    a = features(50, 4, 30)
+    assert means(a, a) == {"precision": 1, "recall": 1, "density": pytest.approx(6 / 5, abs=0.5), "coverage": 1}
+    assert set(means(a, a + 1000).values()) == {0}
+    one = np.tile(a[:1], (50, 1)) + 1e-6 * features(50, 4, 31)  # collapsed onto one good picture
+    told = means(one, a)
+    assert told["precision"] == 1 and told["recall"] <= 0.1 and told["coverage"] < 0.5
+    with pytest.raises(UserError, match="need 6 pictures a side, got 5 and 50"):
+        metrics.manifold(a[:5], a)
+
+
+def test_manifold_is_torch_fidelitys_and_sklearns() -> None:
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    a, b = np.split(features(210, 6, 32), [120])
+    a += 0.4
+    radius = neighbors.NearestNeighbors(n_neighbors=6).fit(b).kneighbors(b)[0][:, 5]
+    table = scipy.spatial.distance.cdist(a, b)
+    told = means(a, b)
+    assert 0.05 < told["recall"] < 0.95 and 0.05 < told["precision"] < 0.95
+    assert told["density"] == pytest.approx((table <= radius).sum() / 5 / 120)
+    assert told["coverage"] == pytest.approx((table <= radius).any(0).mean())
+    fidelity = torch_fidelity("metric_prc")
+    theirs = fidelity.prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), verbose=False)
+    assert told["precision"] == pytest.approx(theirs["precision"], abs=1e-6)
+    assert told["recall"] == pytest.approx(theirs["recall"], abs=1e-6)
+
+
+def torch_fidelity(module: str) -> Any:
+    """A module of torch-fidelity; skips where it, or the torchvision it needs, is missing."""
+    try:
+        return importlib.import_module(f"torch_fidelity.{module}")
+    except (ImportError, RuntimeError) as error:  # a torchvision of another torch raises the second
+        pytest.skip(f"torch-fidelity does not load: {error}")
+
+
+def test_kernel_and_frechet_distances_are_torch_fidelitys() -> None:
+    a, b = features(80, 6, 34), features(80, 6, 35) + 0.3
+    whole = dict(kid_subsets=1, kid_subset_size=80, verbose=False)
+    theirs = torch_fidelity("metric_kid").kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), **whole)
+    assert metrics.kernel_distance(a, b) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+    fid = torch_fidelity("metric_fid")
+    stats = [fid.fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
+    theirs = fid.fid_statistics_to_metric(*stats, verbose=False)
+    assert metrics.frechet_distance(a, b) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-8)
+
+
+def test_diversity_is_the_mean_over_pairs_with_any_distance() -> None:
+    rng = np.random.default_rng(36)
+    several = rng.standard_normal((5, 3, 4, 7))  # prompts, pictures, patches, width
+    told = metrics.diversity(several)
+    pairs = [metrics.same_noise_distance(several[2:3, i], several[2:3, j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert told.shape == (5,) and told[2] == pytest.approx(np.mean(pairs))
+    assert metrics.diversity(several[:, ::-1]) == pytest.approx(told)
+    assert metrics.diversity(np.repeat(several[:, :1], 3, axis=1)) == pytest.approx(0, abs=1e-12)
+    by_length = metrics.diversity(several, lambda a, b: np.abs(a - b).sum((1, 2)))
+    assert by_length[0] == pytest.approx(
+        sum(np.abs(several[0, i] - several[0, j]).sum() for i, j in ((0, 1), (0, 2), (1, 2))) / 3
+    )
+    with pytest.raises(UserError, match="two pictures of each prompt"):
+        metrics.diversity(several[:, :1])
+    assert metrics.patch_distance(several[:, 0], several[:, 1]).mean() == pytest.approx(
+        metrics.same_noise_distance(several[:, 0], several[:, 1])
+    )
+
+
+def test_features_that_are_not_finite_are_named() -> None:
+    a = features(8, 3, 37)
+    metrics.check_features(a, "probe")
+    a[5, 1], a[6, 0] = np.nan, np.inf
+    with pytest.raises(UserError, match=r"probe: the features of 2 of 8 pictures are not finite, the first is .* 5"):
+        metrics.check_features(a, "probe")

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import from_numpy
 
 from diffusion2gan.evaluate.evaluate import HELD_OUT_WORLD, evaluate, real_pictures, render
 from diffusion2gan.evaluate.features import PocketClip, attributes_right, load_probe
 from diffusion2gan.evaluate.metrics import clip_score, share
 from diffusion2gan.evaluate.systems import load_system
 from diffusion2gan.pocket import scenes, shipped
+from diffusion2gan.runtime import checkpoint
 
 
 def test_all_weights_are_there_and_small() -> None:
@@ -86,3 +88,29 @@ def test_rendered_pictures_are_kept_and_reused(tmp_path: Path) -> None:
     assert pictures.shape == (70, 64, 64, 3) and len(kept) == 2
     assert np.array_equal(render(system, prompts, 4, tmp_path), pictures)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == kept
+
+
+def test_evaluate_tells_intervals_diversity_and_protocol_and_the_same_twice(tmp_path: Path) -> None:
+    made = real_pictures(12, 3)
+    for nth, shift in ((0, 1), (1, 2)):
+        _keep(tmp_path, "pocket-student", np.roll(made, shift, 0), nth)
+    _keep(tmp_path, "pocket-teacher", made, 0)
+    told = [
+        evaluate("pocket-student", count=12, seed=3, cache=tmp_path, num_noises=2, num_resamples=30) for _ in range(2)
+    ]
+    timed = {"seconds_per_image", "seconds_per_image_p90", "images_per_second", "peak_memory_bytes"}
+    assert {k: v for k, v in told[0].items() if k not in timed} == {k: v for k, v in told[1].items() if k not in timed}
+    for key in ("frechet_distance", "clip_score", "attribute_accuracy", "diversity", "coverage", "recall"):
+        low, high = told[0]["intervals"][key]
+        assert low <= told[0][key] <= high, key
+    assert told[0]["diversity"] > 0 and told[0]["num_noises"] == 2 and told[0]["diversity_count"] == 12
+    assert told[0]["precision"] == told[0]["coverage"] == 1  # the same pictures, of other captions
+    assert told[0]["patch_frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert told[0]["protocol"] == "pocket" and told[0]["protocol_settings"]["count"] == 12
+
+
+def _keep(cache: Path, name: str, pictures: np.ndarray, nth: int) -> None:
+    """Puts pictures where `render` keeps a system's, so that nothing is made."""
+    prompts = scenes.captions(range(12), HELD_OUT_WORLD + 3)
+    folder = f"{load_system(name).key}-3" + (f"-noise{nth}" if nth else "")
+    checkpoint.save(cache / folder / "000000-12.safetensors", {"pictures": from_numpy(pictures)}, {"prompts": prompts})

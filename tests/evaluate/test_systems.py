@@ -88,7 +88,9 @@ def test_pictures_are_the_stock_pipelines(student: Path) -> None:
 def test_timings_are_positive_and_consistent(student: Path) -> None:
     system = load_system(str(student))
     told = system.timings(PROMPTS, noise_of([1, 2, 3, 4], system.latent_shape), repeats=2)
-    assert set(told) == {"seconds_per_image", "images_per_second"}
+    assert {"seconds_per_image", "seconds_per_image_p90", "images_per_second"} <= set(told)
+    assert told["seconds_per_image_p90"] >= told["seconds_per_image"]
+    assert told.get("peak_memory_bytes", 2**27) >= 2**27  # the process holds torch and a pipeline
     assert 0 < told["seconds_per_image"] < 30 and 0 < told["images_per_second"] < 10_000
 
 

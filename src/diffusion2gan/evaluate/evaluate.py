@@ -1,4 +1,7 @@
-"""`diffusion2gan evaluate`: a system's pictures of the pocket world's held-out captions, in numbers."""
+"""`diffusion2gan evaluate`: a system's pictures of the pocket world's held-out captions, in numbers.
+
+The keys of `metrics.json` are listed in ARCHITECTURE.md.
+"""
 
 from __future__ import annotations
 
@@ -8,78 +11,237 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import from_numpy
 
-from diffusion2gan.errors import UserError
-from diffusion2gan.evaluate.features import PocketClip, attributes_right, load_probe, probe_features, probe_sha256
-from diffusion2gan.evaluate.metrics import clip_score, frechet_distance, same_noise_distance, share
+from diffusion2gan.errors import UserError, nearest
+from diffusion2gan.evaluate import backbones, intervals, metrics
+from diffusion2gan.evaluate.coco import evaluate_coco
+from diffusion2gan.evaluate.features import (
+    ClipFeatures,
+    PocketClip,
+    attributes_of_each,
+    load_probe,
+    probe_features,
+    probe_sha256,
+)
+from diffusion2gan.evaluate.pictures import (
+    CHUNK,
+    MAX_NOISES,
+    NOISE_SET,
+    ImageFolder,
+    chunks,
+    middle,
+    noise_seeds,
+    open_images,
+)
+from diffusion2gan.evaluate.protocols import POCKET, PROTOCOLS, describe, read_captions
 from diffusion2gan.evaluate.systems import System, load_system
-from diffusion2gan.pairs.store import noise_of, pair_seed
+from diffusion2gan.pairs.store import noise_of
 from diffusion2gan.pocket import scenes
-from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.images import to_uint8
-from diffusion2gan.runtime.progress import Bar
+from diffusion2gan.runtime.progress import console
 
 HELD_OUT_WORLD = 1000  # + seed: captions and pictures that no training stage has seen
-NOISE_SET = 128  # + seed: noises that no set of pairs with a seed below 128 has
-CHUNK = 64
+PATCH = scenes.IMAGE_SIZE // 2  # pixels
+MAX_DISTANCE_RESAMPLES = 200  # of a Fréchet distance, which costs a thousand times what a mean does
+MAX_DIVERSITY = 256  # captions whose further noises are looked at
+
+Pictures = NDArray[np.uint8]
 
 
 def evaluate(
     name: str, *, count: int, seed: int, cache: Path, num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
+    guidance_scale: float | None = None, num_noises: int = 1, num_resamples: int = intervals.NUM_RESAMPLES,
 ) -> dict[str, Any]:  # fmt: skip
     """All metrics of system `name` on `count` held-out captions; pictures are kept in `cache` and reused.
 
-    Raises UserError where the system's pictures are not of the pocket world's size.
+    `name` may be a folder of pictures by caption index. With `num_noises` above 1 the first 256 captions get so many
+    pictures each, and `diversity` is told too. `num_resamples` = 0 leaves the intervals out. Raises UserError where the
+    system's pictures are not of the pocket world's size.
     """
     if count < 2:
         raise UserError(f"--count {count}: at least 2 pictures are needed")
     if not 0 <= seed < NOISE_SET:
         raise UserError(f"--seed {seed}: 0 to {NOISE_SET - 1}")
-    system = load_system(name, num_inference_steps, guidance_scale)
+    if not 1 <= num_noises <= MAX_NOISES:
+        raise UserError(f"--num-noises {num_noises}: 1 to {MAX_NOISES}")
+    system = open_system(name, num_inference_steps, guidance_scale)
+    if num_noises > 1 and isinstance(system, ImageFolder):
+        raise UserError(f"{name} is a folder with one picture a caption; leave --num-noises out")
     teacher = load_system("pocket-teacher")
     prompts = scenes.captions(range(count), HELD_OUT_WORLD + seed)
     pictures = render(system, prompts, seed, cache)
     reference = pictures if system.key == teacher.key else render(teacher, prompts, seed, cache)
-    few = min(32, count)
-    noise = noise_of([pair_seed(NOISE_SET + seed, i) for i in range(few)], system.latent_shape)
+    several = render_several(system, prompts[:MAX_DIVERSITY], seed, cache, num_noises) if num_noises > 1 else None
+    measured = measure(
+        pictures, reference, real_pictures(count, seed), prompts, several=several, num_resamples=num_resamples
+    )
+    return {"system": name, **measured, **_settings(system, prompts, seed), "count": count, "seed": seed} | describe(
+        POCKET, captions=prompts, seed=seed, weights={key: measured[key] for key in WEIGHTS}
+    )
+
+
+def evaluate_published(
+    name: str, protocol: str, *, captions: Path, reference: Path, cache: Path, captions_sha256: str | None = None,
+    inception: Path | None = None, clip: str | None = None, dinov2: str | None = None, seed: int = 0,
+    num_inference_steps: int | None = None, guidance_scale: float | None = None, device: str = "cpu",
+    precision: str = "float32", batch_size: int = 1, num_resamples: int = intervals.NUM_RESAMPLES,
+) -> dict[str, Any]:  # fmt: skip
+    """A system's numbers by a COCO protocol; see `coco.evaluate_coco` for what each feature network tells.
+
+    Raises UserError at an unknown protocol, another captions list, or files that are missing.
+    """
+    if protocol not in PROTOCOLS or protocol == POCKET.name:
+        raise UserError(f"no such protocol: {protocol!r}{nearest(protocol, PROTOCOLS)}")
+    chosen = PROTOCOLS[protocol]
+    assert chosen.count is not None
+    prompts = read_captions(captions, chosen.count, captions_sha256)
+    spaces = {
+        "inception": backbones.inception(inception, device=device) if inception else None,
+        "clip": backbones.clip(clip, device) if clip else None,
+        "dinov2": backbones.dinov2(dinov2, device) if dinov2 else None,
+    }
+    system = open_system(name, num_inference_steps, guidance_scale, device, precision)
+    measured = evaluate_coco(
+        system, chosen, prompts, reference, cache, seed=seed, batch_size=batch_size, num_resamples=num_resamples,
+        **spaces,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return measured | _settings(system, prompts, seed)
+
+
+WEIGHTS = ("clip_weights_sha256", "probe_weights_sha256")
+
+
+def open_system(
+    name: str, num_inference_steps: int | None = None, guidance_scale: float | None = None, device: str = "cpu",
+    precision: str = "float32",
+) -> System | ImageFolder:  # fmt: skip
+    """A system by `load_system`, or a folder of pictures: FOLDER or NAME=FOLDER without a model_index.json."""
+    label, equals, path = name.partition("=")
+    folder = Path(path if equals else name)
+    if folder.is_dir() and not (folder / "model_index.json").exists() and "+" not in name:
+        if (num_inference_steps, guidance_scale) != (None, None):
+            raise UserError(f"{folder} is a folder of pictures: it takes neither steps nor guidance")
+        return open_images(label, folder)
+    return load_system(name, num_inference_steps, guidance_scale, device, precision)
+
+
+def _settings(system: System | ImageFolder, prompts: Sequence[str], seed: int) -> dict[str, Any]:
+    if isinstance(system, ImageFolder):
+        return {"weights": system.key, "picture_format": "+".join(system.formats)}
+    few = min(32 if np.prod(system.latent_shape) <= 2**10 else 4, len(prompts))
+    noise = noise_of(noise_seeds(seed, range(few)), system.latent_shape)
     return {
-        "system": name,
-        **measure(pictures, reference, real_pictures(count, seed), prompts),
         **system.timings(prompts[:few], noise),
         "num_inference_steps": system.num_inference_steps,
         "guidance_scale": system.guidance_scale,
-        "count": count,
-        "seed": seed,
+        "scheduler": type(system.pipeline.scheduler).__name__,
+        "dtype": system.precision,
+        "device": system.device,
         "weights": system.revision,
+        "picture_format": "uint8, never compressed",
     }
 
 
 def measure(
-    pictures: NDArray[np.uint8], reference: NDArray[np.uint8], real: NDArray[np.uint8], prompts: Sequence[str]
-) -> dict[str, Any]:
+    pictures: Pictures, reference: Pictures, real: Pictures, prompts: Sequence[str], *, several: Pictures | None = None,
+    num_resamples: int = intervals.NUM_RESAMPLES,
+) -> dict[str, Any]:  # fmt: skip
     """The metrics of `pictures` [N, 64, 64, 3] against the teacher's (`reference`) and real renderings (`real`).
 
-    `frechet_distance` is taken in the probe's features, `frechet_distance_clip` in the CLIP's embeddings.
+    `frechet_distance` is taken in the probe's features, `frechet_distance_clip` in the CLIP's embeddings. `several`
+    [M, K, 64, 64, 3]: K pictures of each of M prompts.
     """
     clip, probe = PocketClip(), load_probe()
     ours, theirs, truth = clip.images(pictures), clip.images(reference), clip.images(real)
-    right = attributes_right(probe, pictures, prompts)
+    patches = [probe_features(probe, np.ascontiguousarray(middle(x, PATCH))) for x in (pictures, real)]
+    pairs = {
+        "frechet_distance": (probe_features(probe, pictures), probe_features(probe, real)),
+        "frechet_distance_clip": (ours.image_embeds, truth.image_embeds),
+        "patch_frechet_distance": (patches[0], patches[1]),
+    }
+    seen, there = pairs["frechet_distance"]
+    metrics.check_features(seen, "probe")
+    metrics.check_features(ours.image_embeds, "CLIP")
+    warn_few(len(pictures), seen.shape[1])
+    right, by_caption = _attributes(attributes_of_each(probe, pictures, prompts))
+    texts = clip.texts(prompts)
+    told: dict[str, Any] = {
+        **{key: metrics.frechet_distance(a, b) for key, (a, b) in pairs.items()},
+        "clip_score": metrics.clip_score(ours.image_embeds, texts),
+        **right,
+        "same_noise_distance": metrics.same_noise_distance(ours.patches, theirs.patches),
+        "kernel_distance": metrics.kernel_distance(seen, there),
+        "cmmd": metrics.cmmd(ours.image_embeds, truth.image_embeds),
+    }
+    by_caption["clip_score"] = (metrics.cosine(ours.image_embeds, texts), None)
+    by_caption["same_noise_distance"] = (metrics.patch_distance(ours.patches, theirs.patches), None)
+    if len(pictures) > metrics.NEAREST_DENSITY:
+        found = vars(metrics.manifold(seen, there))
+        told |= {key: float(values.mean()) for key, values in found.items()}
+        by_caption |= {key: (values, None) for key, values in found.items()}
+    if several is not None:
+        spread = metrics.diversity(_patches_of(clip, several))
+        told |= {"diversity": float(spread.mean()), "diversity_count": len(several), "num_noises": several.shape[1]}
+        by_caption["diversity"] = (spread, None)
+    if num_resamples:
+        told |= intervals_of(pairs, by_caption, num_resamples)
+    return told | {"clip_weights_sha256": clip.sha256, "probe_weights_sha256": probe_sha256()}
+
+
+def _attributes(rows: list[dict[str, list[bool]]]) -> tuple[dict[str, Any], dict[str, tuple[Any, Any]]]:
+    """(the shares of right answers, and of each caption how many are right of how many)."""
+    answers = {kind: [answer for row in rows for answer in row[kind]] for kind in rows[0]}
+    told = {
+        "attribute_accuracy": metrics.share([answer for some in answers.values() for answer in some]),
+        "attribute_accuracy_by_kind": {kind: metrics.share(some) for kind, some in answers.items()},
+    }
+    right = [sum(sum(some) for some in row.values()) for row in rows]
+    asked = [sum(len(some) for some in row.values()) for row in rows]
+    return told, {"attribute_accuracy": (right, asked)}
+
+
+def intervals_of(
+    pairs: dict[str, tuple[metrics.Features, metrics.Features]], by_caption: dict[str, tuple[Any, Any]],
+    num_resamples: int,
+) -> dict[str, Any]:  # fmt: skip
+    """`intervals`: name → [low, high] of Fréchet distances between `pairs` and of means over captions."""
+
+    def distance(a: metrics.Features, b: metrics.Features) -> intervals.Interval:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        point = metrics.frechet_distance(a, b)
+        return intervals.bootstrap(
+            lambda rows: metrics.frechet_distance_of_moments(metrics.Moments.of(a[rows]), metrics.Moments.of(b[rows])),
+            len(a), num_resamples=min(num_resamples, MAX_DISTANCE_RESAMPLES), point=point,
+        )  # fmt: skip
+
+    found = {key: distance(a, b) for key, (a, b) in pairs.items()}
+    for key, (values, weights) in by_caption.items():
+        found[key] = intervals.bootstrap_mean(values, weights, num_resamples=num_resamples)
     return {
-        "frechet_distance": frechet_distance(probe_features(probe, pictures), probe_features(probe, real)),
-        "frechet_distance_clip": frechet_distance(ours.image_embeds, truth.image_embeds),
-        "clip_score": clip_score(ours.image_embeds, clip.texts(prompts)),
-        "attribute_accuracy": share([answer for answers in right.values() for answer in answers]),
-        "attribute_accuracy_by_kind": {kind: share(answers) for kind, answers in right.items()},
-        "same_noise_distance": same_noise_distance(ours.patches, theirs.patches),
-        "clip_weights_sha256": clip.sha256,
-        "probe_weights_sha256": probe_sha256(),
+        "intervals": {key: list(interval) for key, interval in found.items()},
+        "interval_level": intervals.LEVEL,
+        "num_resamples": num_resamples,
     }
 
 
-def real_pictures(count: int, seed: int) -> NDArray[np.uint8]:
+def _patches_of(clip: PocketClip, several: Pictures) -> metrics.Features:
+    """[M, K, P, W] of [M, K, 64, 64, 3]."""
+    num, each = several.shape[:2]
+    found: ClipFeatures = clip.images(several.reshape(num * each, *several.shape[2:]))
+    return found.patches.reshape(num, each, *found.patches.shape[1:])
+
+
+def warn_few(count: int, dimension: int) -> None:
+    """Says so where there are fewer pictures than features have numbers."""
+    if count <= dimension:
+        console.print(
+            f"warning: {count} pictures for features of {dimension} numbers: their covariance is singular, and the "
+            f"Fréchet distance mostly tells how few they are. Take --count {dimension + 1} or more.", soft_wrap=True,
+        )  # fmt: skip
+
+
+def real_pictures(count: int, seed: int) -> Pictures:
     """[count, 64, 64, 3] renderings of the held-out captions themselves."""
     parts = [
         to_uint8(scenes.draw(range(start, min(start + CHUNK, count)), HELD_OUT_WORLD + seed).images)
@@ -88,26 +250,35 @@ def real_pictures(count: int, seed: int) -> NDArray[np.uint8]:
     return np.concatenate(parts)
 
 
-def render(system: System, prompts: Sequence[str], seed: int, cache: Path) -> NDArray[np.uint8]:
-    """[N, 64, 64, 3] pictures of the held-out prompts; each chunk is kept in `cache` and not made twice."""
-    parts = []
-    with Bar(f"pictures of {system.name}", len(prompts)) as bar:
-        for start in range(0, len(prompts), CHUNK):
-            some = prompts[start : start + CHUNK]
-            path = cache / f"{system.key}-{seed}" / f"{start:06d}-{len(some)}.safetensors"
-            if not path.exists():
-                seeds = [pair_seed(NOISE_SET + seed, start + i) for i in range(len(some))]
-                made = system.generate(some, noise_of(seeds, system.latent_shape))
-                checkpoint.save(path, {"pictures": from_numpy(made)}, {"prompts": list(some)})
-            parts.append(checkpoint.load(path)[0]["pictures"].numpy())
-            bar.advance(len(some))
-    pictures = np.concatenate(parts)
-    if pictures.shape[1:3] != (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE):
-        raise UserError(
-            f"{system.name} makes {pictures.shape[2]}×{pictures.shape[1]} pictures; the pocket protocol measures "
-            f"{scenes.IMAGE_SIZE}×{scenes.IMAGE_SIZE} ones"
-        )
-    return pictures
+def render(
+    system: System | ImageFolder, prompts: Sequence[str], seed: int, cache: Path, nth: int = 0
+) -> Pictures:  # fmt: skip
+    """[N, 64, 64, 3] pictures of the held-out prompts, each from its `nth` noise.
+
+    Raises UserError where they are of another size: the pocket protocol resizes nothing.
+    """
+    pictures = render_any(system, prompts, seed, cache, nth)
+    for picture in pictures:
+        if picture.shape[:2] != (scenes.IMAGE_SIZE, scenes.IMAGE_SIZE):
+            raise UserError(
+                f"{system.name} makes {picture.shape[1]}×{picture.shape[0]} pictures; the pocket protocol measures "
+                f"{scenes.IMAGE_SIZE}×{scenes.IMAGE_SIZE} ones"
+            )
+    return np.stack(pictures)
+
+
+def render_any(
+    system: System | ImageFolder, prompts: Sequence[str], seed: int, cache: Path, nth: int = 0
+) -> list[Pictures]:  # fmt: skip
+    """[H, W, 3] of each prompt, of any size."""
+    return [picture for some in chunks(system, prompts, seed, cache, nth=nth) for picture in some]
+
+
+def render_several(
+    system: System | ImageFolder, prompts: Sequence[str], seed: int, cache: Path, num_noises: int
+) -> Pictures:
+    """[N, K, 64, 64, 3]: K pictures of each prompt, from noises of their own."""
+    return np.stack([render(system, prompts, seed, cache, nth) for nth in range(num_noises)], axis=1)
 
 
 def save_metrics(path: Path, metrics: dict[str, Any]) -> None:

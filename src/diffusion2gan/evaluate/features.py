@@ -16,6 +16,7 @@ from diffusion2gan.runtime.files import sha256
 from diffusion2gan.runtime.images import from_uint8
 
 BATCH = 64
+ATTRIBUTES = ("count", "shape", "colour", "pattern", "ground")
 Pictures = NDArray[np.uint8]
 
 
@@ -80,23 +81,31 @@ def probe_features(probe: models.Probe, pictures: Pictures) -> NDArray[np.float3
     return np.asarray(torch.cat(maps).mean((2, 3)).numpy())
 
 
-@torch.no_grad()
 def attributes_right(probe: models.Probe, pictures: Pictures, prompts: Sequence[str]) -> dict[str, list[bool]]:
-    """For every attribute a prompt states, whether the probe sees it in the picture.
+    """For every attribute a prompt states, whether the probe sees it in the picture. One entry per stated attribute.
 
     count: as many objects. ground. shape: one of that shape is there. colour and pattern belong to an object: its
     shape must be there and the colour be among the k most likely ones for that shape, k being how many objects of that
-    shape the prompt has (so that a red ring beside a blue star does not pass for a blue ring). One entry per stated
-    attribute.
+    shape the prompt has (so that a red ring beside a blue star does not pass for a blue ring).
     """
+    rows = attributes_of_each(probe, pictures, prompts)
+    return {kind: [answer for row in rows for answer in row[kind]] for kind in ATTRIBUTES}
+
+
+@torch.no_grad()
+def attributes_of_each(
+    probe: models.Probe, pictures: Pictures, prompts: Sequence[str]
+) -> list[dict[str, list[bool]]]:  # fmt: skip
+    """`attributes_right`, picture by picture."""
     logits = torch.cat([probe(from_uint8(pictures[i : i + BATCH])) for i in range(0, len(pictures), BATCH)])
     parts = models.split(logits)
     tables = {  # [N, shape, value]
         "colour": parts["shape_colour"].reshape(-1, len(scenes.SHAPES), len(scenes.COLOURS)),
         "pattern": parts["shape_pattern"].reshape(-1, len(scenes.SHAPES), len(scenes.PATTERNS)),
     }
-    right: dict[str, list[bool]] = {"count": [], "shape": [], "colour": [], "pattern": [], "ground": []}
+    rows = []
     for i, prompt in enumerate(prompts):
+        right: dict[str, list[bool]] = {kind: [] for kind in ATTRIBUTES}
         said = scenes.stated(prompt)
         right["count"].append(int(parts["count"][i].argmax()) + 1 == said.count)
         if said.ground is not None:
@@ -111,4 +120,5 @@ def attributes_right(probe: models.Probe, pictures: Pictures, prompts: Sequence[
                 if value is not None:
                     likely = tables[kind][i, shape].topk(said.shape.count(name)).indices.tolist()
                     right[kind].append(there and values.index(value) in likely)
-    return right
+        rows.append(right)
+    return rows

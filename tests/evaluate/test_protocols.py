@@ -1,0 +1,265 @@
+"""Protocols and pictures: captions, image folders, feature caches, and a COCO protocol in miniature."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.evaluate import backbones, evaluate, metrics
+from diffusion2gan.evaluate.coco import evaluate_coco
+from diffusion2gan.evaluate.pictures import fitted, middle, noise_seeds, open_images, read_image
+from diffusion2gan.evaluate.protocols import COCO2014, POCKET, captions_digest, check_same, describe, read_captions
+from diffusion2gan.evaluate.systems import load_system
+from diffusion2gan.pocket import models
+
+SMALL = dataclasses.replace(COCO2014, count=7, side=32, patch=16)
+CAPTIONS = [f"a red ring number {i}" for i in range(7)]
+
+
+def save_pictures(folder: Path, count: int, seed: int, side: tuple[int, int] = (48, 40)) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 255, (*side, 3), np.uint8)).save(folder / f"{i:06d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    words = models.tokenizer()
+    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = small | {"vocab_size": len(words), "max_position_embeddings": 77, "eos_token_id": words.eos_token_id}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = CLIPConfig(text_config=text, vision_config=small | {"image_size": 28, "patch_size": 14})
+        CLIPModel(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    prepared = {
+        "size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "resample": 3,
+        "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
+    }  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(prepared))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_dinov2(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dinov2")
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        Dinov2Model(
+            Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+        ).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text((tiny_clip / "preprocessor_config.json").read_text())
+    return folder
+
+
+def test_captions_of_lines_and_of_annotations_are_one_list(tmp_path: Path) -> None:
+    rows = [(9, 90, "second  picture\n"), (4, 41, "later caption"), (4, 40, "first picture"), (11, 5, "third")]
+    told = {"annotations": [{"image_id": i, "id": k, "caption": text} for i, k, text in rows]}
+    (tmp_path / "captions.json").write_text(json.dumps(told))
+    (tmp_path / "captions.txt").write_text("first picture\nsecond picture\nthird\n")
+    lists = [read_captions(tmp_path / f"captions.{form}", 3) for form in ("json", "txt")]
+    assert lists[0] == lists[1] == ["first picture", "second picture", "third"]
+    digest = hashlib.sha256(b"first picture\nsecond picture\nthird").hexdigest()
+    assert captions_digest(lists[0]) == digest
+    assert read_captions(tmp_path / "captions.txt", 3, digest[:12].upper()) == lists[0]
+    with pytest.raises(UserError, match=f"have sha256 {digest}, not {'0' * 64}: it is another list"):
+        read_captions(tmp_path / "captions.txt", 3, "0" * 64)
+    with pytest.raises(UserError, match="has 3 captions, the protocol needs 30000"):
+        read_captions(tmp_path / "captions.txt", 30_000)
+    with pytest.raises(UserError, match="no captions file"):
+        read_captions(tmp_path / "none.txt", 3)
+    (tmp_path / "captions.txt").write_text("one\n\nthree\n")
+    with pytest.raises(UserError, match="line 2 is empty"):
+        read_captions(tmp_path / "captions.txt", 3)
+
+
+def test_metrics_of_different_protocols_refuse_one_table() -> None:
+    def of(**more: object) -> dict[str, object]:
+        settings = {"captions": CAPTIONS, "seed": 0, "weights": {"inception": "ab"}, "reference": "cd"} | more
+        return describe(more.pop("protocol", POCKET), **{k: v for k, v in settings.items() if k != "protocol"})  # type: ignore[arg-type]
+
+    check_same({"a": of(), "b": of(), "c": of()})
+    check_same({"a": {}, "b": {}})
+    for more, told in (
+        ({"protocol": COCO2014}, "name is 'pocket' for a and 'coco2014-30k' for b"),
+        ({"captions": CAPTIONS[:3]}, "count is 7 for a and 3 for b"),
+        ({"captions": CAPTIONS[::-1]}, "captions_sha256 is"),
+        ({"seed": 1}, "seed is 0 for a and 1 for b"),
+        ({"weights": {"inception": "xy"}}, "feature_weights.inception is 'ab' for a and 'xy' for b"),
+        ({"reference": "ef"}, "reference_sha256 is"),
+    ):
+        with pytest.raises(UserError, match=told):
+            check_same({"a": of(), "b": of(**more)})
+    with pytest.raises(UserError, match="cannot stand in one table"):
+        check_same({"a": of(), "b": {"frechet_distance": 1.0}})
+
+
+def test_noises_depend_on_the_caption_alone_and_never_meet() -> None:
+    first = noise_seeds(0, range(1000))
+    assert noise_seeds(0, [7]) == [first[7]]
+    all_of = [noise_seeds(seed, range(1000), nth) for seed in (0, 1) for nth in (0, 1, 2)]
+    assert len({seed for seeds in all_of for seed in seeds}) == 6000
+
+
+def test_images_by_caption_index(tmp_path: Path) -> None:
+    folder = save_pictures(tmp_path / "pictures", 3, 1)
+    images = open_images("gigagan", folder)
+    assert np.array_equal(images.read([2])[0], np.asarray(Image.open(folder / "000002.png")))
+    assert images.formats == ["png"] and images.note == "pictures"
+    with pytest.raises(UserError, match="has no picture of caption 3"):
+        images.read(range(5))
+    (folder / "other_000002.jpg").write_bytes(b"not a picture")
+    with pytest.raises(UserError, match="both of caption 2"):
+        open_images("gigagan", folder)
+    with pytest.raises(UserError, match="cannot be read as a picture"):
+        read_image(folder / "other_000002.jpg")
+    (folder / "other_000002.jpg").rename(folder / "cover.jpg")
+    with pytest.raises(UserError, match="is named by its caption's number"):
+        open_images("gigagan", folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no pictures"):
+        open_images("gigagan", tmp_path / "empty")
+
+
+def test_the_pocket_protocol_measures_a_folder_and_refuses_other_sizes(tmp_path: Path) -> None:
+    system = evaluate.open_system(f"gigagan={save_pictures(tmp_path / 'wide', 4, 2)}")
+    with pytest.raises(UserError, match="makes 40×48 pictures; the pocket protocol measures 64×64 ones"):
+        evaluate.render(system, CAPTIONS[:4], 0, tmp_path)
+    folder = save_pictures(tmp_path / "square", 4, 3, (64, 64))
+    assert evaluate.render(evaluate.open_system(str(folder)), CAPTIONS[:4], 0, tmp_path).shape == (4, 64, 64, 3)
+    with pytest.raises(UserError, match="takes neither steps nor guidance"):
+        evaluate.open_system(str(folder), 4)
+
+
+def test_fitted_is_a_centre_square_by_lanczos_and_middle_resizes_nothing() -> None:
+    rng = np.random.default_rng(4)
+    picture = rng.integers(0, 255, (40, 60, 3), np.uint8)
+    square = Image.fromarray(picture[:, 10:50]).resize((16, 16), Image.Resampling.LANCZOS)
+    assert np.array_equal(fitted(picture, 16), np.asarray(square))
+    assert np.array_equal(fitted(picture, 40), picture[:, 10:50])
+    pictures = picture[None]
+    assert np.array_equal(middle(pictures, 20)[0], picture[10:30, 20:40])
+    with pytest.raises(UserError, match="patches of 64 pixels cannot be cut out of 60×40"):
+        middle(pictures, 64)
+
+
+def test_clip_prepares_pictures_as_transformers_does(tiny_clip: Path) -> None:
+    pictures = np.random.default_rng(5).integers(0, 255, (3, 40, 61, 3), np.uint8)
+    theirs = CLIPImageProcessor.from_pretrained(tiny_clip)(list(pictures), return_tensors="pt").pixel_values
+    ours = backbones.preprocessing(tiny_clip)(pictures)
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() < 0.06  # ±1 of 255 where torchvision resizes for transformers; else 1e-6
+    space = backbones.clip(str(tiny_clip))
+    model = CLIPModel.from_pretrained(tiny_clip).eval()
+    with torch.no_grad():
+        embeds = model.get_image_features(pixel_values=ours).pooler_output
+    expected = torch.nn.functional.normalize(embeds, dim=1).numpy()
+    np.testing.assert_allclose(space.features(pictures), expected, atol=1e-5)
+    np.testing.assert_allclose(space.features(pictures)[1:2], space.features(pictures[1:2]), atol=1e-5)
+    assert space.texts(CAPTIONS).shape == (7, expected.shape[1])
+
+
+def test_features_are_kept_by_what_they_are_of(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def count(pictures: np.ndarray) -> np.ndarray:
+        calls.append(len(pictures))
+        return pictures.reshape(len(pictures), -1)[:, :4].astype(np.float32)
+
+    pictures = np.random.default_rng(6).integers(0, 255, (5, 4, 4, 3), np.uint8)
+    space = backbones.Space("counted", "1", count)
+    first = backbones.cached(space, pictures, tmp_path)
+    assert np.array_equal(backbones.cached(space, pictures.copy(), tmp_path), first) and calls == [5]
+    backbones.cached(dataclasses.replace(space, revision="2"), pictures, tmp_path)
+    changed = pictures.copy()
+    changed[0, 0, 0, 0] ^= 1
+    assert not np.array_equal(backbones.cached(space, changed, tmp_path), first) and calls == [5, 5, 5]
+    bad = dataclasses.replace(space, name="bad", features=lambda p: np.full((len(p), 2), np.nan, np.float32))
+    with pytest.raises(UserError, match="bad: the features of 5 of 5 pictures are not finite"):
+        backbones.cached(bad, pictures, tmp_path)
+    assert not list(tmp_path.glob("bad-*"))
+
+
+def test_a_coco_protocol_in_miniature_twice(
+    tiny_teacher: Path, tiny_clip: Path, tiny_dinov2: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    reference = save_pictures(tmp_path / "real", 9, 7)
+    clip, dinov2 = backbones.clip(str(tiny_clip)), backbones.dinov2(str(tiny_dinov2))
+    stand_in = backbones.Space("inception", "1", lambda p: p.astype(np.float32).mean((1, 2)))
+    system = load_system(str(tiny_teacher), 1)
+
+    def measured(cache: Path, batch_size: int) -> dict[str, object]:
+        return evaluate_coco(
+            system, SMALL, CAPTIONS, reference, cache, inception=stand_in, clip=clip, dinov2=dinov2,
+            batch_size=batch_size, num_resamples=50,
+        )  # fmt: skip
+
+    first = measured(tmp_path / "cache", 3)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    assert measured(tmp_path / "cache", 7) == first  # from what is kept
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} == made
+    again = measured(tmp_path / "other", 3)
+    assert again == first
+    assert first["protocol_settings"]["captions_sha256"] == captions_digest(CAPTIONS)  # type: ignore[index]
+    ours = np.stack([fitted(p, 32) for p in evaluate.render_any(system, CAPTIONS, 0, tmp_path / "cache")])
+    theirs = np.stack([fitted(read_image(p), 32) for p in sorted(reference.iterdir())])
+    expected = metrics.frechet_distance(ours.mean((1, 2)), theirs.mean((1, 2)))
+    assert first["frechet_distance"] == pytest.approx(expected, rel=1e-4)
+    assert first["clip_score"] == pytest.approx(metrics.clip_score(clip.features(ours), clip.texts(CAPTIONS)), abs=1e-6)
+    with pytest.raises(UserError, match="no feature network given"):
+        evaluate_coco(system, SMALL, CAPTIONS, reference, tmp_path)
+
+
+def test_inception_refuses_other_weights_and_is_torch_fidelitys(tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    with pytest.raises(UserError, match="no weights file"):
+        backbones.inception(weights)
+    torch.save({"a": torch.zeros(1)}, weights)
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    with pytest.raises(UserError, match=f"has sha256 {digest}, expected 6726825d"):
+        backbones.inception(weights)
+    try:
+        module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    except (ImportError, RuntimeError) as error:
+        with pytest.raises(UserError, match=r"pip install 'diffusion2gan\[eval\]'"):
+            backbones.inception(weights, digest[:8])
+        pytest.skip(f"torch-fidelity does not load: {error}")
+    network = random_inception(module)
+    torch.save(network.state_dict(), weights)
+    space = backbones.inception(weights, hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
+    pictures = np.random.default_rng(8).integers(0, 255, (2, 299, 299, 3), np.uint8)
+    expected = network(torch.from_numpy(pictures).permute(0, 3, 1, 2))[0].numpy()
+    assert space.features(pictures).shape == (2, 2048)
+    np.testing.assert_allclose(space.features(pictures), expected, rtol=1e-4, atol=1e-5)
+    assert space.features(pictures[:, :200, :200]).shape == (2, 2048)
+
+
+def random_inception(module: object) -> torch.nn.Module:
+    """torch-fidelity's network with random weights: what it wants to load is given to it as it is born."""
+    kind = module.FeatureExtractorInceptionV3  # type: ignore[attr-defined]
+    born: dict[str, torch.Tensor] = {}
+
+    class Random(kind):  # type: ignore[misc, valid-type]
+        def load_state_dict(self, state: object, *args: object, **kwargs: object) -> None:
+            born.update(self.state_dict())
+
+    with torch.random.fork_rng():
+        torch.manual_seed(9)
+        empty = io.BytesIO()
+        torch.save({}, empty)
+        empty.seek(0)
+        return Random("inception", ["2048"], feature_extractor_weights_path=empty)

@@ -185,17 +185,21 @@ def evaluate(
 
 @app.command()
 def compare(
-    system: Annotated[list[str], typer.Option(help="NAME=PATH; repeatable, one column each.")],
+    system: Annotated[list[str], typer.Option(help="NAME=PATH or NAME=PATH@STEPS; repeatable, one column each.")],
     prompts: Annotated[Path, typer.Option(help="A text file, one prompt a line, one row each.")],
     out: Annotated[Path, typer.Option(help="The report's folder.")],
+    metrics: Annotated[list[str] | None, typer.Option(help="NAME=metrics.json, from evaluate; repeatable.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=255)] = 255,
 ) -> None:
-    """Write a page with several systems' pictures of the same prompts from the same noises."""
+    """Write a page with several systems' pictures of the same prompts from the same noises; run again to continue."""
     from diffusion2gan.compare import compare as job
+    from diffusion2gan.compare.pictures import parse_names, parse_systems
     from diffusion2gan.pairs.make import read_prompts
 
     lines = read_prompts(prompts)
-    job.compare(job.parse_systems(system), lines, out, seed=seed)
+    named = parse_names(metrics or [], "--metrics")
+    measured = job.read_metrics(named, [text.partition("=")[0] for text in system])
+    job.compare(parse_systems(system), lines, out, seed=seed, metrics=measured)
     typer.echo(f"{out / 'index.html'}")
 
 

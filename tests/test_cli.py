@@ -33,7 +33,8 @@ from diffusion2gan.runtime.files import sha256, whole
 COUNT, SHARD = 12, 4
 VERBS = (
     [], ["pairs"], ["pairs", "info"], ["pairs", "verify"], ["distill"], ["export"], ["generate"], ["evaluate"],
-    ["compare"], ["demo"], ["perceptual"], ["perceptual", "fit"], ["perceptual", "calibrate"], ["perceptual", "import"],
+    ["compare"], ["serve"], ["votes"], ["demo"], ["perceptual"], ["perceptual", "fit"], ["perceptual", "calibrate"],
+    ["perceptual", "import"],
     ["pocket"], ["pocket", "train"], ["pocket", "triplets"],
 )  # fmt: skip
 

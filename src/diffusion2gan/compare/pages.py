@@ -113,7 +113,9 @@ def gallery(name: str, label: str) -> gr.Gallery:
 def teacher_column(teacher: Painter) -> tuple[gr.Image, gr.HTML, gr.Button]:
     with gr.Column():
         theirs = picture("teacher", teacher.system.note)
-        theirs_note = gr.HTML(note("Press the button for the teacher's picture of the same noise."), elem_id="teacher-note")
+        theirs_note = gr.HTML(
+            note("Press the button for the teacher's picture of the same noise."), elem_id="teacher-note"
+        )
         ask = gr.Button("Teacher's picture", elem_id="ask")
     return theirs, theirs_note, ask
 

@@ -46,7 +46,7 @@ class Metric(NamedTuple):
 METRICS = (
     Metric("frechet_distance", "Fréchet distance", "lower"),
     Metric("frechet_distance_clip", "Fréchet distance, CLIP", "lower"),
-    Metric("kid", "KID", "lower"),
+    Metric("kernel_distance", "Kernel distance (KID)", "lower"),
     Metric("cmmd", "CMMD", "lower"),
     Metric("patch_frechet_distance", "Fréchet distance, patches", "lower"),
     Metric("clip_score", "CLIP score", "higher"),
@@ -78,7 +78,7 @@ def check_protocols(measured: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises UserError where two systems' numbers come from different protocols, counts or seeds."""
     first: tuple[str, dict[str, Any]] | None = None
     for name, metrics in measured.items():
-        here = {key: metrics.get(key) for key in ("protocol", "count", "seed")} if metrics else {}
+        here = {key: metrics.get(key) for key in ("protocol", "count", "seed", "protocol_sha256")} if metrics else {}
         if not here:
             continue
         first = first or (name, here)
@@ -149,6 +149,8 @@ def protocol(columns: Sequence[Column]) -> str:
     told = metrics.get("protocol", "")
     name = told.get("name", _plain(told)) if isinstance(told, Mapping) else str(told)
     parts = [name, *(f"{key} {metrics[key]}" for key in ("count", "seed") if key in metrics)]
+    level = metrics.get("interval_level")
+    parts += [f"{level:.0%} intervals"] if isinstance(level, float) else []
     return ", ".join(part for part in parts if part)
 
 

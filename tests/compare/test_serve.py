@@ -22,7 +22,7 @@ from diffusion2gan.compare import serve, votes
 from diffusion2gan.errors import UserError
 
 Open = Callable[..., Any]
-WAIT_MS = 120_000
+WAIT_MS = 300_000  # at most, on a machine that is busy with other things; an idle one takes seconds
 PROMPTS = ["a large red ring on sand", "<img src=x onerror=alert(1)> a blue star", "كرة 🦊", "y" * 10_000]
 
 

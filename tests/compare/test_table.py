@@ -27,6 +27,12 @@ def test_an_interval_that_overlaps_the_best_is_not_told_from_it() -> None:
     ]  # fmt: skip
 
 
+def test_numbers_that_read_alike_share_the_mark() -> None:
+    a, b, c = (column(name, seconds_per_image=value) for name, value in (("a", 0.03241), ("b", 0.03242), ("c", 1.0)))
+    assert [cell.best for cell in table.metric_rows([a, b, c])[0][1]] == [True, True, False]
+    assert [cell.best for cell in table.metric_rows([a, b])[0][1]] == [False, False]
+
+
 @pytest.mark.parametrize("pair", [None, "12", [1], [1, 2, 3], [1, "x"], [1, math.nan], {"low": 1}])
 def test_an_interval_that_is_none_is_left_out(pair: object) -> None:
     one = column("a", frechet_distance=2.0, intervals={"frechet_distance": pair})

@@ -118,16 +118,18 @@ def metric_rows(columns: Sequence[Column]) -> list[tuple[Metric, list[Cell]]]:
 def _cells(metric: Metric, columns: Sequence[Column]) -> list[Cell]:
     values = [number(column, metric.key) for column in columns]
     spans = [interval(column, metric.key) for column in columns]
+    texts = [MISSING if value is None else metric.text(value) for value in values]
     best = best_value(values, metric.better)
-    leaders = [s for value, s in zip(values, spans, strict=True) if s is not None and value == best]
+    won = "" if best is None or len(set(texts) - {MISSING}) < 2 else metric.text(best)  # what reads alike is alike
+    leaders = [span for text, span in zip(texts, spans, strict=True) if span is not None and text == won]
     return [
         Cell(
-            MISSING if value is None else metric.text(value),
-            best is not None and value == best,
+            text,
+            text == won,
             f"{metric.text(span[0])} to {metric.text(span[1])}" if span else "",
-            best is not None and value != best and span is not None and any(_overlap(span, s) for s in leaders),
+            text != won and span is not None and any(_overlap(span, s) for s in leaders),
         )
-        for value, span in zip(values, spans, strict=True)
+        for text, span in zip(texts, spans, strict=True)
     ]
 
 

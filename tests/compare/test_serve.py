@@ -108,7 +108,7 @@ def test_type_and_a_picture_arrives(tmp_path: Path, open_page: Open) -> None:
     with served(tmp_path, "pocket-student", "--teacher", "pocket-teacher@2", "--history", tmp_path / "history") as url:
         page = open_page(url)
         page.set_default_timeout(WAIT_MS)
-        prompt = page.locator("#prompt textarea")
+        prompt = page.locator("#prompt textarea, #prompt input")
         prompt.press_sequentially("a large red ring on sand")
         page.wait_for_selector("#student img")
         page.get_by_text(re.compile(r"1 step · seed 0 · a large red ring on sand")).wait_for()

@@ -67,7 +67,7 @@ def student_page(student: Painter, teacher: Painter | None, folder: Path) -> gr.
     with gr.Blocks(analytics_enabled=False, title="diffusion2gan", delete_cache=(600, 600)) as page:
         gr.HTML(f"<h1>{escape(shorten(Path(student.system.name).name, 60))}, as you type</h1>")
         prompt = gr.Textbox(
-            label="Prompt", lines=2, max_lines=4, autofocus=True, placeholder="a large striped red ring on sand",
+            label="Prompt", lines=1, max_lines=4, autofocus=True, placeholder="a large striped red ring on sand",
             info="Enter keeps the picture.", elem_id="prompt", submit_btn="Keep",
         )  # fmt: skip
         with gr.Row():

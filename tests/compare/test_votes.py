@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import multiprocessing
+import threading
 from pathlib import Path
 
 import pytest
@@ -121,3 +123,16 @@ def test_votes_on_something_else_are_not_mixed(tmp_path: Path) -> None:
 def test_a_vote_that_cannot_be_written_is_told() -> None:
     with pytest.raises(Failure, match="could not be written to /dev/full"):
         votes.append_vote(Path("/dev/full"), vote())
+
+
+def test_a_vote_waits_for_the_one_that_is_being_written(tmp_path: Path) -> None:
+    path = tmp_path / "votes.jsonl"
+    with path.open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        thread = threading.Thread(target=votes.append_vote, args=(path, vote()))
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive() and path.stat().st_size == 0
+        fcntl.flock(other, fcntl.LOCK_UN)
+        thread.join(60)
+    assert len(votes.read_votes(path)[0]) == 1

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from diffusion2gan.compare import studio, votes
 from diffusion2gan.compare.studio import Painter
 from diffusion2gan.compare.votes import QUESTIONS, Study
-from diffusion2gan.errors import Diffusion2GANError
+from diffusion2gan.errors import Diffusion2GANError, UserError
 
 SHOWN_LETTERS = 600  # of a prompt on a page
 SHOWN_HISTORY = 24
@@ -39,14 +39,18 @@ def theme() -> Any:
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Our errors become messages on the page, their text escaped."""
+    """Our errors become messages, their text escaped, and leave the page as it is.
+
+    Not `gr.Error`: that lays itself over everything the event would have changed, the questions of a vote included.
+    """
 
     @wraps(function)
     def wrapped(*arguments: Any) -> Any:
         try:
             return function(*arguments)
         except Diffusion2GANError as error:
-            raise gr.Error(escape(str(error)), print_exception=False) from None
+            gr.Warning(escape(str(error)), title="Not done")
+            return gr.skip()
 
     return wrapped
 
@@ -210,7 +214,7 @@ def vote_page(
         if trial is None:
             return show(voter)
         if any(answer not in ("left", "right") for answer in answers):
-            raise gr.Error("Answer both questions, then go on.", print_exception=False)
+            raise UserError("answer both questions, then go on")
         chosen = {q: getattr(trial, str(answer)) for q, answer in zip(QUESTIONS, answers, strict=True)}
         about = {"study": asdict(study), "voter": voter, "prompt": prompts[trial.prompt_index]}
         votes.append_vote(path, {**about, **trial._asdict(), **chosen})

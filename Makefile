@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into .venv (some minutes the first time; torch is the large one)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq -c constraints.txt torch==2.13.0
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,demo]'
 	@touch $@
 
 demo: $(STAMP) ## the whole corridor on the embedded teacher, with a report (OUT=demo)

@@ -33,7 +33,8 @@ from diffusion2gan.runtime.files import sha256, whole
 COUNT, SHARD = 12, 4
 VERBS = (
     [], ["pairs"], ["pairs", "info"], ["pairs", "verify"], ["distill"], ["export"], ["generate"], ["evaluate"],
-    ["compare"], ["demo"], ["perceptual"], ["perceptual", "fit"], ["perceptual", "calibrate"], ["perceptual", "import"],
+    ["compare"], ["serve"], ["votes"], ["demo"], ["perceptual"], ["perceptual", "fit"], ["perceptual", "calibrate"],
+    ["perceptual", "import"],
     ["pocket"], ["pocket", "train"], ["pocket", "triplets"],
 )  # fmt: skip
 
@@ -140,6 +141,11 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["pairs", "info", "nowhere"], ["nowhere holds no pairs", "diffusion2gan pairs --out nowhere"]),
         (["pairs", "verify", "nowhere"], ["nowhere holds no pairs"]),
         (["export", "nowhere", "--out", "y"], ["nowhere holds no run", "diffusion2gan distill"]),
+        (["serve"], ["name a student", "--vote A B: one of the two"]),
+        (["serve", "pocket-student", "--vote", "a", "b"], ["one of the two"]),
+        (["serve", "--vote", "a", "b"], ["--vote needs --prompts"]),
+        (["serve", "pocket-student", "--port", "70000"], ["--port", "65535"]),
+        (["votes", "nowhere.jsonl"], ["no votes in nowhere.jsonl", "diffusion2gan serve --vote"]),
     ],
 )
 def test_wrong_words(argv: list[str], told: list[str]) -> None:
@@ -241,12 +247,18 @@ def test_wrong_systems_and_pictures(tiny_teacher: Path, tmp_path: Path) -> None:
     prompts.write_text("a red ring\n")
     compare = ("compare", "--prompts", prompts, "--out", tmp_path / "c")
     refused(run(*compare, "--system", tiny_teacher), 2, "write it as NAME=PATH")
+    measured = ("--system", f"student={tiny_teacher}", "--metrics")
+    refused(run(*compare, *measured, "m.json"), 2, "--metrics 'm.json': write it as NAME=PATH")
+    refused(run(*compare, *measured, "studnt=m.json"), 2, "no --system has this name", "did you mean 'student'")
+    refused(run(*compare, *measured, f"student={tmp_path / 'm.json'}"), 2, "no such file")
+    (tmp_path / "m.json").write_text("[1]")
+    refused(run(*compare, *measured, f"student={tmp_path / 'm.json'}"), 2, "holds no metrics")
     twice = ("--system", f"a={tiny_teacher}", "--system", f"a={tiny_teacher}")
     refused(run(*compare, *twice), 2, "--system a: given twice")
     generate = ("generate", tiny_teacher, "--num-inference-steps", 1)
     refused(run(*generate, "--prompt", "a disc", "--out", tmp_path / "x.txt"), 2, "name a picture file (.png")
     refused(run(*generate, "--prompt", " ", "--out", tmp_path / "x.png"), 2, "a prompt is empty")
-    assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.json", "prompts.txt"]
 
 
 # ------------------------------------------------------------------------------------------------ pairs and runs

@@ -35,6 +35,7 @@ JOBS = {
     "export",
     "evaluate.evaluate",
     "compare.compare",
+    "compare.serve",
     "perceptual.fit",
     "perceptual.calibrate",
 }

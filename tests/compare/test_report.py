@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageFont
 
-from diffusion2gan.compare import report
-from diffusion2gan.compare.report import Column
+from diffusion2gan.compare import grid, report, table
+from diffusion2gan.compare.table import Column
 from diffusion2gan.errors import UserError
 
 PROMPTS = ["a red ball on sand", "a blue <b>box</b>", "<script>alert(1)</script>"]
@@ -22,14 +24,14 @@ def picture(shade: int, side: int = 64) -> Image.Image:
     return Image.linear_gradient("L").resize((side, side)).point(lambda v: (v + shade) % 256).convert("RGB")
 
 
-def column(name: str, shade: int, metrics: dict[str, float | int | str] | None = None, side: int = 64) -> Column:
+def column(name: str, shade: int, metrics: dict[str, Any] | None = None, side: int = 64) -> Column:
     images = [picture(shade + row, side) for row in range(len(PROMPTS))]
     return Column(name, images, metrics or {}, note="50 steps")
 
 
 def both() -> list[Column]:
-    slow: dict[str, float | int | str] = {"frechet_distance": 3.0, "attribute_accuracy": 0.75, "count": 64}
-    fast: dict[str, float | int | str] = {"frechet_distance": 4.5, "attribute_accuracy": 0.875, "clip_score": 0.31}
+    slow = {"frechet_distance": 3.0, "attribute_accuracy": 0.75, "count": 64}
+    fast = {"frechet_distance": 4.5, "attribute_accuracy": 0.875, "clip_score": 0.31}
     return [column("teacher", 0, slow), column("student", 100, fast)]
 
 
@@ -62,26 +64,31 @@ def test_prompts_names_and_details_are_escaped(tmp_path: Path) -> None:
     assert html.count("<script>") == 1 and "<u>" not in html and "<i>" not in html
 
 
-def test_the_folder_holds_the_page_and_the_grid_alone(tmp_path: Path) -> None:
+def test_the_folder_holds_the_report_alone(tmp_path: Path) -> None:
     page(tmp_path / "new", both())
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["grid.png", "index.html"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+        "grid.pdf",
+        "grid.png",
+        "index.html",
+        "report.md",
+    ]
     with Image.open(tmp_path / "new" / "grid.png") as image:
-        assert image.size == report.grid(both(), PROMPTS).size
+        assert image.size == grid.grid(both(), PROMPTS).size
 
 
 @pytest.mark.parametrize(("side", "cell"), [(64, 128), (48, 144), (128, 128), (200, 200), (1024, 512)])
 def test_the_grid_has_one_cell_a_picture(side: int, cell: int) -> None:
     columns = [column("teacher", 0, side=side), column("student", 100, side=side)]
     text = max(14, cell // 18)
-    width = report.GAP + 14 * text + report.GAP + 2 * (cell + report.GAP)
-    height = report.GAP + 2 * report.line_height(text) + report.GAP + 3 * (cell + report.GAP)
-    assert report.grid(columns, PROMPTS).size == (width, height)
+    width = grid.GAP + 14 * text + grid.GAP + 2 * (cell + grid.GAP)
+    height = grid.GAP + 2 * grid.line_height(text) + grid.GAP + 3 * (cell + grid.GAP)
+    assert grid.grid(columns, PROMPTS).size == (width, height)
 
 
 def test_the_grid_puts_each_picture_in_its_place() -> None:
     colours = [["red", "lime", "blue"], ["yellow", "cyan", "magenta"]]
     columns = [Column(str(i), [Image.new("RGB", (64, 64), c) for c in row], {}) for i, row in enumerate(colours)]
-    sheet, layout = report.grid(columns, PROMPTS), report.measure(columns)
+    sheet, layout = grid.grid(columns, PROMPTS), grid.measure(columns)
     for index, row in [(i, r) for i in range(2) for r in range(3)]:
         x, y = layout.corner(row, index)
         cell = sheet.crop((x, y, x + 128, y + 128))
@@ -91,14 +98,14 @@ def test_the_grid_puts_each_picture_in_its_place() -> None:
 def test_a_missing_picture_leaves_a_blank_of_the_same_size(tmp_path: Path) -> None:
     images = [picture(0), None, picture(2)]
     columns = [Column("student", images, {}, note="50 steps")]
-    assert report.grid(columns, PROMPTS).size == report.grid([column("teacher", 0)], PROMPTS).size
+    assert grid.grid(columns, PROMPTS).size == grid.grid([column("teacher", 0)], PROMPTS).size
     report.write_report(tmp_path, columns, PROMPTS, {})
     html = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert html.count('src="data:') == 2 and html.count(">no picture<") == 1
 
 
 def test_the_best_is_the_lower_or_the_higher_as_the_metric_has_it(tmp_path: Path) -> None:
-    rows = {metric.key: cells for metric, cells in report.metric_rows(both())}
+    rows = {metric.key: [cell[:2] for cell in cells] for metric, cells in table.metric_rows(both())}
     assert rows["frechet_distance"] == [("3", True), ("4.5", False)]
     assert rows["attribute_accuracy"] == [("75.0 %", False), ("87.5 %", True)]
     assert rows["clip_score"] == [("–", False), ("0.31", False)]  # alone in its row
@@ -109,19 +116,24 @@ def test_the_best_is_the_lower_or_the_higher_as_the_metric_has_it(tmp_path: Path
 def test_a_number_that_is_not_finite_is_shown_and_never_best() -> None:
     values = [float("nan"), 2.0, float("-inf"), 1.0]
     columns = [Column(str(v), [], {"frechet_distance": v}) for v in values]
-    ((_, cells),) = report.metric_rows(columns)
-    assert cells == [("nan", False), ("2", False), ("-inf", False), ("1", True)]
+    ((_, cells),) = table.metric_rows(columns)
+    assert [cell[:2] for cell in cells] == [("nan", False), ("2", False), ("-inf", False), ("1", True)]
 
 
 def test_equal_numbers_share_the_mark_or_have_none() -> None:
-    assert report.best_value([1.0, 1.0, 2], "lower") == 1.0
-    assert report.best_value([1.0, 1.0], "lower") is None
-    assert report.best_value([None, "n/a", 1.0], "lower") is None
+    assert table.best_value([1.0, 1.0, 2], "lower") == 1.0
+    assert table.best_value([1.0, 1.0], "lower") is None
+    assert table.best_value([None, float("nan"), 1.0], "lower") is None
 
 
 def test_other_keys_go_to_the_small_table() -> None:
-    columns = [column("a", 0, {"count": 64, "clip_score": 0.3}), column("b", 1, {"clip_weights_sha256": "ab12"})]
-    assert report.other_rows(columns) == [("count", ["64", "–"]), ("clip_weights_sha256", ["–", "ab12"])]
+    columns = [
+        column("a", 0, {"count": 64, "clip_score": 0.3, "attributes": {"shape": 0.5}}),
+        column("b", 1, {"clip_weights_sha256": "ab12"}),
+    ]
+    assert table.other_rows(columns) == [
+        ("count", ["64", "–"]), ("attributes.shape", ["0.5", "–"]), ("clip_weights_sha256", ["–", "ab12"]),
+    ]  # fmt: skip
 
 
 def test_a_column_of_another_length_is_named_with_both_numbers(tmp_path: Path) -> None:
@@ -129,14 +141,71 @@ def test_a_column_of_another_length_is_named_with_both_numbers(tmp_path: Path) -
     with pytest.raises(UserError, match="'student' has 2 pictures for 3 prompts"):
         report.write_report(tmp_path, columns, PROMPTS, DETAILS)
     with pytest.raises(UserError, match="nothing to compare"):
-        report.grid([], PROMPTS)
+        grid.grid([], PROMPTS)
     assert not list(tmp_path.iterdir())
 
 
 def test_text_is_broken_and_cut_to_its_box() -> None:
     font = ImageFont.load_default(14)
-    lines = report.fit_text("a small green cat beside a tree " * 9 + "x" * 90, font, 120, lines=5)
+    lines = grid.fit_text("a small green cat beside a tree " * 9 + "x" * 90, font, 120, lines=5)
     assert len(lines) == 5 and lines[-1].endswith("…")
     assert all(font.getlength(line) <= 120 for line in lines)
-    assert "".join(report.fit_text("x" * 90, font, 120, lines=50)) == "x" * 90
-    assert report.fit_text("", font, 120, lines=5) == []
+    assert "".join(grid.fit_text("x" * 90, font, 120, lines=50)) == "x" * 90
+    assert grid.fit_text("", font, 120, lines=5) == []
+
+
+# ------------------------------------------------------------------------------------------- hostile or large content
+
+
+LONG = "a very long prompt " * 526 + "the end"  # 10 001 characters
+ODD = [
+    LONG, "\u202ea reversed prompt", "كرة حمراء على الرمل", "🦊 in the 🌧️", "</script><script>alert(1)</script>",
+    "{{ 7*7 }}", "x" * 10_000, "'\"`&amp;<!--", "\x00\x07",
+]  # fmt: skip
+
+
+def odd_report(folder: Path) -> str:
+    images = [picture(0, 16)] * len(ODD)
+    report.write_report(
+        folder, [Column("a", images, {"frechet_distance": float("nan")}), Column("b", images, {})], ODD, {}
+    )
+    return (folder / "index.html").read_text(encoding="utf-8")
+
+
+def test_odd_prompts_are_escaped_and_limited(tmp_path: Path) -> None:
+    html = odd_report(tmp_path)
+    shown = html.split('id="raw"')[0]
+    assert html.count("<script") == html.count("</script>") == 3 and "{{ 7*7 }}" in shown
+    assert "the end" not in shown and "and 9001 more characters" in shown and len(shown) < 120_000
+    assert html.count('class="prompt" dir="auto"') == len(ODD)
+
+
+def test_the_download_holds_everything_but_the_pictures(tmp_path: Path) -> None:
+    text = re.search(r'id="raw">(.*?)</script>', odd_report(tmp_path), re.S)
+    assert text
+    data = json.loads(text[1])
+    assert data["prompts"] == ODD
+    assert data["systems"][0] == {"name": "a", "note": "", "metrics": {"frechet_distance": None}}
+
+
+def test_many_pictures_are_embedded_lightly() -> None:
+    one = Image.new("RGB", (1024, 1024))
+    assert report.choose_embedding([Column("a", [one] * 22, {})]) is report.EXACT
+    assert report.choose_embedding([Column("a", [one] * 24, {})]) is report.COMPACT
+    assert report.choose_embedding([Column("a", [one, None] * 400, {})]) is report.SMALL
+    for embedding, side in ((report.COMPACT, 1024), (report.SMALL, 512)):
+        form, data = report.data_uri(one, embedding).removeprefix("data:image/").split(";base64,")
+        assert form == "webp" and Image.open(io.BytesIO(base64.b64decode(data))).size == (side, side)
+
+
+def test_rows_that_fill_a_sheet_go_on_the_next_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grid, "MAX_PIXELS", 400_000)
+    prompts = [f"prompt {i}" for i in range(7)]
+    columns = [Column(name, [picture(i, 32) for i in range(7)], {}) for name in ("a", "b")]
+    rows = grid.write_grid(tmp_path, columns, prompts)
+    with Image.open(tmp_path / "grid.png") as sheet:
+        assert sheet.width * sheet.height <= 400_000 and 1 < rows < 7
+    pages = re.findall(rb"/Type /Page\b(?!s)", (tmp_path / "grid.pdf").read_bytes())
+    assert len(pages) == -(-7 // rows)
+    report.write_report(tmp_path, columns, prompts, {})
+    assert f"the first {rows} of 7 prompts" in (tmp_path / "report.md").read_text()

@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from diffusion2gan.compare.pictures import make_pictures
+from diffusion2gan.compare.report import write_report
+from diffusion2gan.compare.table import Column, check_protocols
+from diffusion2gan.errors import UserError, nearest
+from diffusion2gan.evaluate.systems import System
+from diffusion2gan.runtime.files import read_json
 
-from diffusion2gan.compare.report import Column, write_report
-from diffusion2gan.errors import UserError
-from diffusion2gan.evaluate.systems import System, load_system
-from diffusion2gan.pairs.store import noise_of, pair_seed
-from diffusion2gan.runtime.progress import Bar
-from diffusion2gan.teacher.pipeline import warn_truncated
-
-BATCH = 16
 MAX_PROMPTS = 500
 
 
@@ -23,49 +20,33 @@ def compare(
     systems: Mapping[str, System], prompts: Sequence[str], out: Path, *, seed: int,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:  # fmt: skip
-    """Writes `out/index.html` and `out/grid.png`. Noise i is the same for every system of one latent shape.
+    """Writes the report of `prompts` into `out`. Noise i is the same for every system of one latent shape.
 
-    `metrics`: what `evaluate` measured, by system name. Raises UserError with no system or too many prompts.
+    `metrics`: what `evaluate` measured, by system name. Finished pictures are kept in `out/pictures`. Raises UserError
+    with no system, too many prompts, or numbers of different protocols.
     """
     if len(prompts) > MAX_PROMPTS:
         raise UserError(f"{len(prompts)} prompts: a page holds at most {MAX_PROMPTS}; give a shorter file")
     measured = metrics or {}
-    told = False
-    columns = []
-    with Bar("compare", len(systems) * len(prompts)) as bar:
-        for name, system in systems.items():
-            told = told or warn_truncated(system.pipeline.tokenizer, prompts)
-            pictures: list[Image.Image] = []
-            for start in range(0, len(prompts), BATCH):
-                some = prompts[start : start + BATCH]
-                seeds = [pair_seed(seed, start + i) for i in range(len(some))]
-                made = system.generate(some, noise_of(seeds, system.latent_shape))
-                pictures += [Image.fromarray(picture) for picture in made]
-                bar.advance(len(some))
-            columns.append(Column(name, pictures, _shown(measured.get(name, {})), system.note))
+    check_protocols({name: measured.get(name, {}) for name in systems})
+    pictures = make_pictures(systems, prompts, seed, out / "pictures")
+    columns = [Column(name, pictures[name], measured.get(name, {}), systems[name].note) for name in systems]
+    shapes = {system.latent_shape for system in systems.values()}
+    same = "the same for every system in a row" if len(shapes) < 2 else "the same for systems of one latent shape"
     details = {
-        "noise": f"the same for every system in a row: CPU generator, set seed {seed}",
-        **{f"{name}": f"weights {s.revision}, {s.note}, guidance {s.guidance_scale:g}" for name, s in systems.items()},
+        "noise": f"{same}: CPU generator, set seed {seed}",
+        **{name: f"weights {s.revision}, {s.note}, guidance {s.guidance_scale:g}" for name, s in systems.items()},
     }
     write_report(out, columns, prompts, details)
 
 
-def _shown(metrics: Mapping[str, Any]) -> dict[str, float | int | str]:
-    """The plain numbers; a system's distance of zero to itself is no merit and is left out."""
-    plain = {key: value for key, value in metrics.items() if isinstance(value, float | int | str)}
-    return {key: value for key, value in plain.items() if (key, value) != ("same_noise_distance", 0.0)}
-
-
-def parse_systems(texts: Sequence[str]) -> dict[str, System]:
-    """`NAME=PATH` … → systems. Raises UserError at a missing "=", a name given twice, or none at all."""
-    systems: dict[str, System] = {}
-    for text in texts:
-        name, equals, path = text.partition("=")
-        if not equals or not name or not path:
-            raise UserError(f"--system {text!r}: write it as NAME=PATH, such as student=export/student")
-        if name in systems:
-            raise UserError(f"--system {name}: given twice; every column needs its own name")
-        systems[name] = load_system(path)
-    if not systems:
-        raise UserError("no --system given; name at least one as NAME=PATH")
-    return systems
+def read_metrics(named: Mapping[str, str], systems: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Each system's `metrics.json`. Raises UserError where a name is no system's, or a file holds no such thing."""
+    for name in named:
+        if name not in systems:
+            raise UserError(f"--metrics {name}: no --system has this name{nearest(name, systems)}")
+    found = {name: read_json(Path(path)) for name, path in named.items()}
+    for name, metrics in found.items():
+        if not isinstance(metrics, dict):
+            raise UserError(f"{named[name]} holds no metrics; `diffusion2gan evaluate` writes such a file")
+    return found

@@ -1,0 +1,81 @@
+"""The pictures of several systems, of the same prompts and noises; kept on disk as they are made."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image
+from torch import from_numpy
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.evaluate.systems import System, load_system
+from diffusion2gan.pairs.store import noise_of, pair_seed
+from diffusion2gan.runtime import checkpoint
+from diffusion2gan.runtime.progress import Bar
+from diffusion2gan.teacher.pipeline import warn_truncated
+
+BATCH = 16
+
+
+def make_pictures(
+    systems: Mapping[str, System], prompts: Sequence[str], seed: int, cache: Path, what: str = "compare"
+) -> dict[str, list[Image.Image]]:
+    """One picture a prompt of every system, by name. Picture i's noise depends on `seed` and i alone.
+
+    Each batch is kept in `cache` and not made twice; another system, setting, prompt or seed has another place there.
+    """
+    told = False
+    pictures: dict[str, list[Image.Image]] = {}
+    with Bar(what, len(systems) * len(prompts)) as bar:
+        for name, system in systems.items():
+            told = told or warn_truncated(system.pipeline.tokenizer, prompts)
+            pictures[name] = []
+            for start in range(0, len(prompts), BATCH):
+                made = _batch(system, prompts[start : start + BATCH], range(start, start + BATCH), seed, cache)
+                pictures[name] += made
+                bar.advance(len(made))
+    return pictures
+
+
+def _batch(system: System, prompts: Sequence[str], indices: range, seed: int, cache: Path) -> list[Image.Image]:
+    seeds = [pair_seed(seed, i) for i, _ in zip(indices, prompts, strict=False)]
+    path = cache / system.key / f"{digest(prompts)}-{seeds[0]}.safetensors"
+    if not path.exists():
+        made = system.generate(prompts, noise_of(seeds, system.latent_shape))
+        checkpoint.save(path, {"pictures": from_numpy(made)}, {"prompts": list(prompts)})
+    return [Image.fromarray(picture) for picture in checkpoint.load(path)[0]["pictures"].numpy()]
+
+
+def digest(prompts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(prompts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def parse_names(texts: Sequence[str], option: str) -> dict[str, str]:
+    """`NAME=PATH` … → {name: path}. Raises UserError at a missing "=" or a name given twice."""
+    named: dict[str, str] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or not name or not path:
+            raise UserError(f"{option} {text!r}: write it as NAME=PATH, such as student=export/student")
+        if name in named:
+            raise UserError(f"{option} {name}: given twice; every column needs its own name")
+        named[name] = path
+    return named
+
+
+def parse_systems(texts: Sequence[str]) -> dict[str, System]:
+    """`NAME=PATH` or `NAME=PATH@STEPS` … → systems. Raises UserError as `parse_names` does, or with none at all."""
+    named = parse_names(texts, "--system")
+    if not named:
+        raise UserError("no --system given; name at least one as NAME=PATH")
+    return {name: system_of(path) for name, path in named.items()}
+
+
+def system_of(path: str) -> System:
+    """A system by its path, or `PATH@STEPS` for that many steps."""
+    base, at, steps = path.rpartition("@")
+    if at and steps.isdecimal() and int(steps) > 0 and not Path(path).exists():
+        return load_system(base, int(steps))
+    return load_system(path)

@@ -1,0 +1,67 @@
+"""`compare`: pictures made once and kept, noises shared, systems and numbers by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion2gan.compare import compare as job
+from diffusion2gan.compare.pictures import make_pictures, parse_systems, system_of
+from diffusion2gan.errors import UserError
+from diffusion2gan.evaluate.systems import System
+from diffusion2gan.pairs.store import noise_of, pair_seed
+
+PROMPTS = [f"a {colour} ring" for colour in ("red", "blue", "green", "cyan", "pink", "grey")] * 3
+
+
+@pytest.fixture(scope="module")
+def systems() -> dict[str, System]:
+    return parse_systems(["student=pocket-student", "teacher=pocket-teacher@1"])
+
+
+def test_steps_stand_behind_the_path() -> None:
+    system = system_of("pocket-teacher@3")
+    assert system.num_inference_steps == 3 and system.note == "3 steps"
+    with pytest.raises(UserError, match="is a one-step student"):
+        system_of("pocket-student@3")
+
+
+def test_every_picture_is_of_its_own_noise_and_prompt(systems: dict[str, System], tmp_path: Path) -> None:
+    pictures = make_pictures(systems, PROMPTS, 255, tmp_path)
+    for name, system in systems.items():
+        assert len(pictures[name]) == len(PROMPTS)
+        for i in (0, 15, 16, 17):  # both sides of a batch's end
+            alone = system.generate([PROMPTS[i]], noise_of([pair_seed(255, i)], system.latent_shape))[0]
+            assert np.abs(np.asarray(pictures[name][i]).astype(int) - alone).max() <= 1
+
+
+def test_finished_pictures_are_kept_and_not_made_again(systems: dict[str, System], tmp_path: Path) -> None:
+    first = make_pictures(systems, PROMPTS, 3, tmp_path)
+    files = sorted(path for path in tmp_path.rglob("*.safetensors"))
+    assert len(files) == 4
+    files[0].unlink()  # as if the run had stopped there
+    times = {path: os.stat(path).st_mtime_ns for path in files[1:]}
+    again = make_pictures(systems, PROMPTS, 3, tmp_path)
+    assert {path: os.stat(path).st_mtime_ns for path in files[1:]} == times and files[0].exists()
+    assert all(np.array_equal(a, b) for name in first for a, b in zip(first[name], again[name], strict=True))
+    other = make_pictures(systems, PROMPTS[::-1], 3, tmp_path)  # other prompts, other places
+    assert not np.array_equal(other["student"][0], first["student"][0])
+
+
+def test_the_report_holds_the_numbers_given(systems: dict[str, System], tmp_path: Path) -> None:
+    measured = {"student": {"frechet_distance": 2.5, "intervals": {"frechet_distance": [2.0, 3.0]}, "count": 9}}
+    job.compare(systems, PROMPTS[:2], tmp_path, seed=1, metrics=measured)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| 2.5 (2 to 3) | – |" in text and "noise: the same for every system in a row" in text
+    other = {**measured, "teacher": {"frechet_distance": 1.0, "count": 10}}
+    with pytest.raises(UserError, match="student was measured with count 9, teacher with 10"):
+        job.compare(systems, PROMPTS[:2], tmp_path, seed=1, metrics=other)
+
+
+def test_metrics_by_name(tmp_path: Path) -> None:
+    (tmp_path / "m.json").write_text(json.dumps({"clip_score": 0.3}))
+    assert job.read_metrics({"a": str(tmp_path / "m.json")}, ["a", "b"]) == {"a": {"clip_score": 0.3}}

@@ -241,7 +241,7 @@ def test_the_recipe_chooses_it(tiny_teacher: Path) -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert [len(answers[name]) for name in answers] == [9, 9, 1]
     weights = discriminator_of(Recipe(discriminator="random"), teacher).state_dict()
-    assert not torch.equal(weights["unet.conv_in.weight"], teacher.unet.conv_in.weight)
+    assert not torch.equal(weights["unet.conv_in.weight"], teacher.network.conv_in.weight)
 
 
 def test_the_patch_discriminator_reads_latents_and_noise() -> None:

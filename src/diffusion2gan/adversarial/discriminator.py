@@ -67,7 +67,7 @@ class DiffusionDiscriminator(nn.Module):
     @classmethod
     def from_teacher(cls, teacher: Teacher, *, pretrained: bool = True, **options: Any) -> DiffusionDiscriminator:
         """From a loaded teacher; without `pretrained`, the same network with random weights (torch's generator)."""
-        unet = teacher.unet
+        unet = teacher.network
         if not pretrained:
             unet = type(unet).from_config(unet.config).to(teacher.device)
         return cls(unet, **options).to(teacher.device)

@@ -37,7 +37,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=recipe.weight_decay
         )
-        self.ema = checkpoint.EMA(self.student.unet, recipe.ema_decay)
+        self.ema = checkpoint.EMA(self.student.network, recipe.ema_decay)
         self.discriminator = discriminator_of(recipe, teacher).train() if recipe.adversarial_weight > 0 else None
         self.discriminator_optimizer = None if self.discriminator is None else torch.optim.Adam(
             self.discriminator.parameters(), lr=recipe.discriminator_learning_rate, betas=DISCRIMINATOR_BETAS
@@ -50,7 +50,7 @@ class Run:
         return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
     def save(self, folder: Path) -> None:
-        tensors = checkpoint.pack("student", self.student.unet) | checkpoint.pack_optimizer("adam", self.optimizer)
+        tensors = checkpoint.pack("student", self.student.network) | checkpoint.pack_optimizer("adam", self.optimizer)
         tensors |= {f"ema/{key}": value for key, value in self.ema.shadow.items()}
         if self.discriminator is not None and self.discriminator_optimizer is not None:
             tensors |= checkpoint.pack("discriminator", self.discriminator)
@@ -60,7 +60,7 @@ class Run:
 
     def load(self, folder: Path) -> None:
         tensors, meta = checkpoint.load(folder / CHECKPOINT)
-        self.student.unet.load_state_dict(checkpoint.unpack("student", tensors))
+        self.student.network.load_state_dict(checkpoint.unpack("student", tensors))
         checkpoint.unpack_optimizer("adam", self.optimizer, tensors)
         shadow = checkpoint.unpack("ema", tensors)
         self.ema.shadow = {key: value.to(self.teacher.device) for key, value in shadow.items()}
@@ -73,13 +73,13 @@ class Run:
 
     def with_ema(self, call: Callable[[], Tensor]) -> Tensor:
         """`call()` while the student carries its averaged weights."""
-        unet = self.student.unet
-        weights = {key: value.detach().clone() for key, value in unet.state_dict().items()}
-        unet.load_state_dict(self.ema.shadow)
+        network = self.student.network
+        weights = {key: value.detach().clone() for key, value in network.state_dict().items()}
+        network.load_state_dict(self.ema.shadow)
         try:
             return call()
         finally:
-            unet.load_state_dict(weights)
+            network.load_state_dict(weights)
 
 
 def open_run(run: Run, out: Path, spec: PairsSpec) -> None:

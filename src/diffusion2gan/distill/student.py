@@ -11,24 +11,24 @@ from diffusion2gan.teacher.pipeline import Conditioning, Teacher
 
 
 class Student(nn.Module):
-    """`student(noise, cond)` → latents [B, C, h, w] float32, differentiable in its `unet`'s weights.
+    """`student(noise, cond)` → latents [B, C, h, w] float32, differentiable in its `network`'s weights.
 
     x̂ = x0(z, unet(z, T, c)) with T the teacher's last timestep; the teacher's own meaning of the output (ε or v) is
-    kept, in float32, so that the exported UNet is an ordinary one. ε at T multiplies errors by 14.6, so the output
+    kept, in float32, so that the exported network is an ordinary one. ε at T multiplies errors by 14.6, so the output
     layer and all after it stay in float32 under autocast too.
     """
 
     def __init__(self, teacher: Teacher, gradient_checkpointing: bool = False) -> None:
         super().__init__()
-        self.unet = copy.deepcopy(teacher.unet).requires_grad_(True)
-        self.unet.conv_out = Float32Conv2d.of(self.unet.conv_out)
+        self.network = copy.deepcopy(teacher.network).requires_grad_(True)
+        self.network.conv_out = Float32Conv2d.of(self.network.conv_out)
         if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self.network.enable_gradient_checkpointing()
         self._teacher = (teacher,)  # in a tuple: not a part of this module
 
     def forward(self, noise: Tensor, cond: Conditioning) -> Tensor:
         teacher = self._teacher[0]
-        return teacher.denoise(noise, teacher.last_timestep, cond, self.unet)
+        return teacher.denoise(noise, teacher.last_timestep, cond, self.network)
 
 
 class Float32Conv2d(nn.Conv2d):

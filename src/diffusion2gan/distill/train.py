@@ -151,7 +151,7 @@ def student_step(run: Run, parts: list[Part], distance: Distance) -> dict[str, A
     rate = learning_rate(recipe, run.pairs_seen)
     grad_norm = update(run.optimizer, run.student.parameters(), rate, recipe.max_grad_norm)
     if math.isfinite(grad_norm):
-        run.ema.update(run.student.unet)
+        run.ema.update(run.student.network)
     entry = {"loss": total, "grad_norm": grad_norm} | ({"gan_loss": gan} if weight > 0 and run.discriminator else {})
     return entry | latent_statistics(torch.cat(answers), torch.cat([part.latents for part in parts]))
 

@@ -77,7 +77,7 @@ def test_stock_diffusers_runs_it_exactly(runs: dict[str, Path], tmp_path: Path) 
     for place, run in enumerate(runs.values()):
         teacher, average, _ = load_student(run)
         student = Student(teacher)
-        student.network.load_state_dict(average)
+        student.trained.load_state_dict(average)
         with torch.no_grad():
             expected = student(noise, teacher.encode(PROMPTS))
             born = teacher.denoise(noise, teacher.last_timestep, teacher.encode(PROMPTS))

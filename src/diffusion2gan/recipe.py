@@ -22,6 +22,11 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     teacher: str = Field("pocket", description="`pocket` or the folder of a diffusers pipeline")
+    resolution: int | None = Field(None, ge=1, description="the pictures' side in pixels; the teacher's own if not set")
+    lora_rank: int = Field(0, ge=0, description="trains a LoRA of this rank on the frozen teacher; 0: all weights")
+    lora_targets: str = Field(
+        "to_q+to_k+to_v+to_out.0", description="layers that a LoRA adds to, by the end of their names"
+    )
     perceptual: str = Field("pocket", description="weights of the perceptual distance: `pocket` or a folder")
     loss: LossName = Field("e_latent_lpips", description="the regression loss between student and teacher latents")
     pseudo_huber_c: float = Field(0.03, gt=0, description="pseudo_huber's c, per latent number (iCT: 0.00054·√dims)")

@@ -33,11 +33,11 @@ class Run:
 
     def __init__(self, recipe: Recipe, teacher: Teacher) -> None:
         self.recipe, self.teacher = recipe, teacher
-        self.student = Student(teacher, recipe.gradient_checkpointing).train()
+        self.student = Student.of(recipe, teacher).train()
         self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=recipe.weight_decay
+            self.student.trained.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=recipe.weight_decay
         )
-        self.ema = checkpoint.EMA(self.student.network, recipe.ema_decay)
+        self.ema = checkpoint.EMA(self.student.trained, recipe.ema_decay)
         self.discriminator = discriminator_of(recipe, teacher).train() if recipe.adversarial_weight > 0 else None
         self.discriminator_optimizer = None if self.discriminator is None else torch.optim.Adam(
             self.discriminator.parameters(), lr=recipe.discriminator_learning_rate, betas=DISCRIMINATOR_BETAS
@@ -50,7 +50,7 @@ class Run:
         return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
     def save(self, folder: Path) -> None:
-        tensors = checkpoint.pack("student", self.student.network) | checkpoint.pack_optimizer("adam", self.optimizer)
+        tensors = checkpoint.pack("student", self.student.trained) | checkpoint.pack_optimizer("adam", self.optimizer)
         tensors |= {f"ema/{key}": value for key, value in self.ema.shadow.items()}
         if self.discriminator is not None and self.discriminator_optimizer is not None:
             tensors |= checkpoint.pack("discriminator", self.discriminator)
@@ -60,7 +60,7 @@ class Run:
 
     def load(self, folder: Path) -> None:
         tensors, meta = checkpoint.load(folder / CHECKPOINT)
-        self.student.network.load_state_dict(checkpoint.unpack("student", tensors))
+        self.student.trained.load_state_dict(checkpoint.unpack("student", tensors))
         checkpoint.unpack_optimizer("adam", self.optimizer, tensors)
         shadow = checkpoint.unpack("ema", tensors)
         self.ema.shadow = {key: value.to(self.teacher.device) for key, value in shadow.items()}
@@ -73,13 +73,13 @@ class Run:
 
     def with_ema(self, call: Callable[[], Tensor]) -> Tensor:
         """`call()` while the student carries its averaged weights."""
-        network = self.student.network
-        weights = {key: value.detach().clone() for key, value in network.state_dict().items()}
-        network.load_state_dict(self.ema.shadow)
+        trained = self.student.trained
+        weights = {key: value.detach().clone() for key, value in trained.state_dict().items()}
+        trained.load_state_dict(self.ema.shadow)
         try:
             return call()
         finally:
-            network.load_state_dict(weights)
+            trained.load_state_dict(weights)
 
 
 def open_run(run: Run, out: Path, spec: PairsSpec) -> None:
@@ -113,6 +113,11 @@ def _cut_log(out: Path, pairs_seen: int) -> None:
         path.write_text("".join(f"{line}\n" for line in kept))
 
 
+def teacher_of(recipe: Recipe, device: str | torch.device = "cpu") -> Teacher:
+    """The recipe's teacher, with all that the recipe says of it."""
+    return load_teacher(recipe.teacher, device, recipe.resolution)
+
+
 def load_student(run_folder: Path) -> tuple[Teacher, dict[str, Tensor], dict[str, Any]]:
     """The teacher, the student's averaged weights and the run's description. Raises UserError where there is no run."""
     if not (run_folder / "recipe.json").is_file():
@@ -121,7 +126,7 @@ def load_student(run_folder: Path) -> tuple[Teacher, dict[str, Tensor], dict[str
         raise UserError(f"{run_folder} has no checkpoint yet; run its distill command until the first one is written")
     described = read_json(run_folder / "recipe.json")
     tensors, meta = checkpoint.load(run_folder / CHECKPOINT)
-    teacher = load_teacher(described["recipe"]["teacher"])
+    teacher = teacher_of(parse_recipe(described["recipe"], str(run_folder)))
     if teacher.revision != described["pairs"]["revision"]:
         raise UserError(
             f"the run in {run_folder} was distilled from weights {described['pairs']['revision']}, but its teacher "

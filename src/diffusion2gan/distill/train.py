@@ -25,7 +25,7 @@ from diffusion2gan.adversarial.losses import (
 )
 from diffusion2gan.distill.health import MAX_SKIPPED_IN_A_ROW, accuracy, latent_statistics, logit_means
 from diffusion2gan.distill.losses import Distance, distance_of
-from diffusion2gan.distill.run import Run, open_run
+from diffusion2gan.distill.run import Run, open_run, teacher_of
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of
@@ -34,7 +34,7 @@ from diffusion2gan.runtime.files import write_image
 from diffusion2gan.runtime.images import sheet
 from diffusion2gan.runtime.progress import Bar, console
 from diffusion2gan.runtime.stop import stop_signal
-from diffusion2gan.teacher.pipeline import Conditioning, Teacher, load_teacher
+from diffusion2gan.teacher.pipeline import Conditioning, Teacher
 
 STUDENT, DISCRIMINATOR = 0, 1  # which stream of a step's random numbers is whose
 NUM_SAMPLES = 16
@@ -42,7 +42,7 @@ NUM_SAMPLES = 16
 
 def distill(recipe: Recipe, pairs: Path, out: Path) -> None:
     """Trains until `recipe.pairs_seen`; writes checkpoint, log.jsonl and sample sheets into `out`."""
-    teacher = load_teacher(recipe.teacher, device_of(recipe))
+    teacher = teacher_of(recipe, device_of(recipe))
     reader = PairReader(pairs, recipe.seed)
     check_pairs(reader.spec, teacher, pairs)
     check_prompts(recipe, reader, pairs)
@@ -149,9 +149,9 @@ def student_step(run: Run, parts: list[Part], distance: Distance) -> dict[str, A
         total += float(regression.detach())
         answers.append(latents.detach())
     rate = learning_rate(recipe, run.pairs_seen)
-    grad_norm = update(run.optimizer, run.student.parameters(), rate, recipe.max_grad_norm)
+    grad_norm = update(run.optimizer, run.student.trained.parameters(), rate, recipe.max_grad_norm)
     if math.isfinite(grad_norm):
-        run.ema.update(run.student.network)
+        run.ema.update(run.student.trained)
     entry = {"loss": total, "grad_norm": grad_norm} | ({"gan_loss": gan} if weight > 0 and run.discriminator else {})
     return entry | latent_statistics(torch.cat(answers), torch.cat([part.latents for part in parts]))
 
@@ -298,7 +298,7 @@ def write_samples(run: Run, out: Path, reader: PairReader) -> None:
 
 def dry_run(recipe: Recipe, pairs: Path) -> dict[str, float | int | str]:
     """What the run would cost: parameters, steps, memory by part (MiB, float32), measured seconds a step."""
-    teacher = load_teacher(recipe.teacher, device_of(recipe))
+    teacher = teacher_of(recipe, device_of(recipe))
     reader = PairReader(pairs, recipe.seed)
     check_pairs(reader.spec, teacher, pairs)
     check_prompts(recipe, reader, pairs)

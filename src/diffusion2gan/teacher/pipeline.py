@@ -36,8 +36,10 @@ class Teacher:
     `resolution` in pixels; the model's own if not given.
     """
 
-    def __init__(self, pipeline: Any, name: str, revision: str, resolution: int | None = None) -> None:
-        self.name, self.revision, self.resolution = name, revision, resolution
+    def __init__(
+        self, pipeline: Any, name: str, revision: str, resolution: int | None = None, folder: Path | None = None
+    ) -> None:
+        self.name, self.revision, self.resolution, self.folder = name, revision, resolution, folder
         self.pipeline = pipeline
         self.family = FAMILIES[type(pipeline).__name__]
         for part in pipeline.components.values():
@@ -203,7 +205,7 @@ def load_teacher(name: str = "pocket", device: str | torch.device = "cpu", resol
     check_pipeline_folder(folder)
     pipeline = load_pipeline(folder).to(device)
     check_family(pipeline, folder)
-    teacher = Teacher(pipeline, name if name == "pocket" else folder.name, sha256(folder)[:16], resolution)
+    teacher = Teacher(pipeline, name if name == "pocket" else folder.name, sha256(folder)[:16], resolution, folder)
     check_resolution(teacher)
     return teacher
 

@@ -1,4 +1,4 @@
-"""Each family, from tiny random models: pairs → distill → export → stock diffusers in a process without this package."""
+"""Each family, tiny and random: pairs → distill → export → stock diffusers in a process without this package."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def licence_of(teacher: Teacher) -> str | None:
     """What the teacher's own card says, `license:` in its README.md; None where it says nothing."""
     if teacher.folder is None:
         return None
-    card = teacher.folder / "README.md"
+    card = (teacher.folder if teacher.folder.is_dir() else teacher.folder.parent) / "README.md"
     found = re.search(r"^license(?:_name)?: *(\S+)", card.read_text("utf-8"), re.M) if card.is_file() else None
     return found.group(1) if found else None
 

@@ -21,7 +21,10 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    teacher: str = Field("pocket", description="`pocket` or the folder of a diffusers pipeline")
+    teacher: str = Field("pocket", description="`pocket`, the folder of a diffusers pipeline, or a .safetensors")
+    teacher_config: str | None = Field(None, description="a single-file teacher's pipeline folder: configs, tokenizers")
+    teacher_lora: str | None = Field(None, description="LoRAs merged into the teacher: PATH[@SCALE], commas between")
+    vae: str | None = Field(None, description="another VAE for the same latents: its folder")
     resolution: int | None = Field(None, ge=1, description="the pictures' side in pixels; the teacher's own if not set")
     lora_rank: int = Field(0, ge=0, description="trains a LoRA of this rank on the frozen teacher; 0: all weights")
     lora_targets: str = Field(

@@ -115,7 +115,14 @@ def _cut_log(out: Path, pairs_seen: int) -> None:
 
 def teacher_of(recipe: Recipe, device: str | torch.device = "cpu") -> Teacher:
     """The recipe's teacher, with all that the recipe says of it."""
-    return load_teacher(recipe.teacher, device, recipe.resolution)
+    return load_teacher(
+        recipe.teacher,
+        device,
+        recipe.resolution,
+        config=recipe.teacher_config,
+        loras=recipe.teacher_lora,
+        vae=recipe.vae,
+    )
 
 
 def load_student(run_folder: Path) -> tuple[Teacher, dict[str, Tensor], dict[str, Any]]:

@@ -18,9 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.pocket import shipped
-from diffusion2gan.runtime.files import sha256
 from diffusion2gan.runtime.progress import console
-from diffusion2gan.teacher import autoencoder
+from diffusion2gan.teacher import autoencoder, variants
 from diffusion2gan.teacher.conditioning import Conditioning as Conditioning
 from diffusion2gan.teacher.families import FAMILIES, REFUSED
 from diffusion2gan.teacher.schedule import PREDICTIONS, Level, Step, to_x0
@@ -195,17 +194,31 @@ def shift_of(config: Any, num_tokens: int) -> float:
     return float(config.base_shift + slope * (num_tokens - config.base_image_seq_len))
 
 
-def load_teacher(name: str = "pocket", device: str | torch.device = "cpu", resolution: int | None = None) -> Teacher:
-    """`pocket` or the folder of a supported diffusers pipeline, in float32.
+def load_teacher(
+    name: str = "pocket", device: str | torch.device = "cpu", resolution: int | None = None, *,
+    config: str | None = None, loras: str | None = None, vae: str | None = None,
+) -> Teacher:  # fmt: skip
+    """`pocket`, the folder of a supported diffusers pipeline, or a .safetensors of one's weights, in float32.
 
-    `resolution`, the pictures' side in pixels, is the model's own if not given. Raises UserError where the path is no
-    pipeline folder, its class is not supported, or the resolution does not fit.
+    `resolution`, the pictures' side in pixels, is the model's own if not given. `config` is a single file's pipeline
+    folder; `loras`, `PATH[@SCALE]` with commas between, are merged into the weights; `vae` takes the VAE's place.
+    Raises UserError where something is not there, is not supported, or does not fit.
     """
-    folder = shipped.folder("teacher") if name == "pocket" else Path(name)
-    check_pipeline_folder(folder)
-    pipeline = load_pipeline(folder).to(device)
-    check_family(pipeline, folder)
-    teacher = Teacher(pipeline, name if name == "pocket" else folder.name, sha256(folder)[:16], resolution, folder)
+    source = shipped.folder("teacher") if name == "pocket" else Path(name)
+    if variants.is_single_file(name):
+        family = check_pipeline_folder(Path(config)) if config is not None else None
+        pipeline = variants.load_single_file(source, Path(config) if config is not None else None, family)
+        pipeline.set_progress_bar_config(disable=True)
+    else:
+        check_pipeline_folder(source)
+        pipeline = load_pipeline(source)
+    check_family(pipeline, source)
+    if loras and variants.has_peft():
+        variants.merge_loras(pipeline, loras)
+    if vae:
+        variants.replace_vae(pipeline, vae)
+    revision = variants.revision_of(source, Path(config) if config else None, loras, vae)
+    teacher = Teacher(pipeline.to(device), name if name == "pocket" else source.name, revision, resolution, source)
     check_resolution(teacher)
     return teacher
 

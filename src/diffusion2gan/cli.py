@@ -28,6 +28,7 @@ app.add_typer(perceptual_app, name="perceptual")
 app.add_typer(pocket_app, name="pocket")
 
 TeacherOption = Annotated[str, typer.Option(help="`pocket`, the folder of a diffusers pipeline, or a .safetensors.")]
+PriceOption = Annotated[float | None, typer.Option(min=0.0, help="With --dry-run: money, in whatever it is in.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A recipe's setting, key=value; repeatable.")]
 
 
@@ -48,6 +49,8 @@ def pairs(
     teacher_lora: Annotated[str | None, typer.Option(help="LoRAs to merge: PATH[@SCALE], commas between.")] = None,
     vae: Annotated[str | None, typer.Option(help="Another VAE for the same latents: its folder.")] = None,
     resolution: Annotated[int | None, typer.Option(min=1, help="The pictures' side, if not the teacher's own.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost, make nothing.")] = False,
+    price_per_gpu_hour: PriceOption = None,
 ) -> None:
     """Solve the teacher's ODE (deterministic DDIM) from per-pair noises; run again to continue."""
     if context.invoked_subcommand is not None:
@@ -72,6 +75,13 @@ def pairs(
             return [lines[i % len(lines)] for i in indices]
         return scenes.captions(indices, shipped.pairs_world(seed))
 
+    if dry_run:
+        from diffusion2gan.pairs.cost import cost_of
+
+        some = prompts_of(range(min(batch_size, count)))
+        for key, value in cost_of(loaded, spec, some, price_per_gpu_hour).items():
+            typer.echo(f"{key}: {value}")
+        return
     make.make_pairs(loaded, prompts_of, spec, out, batch_size)
     typer.echo(f"{out}: {count} pairs. Next: diffusion2gan distill pocket --pairs {out} --out runs/NAME")
 
@@ -112,6 +122,7 @@ def distill(
     out: Annotated[Path, typer.Option(help="The run's folder.")],
     set_: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and the cost, train nothing.")] = False,
+    price_per_gpu_hour: PriceOption = None,
 ) -> None:
     """Train a one-step student; run again to resume exactly."""
     from diffusion2gan.recipe import load_recipe
@@ -122,7 +133,7 @@ def distill(
     from diffusion2gan.distill import train
 
     if dry_run:
-        for key, value in train.dry_run(loaded, pairs).items():
+        for key, value in train.dry_run(loaded, pairs, price_per_gpu_hour).items():
             typer.echo(f"{key}: {value}")
         return
     train.distill(loaded, pairs, out)

@@ -58,6 +58,9 @@ class Recipe(BaseModel):
     r1_weight: float = Field(1e-4, ge=0, description="γ of the gradient penalty γ/2·‖∇ΣD‖² on one real sample")
     r1_every: int = Field(16, ge=1, description="D's steps between penalties, each multiplied by this")
     mix_share: float = Field(0.25, ge=0, lt=1, description="share of D's fakes that are other pairs' real latents")
+    prompt_embeds: Literal["encoded", "kept"] = Field(
+        "encoded", description="each batch's prompts by the text encoders, or all once, kept beside the pairs"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, …")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, on cuda alone")

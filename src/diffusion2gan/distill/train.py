@@ -23,18 +23,20 @@ from diffusion2gan.adversarial.losses import (
     r1_penalty,
     student_loss,
 )
+from diffusion2gan.distill.cost import Cost, cost_of
 from diffusion2gan.distill.health import MAX_SKIPPED_IN_A_ROW, accuracy, latent_statistics, logit_means
 from diffusion2gan.distill.losses import Distance, distance_of
 from diffusion2gan.distill.run import Run, open_run, teacher_of
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.pairs.sampler import PairReader
-from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of
+from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, read_shard
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime.files import write_image
 from diffusion2gan.runtime.images import sheet
 from diffusion2gan.runtime.progress import Bar, console
 from diffusion2gan.runtime.stop import stop_signal
 from diffusion2gan.teacher.pipeline import Conditioning, Teacher
+from diffusion2gan.teacher.remember import PromptStore
 
 STUDENT, DISCRIMINATOR = 0, 1  # which stream of a step's random numbers is whose
 NUM_SAMPLES = 16
@@ -49,6 +51,7 @@ def distill(recipe: Recipe, pairs: Path, out: Path) -> None:
     distance = distance_of(recipe, teacher.device, teacher.vae)
     run = Run(recipe, teacher)
     open_run(run, out, reader.spec)
+    free_memory(run, pairs, reader.spec)
     batches = reader.batches(recipe.batch_size, run.pairs_seen)
     saved = time.monotonic()
     with stop_signal() as stopped, Bar(f"distill {recipe.loss}", recipe.pairs_seen, run.pairs_seen) as bar:
@@ -67,6 +70,15 @@ def distill(recipe: Recipe, pairs: Path, out: Path) -> None:
                 raise KeyboardInterrupt
     run.save(out)
     write_samples(run, out, reader)
+
+
+def free_memory(run: Run, folder: Path, spec: PairsSpec) -> None:
+    """Takes from the device what training does not read: the teacher's network and VAE, its text encoders."""
+    recipe, teacher = run.recipe, run.teacher
+    if recipe.prompt_embeds == "kept":
+        prompts = [p for shard in range(spec.num_shards) for p in read_shard(folder, shard).prompts]
+        teacher.remember_prompts(PromptStore(folder / f"prompts-{teacher.revision}", prompts, teacher.encode))
+    teacher.rest(network=recipe.lora_rank == 0, vae=recipe.loss != "pixel_lpips")
 
 
 def step(run: Run, pairs: Pairs, distance: Distance) -> dict[str, Any]:
@@ -296,23 +308,12 @@ def write_samples(run: Run, out: Path, reader: PairReader) -> None:
     write_image(out / "samples" / f"{run.pairs_seen:09d}.png", picture.save)
 
 
-def dry_run(recipe: Recipe, pairs: Path) -> dict[str, float | int | str]:
-    """What the run would cost: parameters, steps, memory by part (MiB, float32), measured seconds a step."""
+def dry_run(recipe: Recipe, pairs: Path, price_per_gpu_hour: float | None = None) -> Cost:
+    """What the run would cost (`cost.cost_of`), by two steps of it; nothing is written."""
     teacher = teacher_of(recipe, device_of(recipe))
     reader = PairReader(pairs, recipe.seed)
     check_pairs(reader.spec, teacher, pairs)
     check_prompts(recipe, reader, pairs)
     run, distance = Run(recipe, teacher), distance_of(recipe, teacher.device, teacher.vae)
     batches = reader.batches(recipe.batch_size)
-    step(run, next(batches), distance)
-    start = time.monotonic()
-    step(run, next(batches), distance)
-    step_s = time.monotonic() - start
-    student = sum(p.numel() for p in run.student.parameters())
-    discriminator = 0 if run.discriminator is None else sum(p.numel() for p in run.discriminator.parameters())
-    steps = -(-recipe.pairs_seen // recipe.batch_size)
-    return {
-        "student_parameters": student, "discriminator_parameters": discriminator,
-        "weights_gradients_adam_ema_mib": round((student * 5 + discriminator * 4) * 4 / 2**20, 1),
-        "steps": steps, "seconds_per_step": round(step_s, 3), "hours": round(steps * step_s / 3600, 2),
-    }  # fmt: skip
+    return cost_of(run, lambda: step(run, next(batches), distance), reader.spec.count, price_per_gpu_hour)

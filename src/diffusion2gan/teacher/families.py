@@ -39,11 +39,11 @@ class Family:
 
 
 def encode_sd(pipeline: Any, prompts: Sequence[str], pixels: Pixels) -> Conditioning:
-    return Conditioning(pipeline.encode_prompt(list(prompts), pipeline.device, 1, False)[0])
+    return Conditioning(pipeline.encode_prompt(list(prompts), pipeline.text_encoder.device, 1, False)[0])
 
 
 def unconditional_sd(pipeline: Any, pixels: Pixels) -> Conditioning:
-    return Conditioning(pipeline.encode_prompt([""], pipeline.device, 1, True)[1])
+    return Conditioning(pipeline.encode_prompt([""], pipeline.text_encoder.device, 1, True)[1])
 
 
 def output_unet(network: Any, x_t: Tensor, timestep: float, cond: Conditioning) -> Tensor:
@@ -59,14 +59,16 @@ def added(cond: Conditioning) -> dict[str, Tensor] | None:
 
 def encode_sdxl(pipeline: Any, prompts: Sequence[str], pixels: Pixels) -> Conditioning:
     embeds, _, pooled, _ = pipeline.encode_prompt(
-        list(prompts), device=pipeline.device, do_classifier_free_guidance=False
+        list(prompts), device=pipeline.text_encoder.device, do_classifier_free_guidance=False
     )
     return Conditioning(embeds, pooled, time_ids(pipeline, pixels, embeds).expand(len(embeds), -1))
 
 
 def unconditional_sdxl(pipeline: Any, pixels: Pixels) -> Conditioning:
     """Zeros where the pipeline's config asks for them (`force_zeros_for_empty_prompt`)."""
-    _, embeds, _, pooled = pipeline.encode_prompt([""], device=pipeline.device, do_classifier_free_guidance=True)
+    _, embeds, _, pooled = pipeline.encode_prompt(
+        [""], device=pipeline.text_encoder.device, do_classifier_free_guidance=True
+    )
     return Conditioning(embeds, pooled, time_ids(pipeline, pixels, embeds))
 
 
@@ -79,13 +81,13 @@ def time_ids(pipeline: Any, pixels: Pixels, embeds: Tensor) -> Tensor:
 def encode_sd3(pipeline: Any, prompts: Sequence[str], pixels: Pixels) -> Conditioning:
     """The T5 encoder is optional: without it the pipeline puts zeros in its place."""
     embeds, _, pooled, _ = pipeline.encode_prompt(
-        list(prompts), None, None, device=pipeline.device, do_classifier_free_guidance=False
+        list(prompts), None, None, device=pipeline.text_encoder.device, do_classifier_free_guidance=False
     )
     return Conditioning(embeds, pooled)
 
 
 def unconditional_sd3(pipeline: Any, pixels: Pixels) -> Conditioning:
-    _, embeds, _, pooled = pipeline.encode_prompt([""], None, None, device=pipeline.device)
+    _, embeds, _, pooled = pipeline.encode_prompt([""], None, None, device=pipeline.text_encoder.device)
     return Conditioning(embeds, pooled)
 
 
@@ -95,7 +97,7 @@ def output_sd3(network: Any, x_t: Tensor, timestep: float, cond: Conditioning) -
 
 
 def encode_flux(pipeline: Any, prompts: Sequence[str], pixels: Pixels) -> Conditioning:
-    embeds, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=pipeline.device)
+    embeds, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=pipeline.text_encoder.device)
     return Conditioning(embeds, pooled)
 
 
@@ -142,13 +144,13 @@ def encode_sana(pipeline: Any, prompts: Sequence[str], pixels: Pixels) -> Condit
     """With the instruction that the pipeline puts before a prompt by default (Xie et al. 2024, section 2.3)."""
     instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
     embeds, mask, _, _ = pipeline.encode_prompt(
-        list(prompts), False, device=pipeline.device, complex_human_instruction=instruction
+        list(prompts), False, device=pipeline.text_encoder.device, complex_human_instruction=instruction
     )
     return Conditioning(embeds, prompt_attention_mask=mask.float())
 
 
 def unconditional_sana(pipeline: Any, pixels: Pixels) -> Conditioning:
-    _, _, embeds, mask = pipeline.encode_prompt([""], True, device=pipeline.device)
+    _, _, embeds, mask = pipeline.encode_prompt([""], True, device=pipeline.text_encoder.device)
     return Conditioning(embeds, prompt_attention_mask=mask.float())
 
 

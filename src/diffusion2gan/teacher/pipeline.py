@@ -22,6 +22,7 @@ from diffusion2gan.runtime.progress import console
 from diffusion2gan.teacher import autoencoder, variants
 from diffusion2gan.teacher.conditioning import Conditioning as Conditioning
 from diffusion2gan.teacher.families import FAMILIES, REFUSED
+from diffusion2gan.teacher.remember import PromptStore
 from diffusion2gan.teacher.schedule import PREDICTIONS, Level, Step, to_x0
 
 diffusers_logging.set_verbosity_error()
@@ -50,10 +51,19 @@ class Teacher:
         self.scheduler: Any = (euler if self.family.flow else ddim)(pipeline.scheduler.config)
         self.prediction_type: str = "flow_prediction" if self.family.flow else self.scheduler.config.prediction_type
         self.truncation_told = False
+        self.device: torch.device = next(self.network.parameters()).device
+        self.prompts: PromptStore | None = None
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.network.parameters()).device
+    def remember_prompts(self, prompts: PromptStore) -> None:
+        """From now on prompts are looked up there, and the text encoders are gone."""
+        self.prompts = prompts
+        for name in [name for name in self.pipeline.components if name.startswith("text_encoder")]:
+            setattr(self.pipeline, name, None)
+
+    def rest(self, *, network: bool, vae: bool) -> None:
+        """Moves what is not needed for now to the CPU; `decode` takes the VAE back while it works."""
+        for part in ([self.network] if network else []) + ([self.vae] if vae else []):
+            part.to("cpu")
 
     @property
     def spatial_factor(self) -> int:
@@ -144,6 +154,8 @@ class Teacher:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts → what the network reads. Too long ones are cut as diffusers cuts them."""
+        if self.prompts is not None:
+            return self.prompts.read(prompts).to(self.device)
         if not self.truncation_told:
             self.truncation_told = warn_truncated(self.tokenizer, prompts, self.num_tokens)
         return self.family.encode(self.pipeline, prompts, self.pixels).to(self.device)
@@ -161,7 +173,10 @@ class Teacher:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [−1, 1] of latents × scaling_factor."""
-        return autoencoder.decode(self.vae, latents).clamp(-1, 1)
+        at_rest = self.vae.device
+        images = autoencoder.decode(self.vae.to(latents.device), latents).clamp(-1, 1)
+        self.vae.to(at_rest)
+        return images
 
 
 def warn_truncated(tokenizer: Any, prompts: Sequence[str], limit: int | None = None) -> bool:

@@ -58,7 +58,7 @@ def cost_of(run: Run, step: Callable[[], object], num_prompts: int, price_per_gp
         **{f"{part}_mib": round(bytes_ / MIB, 1) for part, bytes_ in memory.items()},
         "memory_without_activations_mib": round(sum(memory.values()) / MIB, 1),
         "checkpoint_disk_mib": round(CHECKPOINTS * checkpoint / MIB, 1),
-        "prompts_disk_mib": round(prompts_disk(run.teacher, num_prompts, recipe) / MIB, 1),
+        "prompts_disk_mib": round(prompts_disk(run.teacher, num_prompts, recipe) / MIB, 2),
         "steps": steps, "seconds_per_step": round(step_s, 3), "pairs_per_second": round(recipe.batch_size / step_s, 2),
         "hours": round(hours, 2),
     }  # fmt: skip

@@ -38,6 +38,66 @@ def test_a_transformer_in_one_file(name: str, family_folder: Folder, tmp_path: P
     assert torch.equal(found.encode(["two stars"]).prompt_embeds, whole.encode(["two stars"]).prompt_embeds)
 
 
+RESNET = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+    "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
+UNET = {
+    "conv_in": "input_blocks.0.0", "down_blocks.0.resnets.0": "input_blocks.1.0",
+    "down_blocks.0.attentions.0": "input_blocks.1.1", "down_blocks.0.downsamplers.0.conv": "input_blocks.2.0.op",
+    "down_blocks.1.resnets.0": "input_blocks.3.0", "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1", "mid_block.resnets.1": "middle_block.2",
+    "up_blocks.0.resnets.0": "output_blocks.0.0", "up_blocks.0.resnets.1": "output_blocks.1.0",
+    "up_blocks.0.upsamplers.0": "output_blocks.1.1", "up_blocks.1.resnets.0": "output_blocks.2.0",
+    "up_blocks.1.attentions.0": "output_blocks.2.1", "up_blocks.1.resnets.1": "output_blocks.3.0",
+    "up_blocks.1.attentions.1": "output_blocks.3.1", "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
+}  # fmt: skip
+VAE_PARTS = {
+    "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1",
+    "conv_norm_out": "norm_out", "conv_shortcut": "nin_shortcut", "group_norm": "norm", "to_q": "q", "to_k": "k",
+    "to_v": "v", "to_out.0": "proj_out", "downsamplers.0": "downsample", "upsamplers.0": "upsample", "resnets": "block",
+}  # fmt: skip
+
+
+def original_unet_name(name: str) -> str:
+    """The name that Stable Diffusion's own code gives a weight of the tiny UNet."""
+    part = next(part for part in sorted(UNET, key=len, reverse=True) if name.startswith(part + "."))
+    rest = name.removeprefix(part + ".")
+    layer = rest.split(".")[0]
+    rest = rest.replace(layer, RESNET[layer], 1) if "resnets" in part else rest
+    return f"model.diffusion_model.{UNET[part]}.{rest}"
+
+
+def original_vae_name(name: str) -> str:
+    for part, theirs in VAE_PARTS.items():
+        name = name.replace(part, theirs)
+    for i in range(4):  # the decoder counts from the finest
+        name = name.replace(f"up_blocks.{i}.", f"up.{3 - i}.").replace(f"down_blocks.{i}.", f"down.{i}.")
+    return "first_stage_model." + name
+
+
+def test_a_whole_stable_diffusion_in_its_own_codes_single_file(family_folder: Folder, tmp_path: Path) -> None:
+    """As community checkpoints come: `model.diffusion_model.…`, `first_stage_model.…`, `cond_stage_model.…`."""
+    whole = load_teacher(str(family_folder("sd15")))
+    weights = {original_unet_name(key): value for key, value in whole.network.state_dict().items()}
+    for key, value in whole.vae.state_dict().items():
+        attention = "attentions" in key and value.ndim == 2
+        weights[original_vae_name(key)] = value[:, :, None, None] if attention else value
+    for key, value in whole.pipeline.text_encoder.state_dict().items():
+        weights["cond_stage_model.transformer.text_model." + key.removeprefix("text_model.")] = value
+    save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / "mine.safetensors")
+    config = tmp_path / "config"
+    shutil.copytree(family_folder("sd15"), config, ignore=shutil.ignore_patterns("*.safetensors"))
+    found = load_teacher(str(tmp_path / "mine.safetensors"), config=str(config))
+    for part in ("unet", "vae", "text_encoder"):
+        ours, theirs = (getattr(t.pipeline, part).state_dict() for t in (found, whole))
+        assert ours.keys() == theirs.keys()
+        assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == [], part
+    assert found.prediction_type == "epsilon"
+    assert torch.equal(found.encode(["two stars"]).prompt_embeds, whole.encode(["two stars"]).prompt_embeds)
+
+
 def test_a_single_file_needs_its_config_and_must_fit_it(family_folder: Folder, tmp_path: Path) -> None:
     file = tmp_path / "mine.safetensors"
     with pytest.raises(UserError, match="no such file"):

@@ -17,6 +17,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.pocket import shipped
 from diffusion2gan.runtime.files import sha256
 from diffusion2gan.runtime.images import to_uint8
+from diffusion2gan.teacher.families import FAMILIES
 from diffusion2gan.teacher.pipeline import check_pipeline_folder, ddim, load_pipeline
 
 POCKET = ("pocket-teacher", "pocket-student")
@@ -78,7 +79,9 @@ def load_system(name: str, num_inference_steps: int | None = None, guidance_scal
         pipeline, revision = _pocket_student()
     else:
         folder = shipped.folder("teacher") if name == "pocket-teacher" else Path(name)
-        check_pipeline_folder(folder)
+        kind = check_pipeline_folder(folder)
+        if FAMILIES[kind].flow:
+            raise UserError(f"{name} is a {kind}: flow models are not run here yet; call the pipeline itself")
         pipeline, revision = load_pipeline(folder), sha256(folder)[:16]
     scheduler = pipeline.scheduler
     if isinstance(scheduler, LCMScheduler) and scheduler.config.original_inference_steps == 1:

@@ -315,5 +315,6 @@ def dry_run(recipe: Recipe, pairs: Path, price_per_gpu_hour: float | None = None
     check_pairs(reader.spec, teacher, pairs)
     check_prompts(recipe, reader, pairs)
     run, distance = Run(recipe, teacher), distance_of(recipe, teacher.device, teacher.vae)
+    teacher.rest(network=recipe.lora_rank == 0, vae=recipe.loss != "pixel_lpips")
     batches = reader.batches(recipe.batch_size)
     return cost_of(run, lambda: step(run, next(batches), distance), reader.spec.count, price_per_gpu_hour)

@@ -58,7 +58,7 @@ def load_single_file(file: Path, config: Path | None, family: str | None) -> Any
             absent = {"text_encoder_3": None, "tokenizer_3": None} if not (config / "text_encoder_3").is_dir() else {}
             absent = absent if family == "StableDiffusion3Pipeline" else {}
             return kind.from_pretrained(config, transformer=transformer, use_safetensors=True, **options, **absent)
-        except (SingleFileComponentError, OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        except (SingleFileComponentError, OSError, ValueError, LookupError, RuntimeError, AttributeError) as error:
             told = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise UserError(f"{file} does not load as the {family} that {config} describes: {told}") from error
 

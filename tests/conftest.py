@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,4 +55,17 @@ def sd_style_teacher(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactor
     index = json.loads((folder / "model_index.json").read_text())
     index["scheduler"] = ["diffusers", "PNDMScheduler"]
     (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """name → the folder of that family's tiny pipeline, made once."""
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(name: str) -> Path:
+        from tiny_families import save
+
+        return root / name if (root / name).exists() else save(name, root / name)
+
     return folder

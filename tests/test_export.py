@@ -77,7 +77,7 @@ def test_stock_diffusers_runs_it_exactly(runs: dict[str, Path], tmp_path: Path) 
     for place, run in enumerate(runs.values()):
         teacher, average, _ = load_student(run)
         student = Student(teacher)
-        student.unet.load_state_dict(average)
+        student.trained.load_state_dict(average)
         with torch.no_grad():
             expected = student(noise, teacher.encode(PROMPTS))
             born = teacher.denoise(noise, teacher.last_timestep, teacher.encode(PROMPTS))
@@ -132,7 +132,7 @@ def test_export_again_replaces_the_export_and_nothing_else(runs: dict[str, Path]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_teacher_in_memory_is_left_as_it_is(runs: dict[str, Path], tmp_path: Path, dtype: torch.dtype) -> None:
     teacher, student, _ = load_student(runs["tiny_teacher"])
-    modules = {name: getattr(teacher, name) for name in ("unet", "vae", "text_encoder")}
+    modules = {name: getattr(teacher.pipeline, name) for name in ("unet", "vae", "text_encoder")}
     before = {(n, k): v.clone() for n, module in modules.items() for k, v in module.state_dict().items()}
     scheduler = teacher.pipeline.scheduler
     assert any(not torch.equal(before["unet", key], value) for key, value in student.items())

@@ -27,7 +27,8 @@ app.add_typer(pairs_app, name="pairs")
 app.add_typer(perceptual_app, name="perceptual")
 app.add_typer(pocket_app, name="pocket")
 
-TeacherOption = Annotated[str, typer.Option(help="`pocket` or the folder of a diffusers pipeline.")]
+TeacherOption = Annotated[str, typer.Option(help="`pocket`, the folder of a diffusers pipeline, or a .safetensors.")]
+PriceOption = Annotated[float | None, typer.Option(min=0.0, help="With --dry-run: money, in whatever it is in.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A recipe's setting, key=value; repeatable.")]
 
 
@@ -44,6 +45,12 @@ def pairs(
     batch_size: Annotated[int, typer.Option(min=1, help="Changes the speed, not the pairs.")] = 64,
     shard_size: Annotated[int, typer.Option(min=1, help="Pairs a file.")] = 128,
     keep_noise: Annotated[bool, typer.Option(help="Store the noise beside its seed.")] = False,
+    teacher_config: Annotated[str | None, typer.Option(help="A single file's pipeline folder.")] = None,
+    teacher_lora: Annotated[str | None, typer.Option(help="LoRAs to merge: PATH[@SCALE], commas between.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Another VAE for the same latents: its folder.")] = None,
+    resolution: Annotated[int | None, typer.Option(min=1, help="The pictures' side, if not the teacher's own.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost, make nothing.")] = False,
+    price_per_gpu_hour: PriceOption = None,
 ) -> None:
     """Solve the teacher's ODE (deterministic DDIM) from per-pair noises; run again to continue."""
     if context.invoked_subcommand is not None:
@@ -55,8 +62,8 @@ def pairs(
     from diffusion2gan.teacher.pipeline import load_teacher, warn_truncated
 
     lines = [] if prompts == "pocket" else make.read_prompts(Path(prompts))
-    loaded = load_teacher(teacher)
-    loaded.truncation_told = bool(lines) and warn_truncated(loaded.tokenizer, lines)
+    loaded = load_teacher(teacher, resolution=resolution, config=teacher_config, loras=teacher_lora, vae=vae)
+    loaded.truncation_told = bool(lines) and warn_truncated(loaded.tokenizer, lines, loaded.num_tokens)
     spec = store.PairsSpec(
         teacher=loaded.name, revision=loaded.revision, prompts=prompts if not lines else make.prompts_digest(lines),
         count=count, seed=seed, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
@@ -68,6 +75,13 @@ def pairs(
             return [lines[i % len(lines)] for i in indices]
         return scenes.captions(indices, shipped.pairs_world(seed))
 
+    if dry_run:
+        from diffusion2gan.pairs.cost import cost_of
+
+        some = prompts_of(range(min(batch_size, count)))
+        for key, value in cost_of(loaded, spec, some, price_per_gpu_hour).items():
+            typer.echo(f"{key}: {value}")
+        return
     make.make_pairs(loaded, prompts_of, spec, out, batch_size)
     typer.echo(f"{out}: {count} pairs. Next: diffusion2gan distill pocket --pairs {out} --out runs/NAME")
 
@@ -108,6 +122,7 @@ def distill(
     out: Annotated[Path, typer.Option(help="The run's folder.")],
     set_: SetOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and the cost, train nothing.")] = False,
+    price_per_gpu_hour: PriceOption = None,
 ) -> None:
     """Train a one-step student; run again to resume exactly."""
     from diffusion2gan.recipe import load_recipe
@@ -118,7 +133,7 @@ def distill(
     from diffusion2gan.distill import train
 
     if dry_run:
-        for key, value in train.dry_run(loaded, pairs).items():
+        for key, value in train.dry_run(loaded, pairs, price_per_gpu_hour).items():
             typer.echo(f"{key}: {value}")
         return
     train.distill(loaded, pairs, out)

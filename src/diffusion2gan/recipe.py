@@ -21,7 +21,15 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    teacher: str = Field("pocket", description="`pocket` or the folder of a diffusers pipeline")
+    teacher: str = Field("pocket", description="`pocket`, the folder of a diffusers pipeline, or a .safetensors")
+    teacher_config: str | None = Field(None, description="a single-file teacher's pipeline folder: configs, tokenizers")
+    teacher_lora: str | None = Field(None, description="LoRAs merged into the teacher: PATH[@SCALE], commas between")
+    vae: str | None = Field(None, description="another VAE for the same latents: its folder")
+    resolution: int | None = Field(None, ge=1, description="the pictures' side in pixels; the teacher's own if not set")
+    lora_rank: int = Field(0, ge=0, description="trains a LoRA of this rank on the frozen teacher; 0: all weights")
+    lora_targets: str = Field(
+        "to_q+to_k+to_v+to_out.0", description="layers that a LoRA adds to, by the end of their names"
+    )
     start: str = Field("teacher", description="the student's weights at birth: the teacher's, or a run's folder")
     perceptual: str = Field("pocket", description="weights of the perceptual distance: `pocket` or a folder")
     loss: LossName = Field("e_latent_lpips", description="the regression loss between student and teacher latents")
@@ -52,6 +60,9 @@ class Recipe(BaseModel):
     r1_weight: float = Field(1e-4, ge=0, description="γ of the gradient penalty γ/2·‖∇ΣD‖² on one real sample")
     r1_every: int = Field(16, ge=1, description="D's steps between penalties, each multiplied by this")
     mix_share: float = Field(0.25, ge=0, lt=1, description="share of D's fakes that are other pairs' real latents")
+    prompt_embeds: Literal["encoded", "kept"] = Field(
+        "encoded", description="each batch's prompts by the text encoders, or all once, kept beside the pairs"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     device: str = Field("cpu", description="cpu, cuda, cuda:1, …")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, on cuda alone")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +42,6 @@ SDXL = THREE_GRIDS | {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class SdxlConditioning(Conditioning):
-    text_embeds: Tensor
-    time_ids: Tensor
-
-
 def inputs(batch: int = 3, size: int = 8, seed: int = 1) -> tuple[Tensor, Conditioning, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     noise, latents = torch.randn(2, batch, 4, size, size, generator=generator)
@@ -81,8 +74,8 @@ def test_its_features_are_born_as_the_teachers(options: dict[str, Any], size: in
     noise, cond, latents = inputs(size=size)
     added = None
     if "addition_embed_type" in options:
-        cond = SdxlConditioning(cond.prompt_embeds, torch.randn(3, 5), torch.arange(18.0).reshape(3, 6))
-        added = {"text_embeds": cond.text_embeds, "time_ids": cond.time_ids}
+        cond = Conditioning(cond.prompt_embeds, torch.randn(3, 5), torch.arange(18.0).reshape(3, 6))
+        added = {"text_embeds": cond.pooled_prompt_embeds, "time_ids": cond.time_ids}
     with torch.no_grad():
         expected = teacher(latents, timestep, cond.prompt_embeds, added_cond_kwargs=added).sample
         features = discriminator(teacher, timestep=timestep).features(noise, cond, latents)
@@ -241,7 +234,7 @@ def test_the_recipe_chooses_it(tiny_teacher: Path) -> None:
     assert torch.equal(state, torch.get_rng_state())
     assert [len(answers[name]) for name in answers] == [9, 9, 1]
     weights = discriminator_of(Recipe(discriminator="random"), teacher).state_dict()
-    assert not torch.equal(weights["unet.conv_in.weight"], teacher.unet.conv_in.weight)
+    assert not torch.equal(weights["unet.conv_in.weight"], teacher.network.conv_in.weight)
 
 
 def test_the_patch_discriminator_reads_latents_and_noise() -> None:

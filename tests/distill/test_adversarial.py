@@ -322,13 +322,13 @@ def test_the_output_layer_stays_in_float32_under_autocast(teacher_folder: Path) 
     """On the CPU, where autocast can be tried everywhere."""
     teacher = load_teacher(str(teacher_folder))
     student = Student(teacher)
-    layer = student.unet.conv_out
+    layer = student.network.conv_out
     assert isinstance(layer, Float32Conv2d)
     x = torch.randn(2, 8, 16, 16)
     seen: list[Tensor] = []
     layer.register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(x), teacher.unet.conv_out(x).float()) is False
+        assert torch.equal(layer(x), teacher.network.conv_out(x).float()) is False
         latents = student(torch.randn(2, 4, 16, 16), teacher.encode(["a", "b"]))
-    assert torch.equal(layer(x), teacher.unet.conv_out(x)) and torch.equal(seen[0], layer(x))
+    assert torch.equal(layer(x), teacher.network.conv_out(x)) and torch.equal(seen[0], layer(x))
     assert latents.dtype == torch.float32 and not torch.equal(seen[1], seen[1].bfloat16().float())

@@ -90,7 +90,7 @@ def test_the_student_is_born_as_the_teacher_at_t(tiny_teacher: Path, sd_style_te
         student = Student(teacher)
         latents = student(noise, cond)
         assert torch.equal(latents, teacher.denoise(noise, 999, cond)) and latents.requires_grad
-        ours, theirs = dict(student.named_parameters()), dict(teacher.unet.named_parameters())
+        ours, theirs = dict(student.named_parameters()), dict(teacher.network.named_parameters())
         assert len(ours) == len(theirs) and all(p.requires_grad for p in ours.values())
         latents.square().sum().backward()
         assert all(p.grad is None and not p.requires_grad for p in theirs.values())
@@ -108,7 +108,7 @@ def test_a_run_writes_what_it_saw(whole_run: Path, recipe: Recipe) -> None:
     assert [p.name for p in (whole_run / "samples").iterdir()] == ["000000020.png"]
     teacher, average, described = load_student(whole_run)
     assert described["pairs_seen"] == STEPS * BATCH and described["recipe"] == recipe.model_dump()
-    assert average.keys() == teacher.unet.state_dict().keys()
+    assert average.keys() == teacher.network.state_dict().keys()
 
 
 def test_one_seed_one_run_another_seed_another(whole_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path) -> None:
@@ -309,7 +309,7 @@ def test_a_run_may_start_from_anothers_student(whole_run: Path, recipe: Recipe, 
     run = Run(later, load_teacher(later.teacher))
     open_run(run, tmp_path / "run", open_set(pairs))
     weights = load_student(whole_run)[1]
-    for now in (run.student.unet.state_dict(), run.ema.shadow):
+    for now in (run.student.trained.state_dict(), run.ema.shadow):
         assert all(torch.equal(now[key], value) for key, value in weights.items())
     distill(later, pairs, tmp_path / "run")
     shutil.rmtree(other)
@@ -324,7 +324,9 @@ def test_a_start_that_is_no_run_or_anothers_teachers_is_refused(
         distill(later, pairs, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=r"start = .* was distilled from weights"):
-        start_weights(whole_run, load_teacher(str(sd_style_teacher)))
+        start_weights(recipe.model_copy(update={"start": str(whole_run)}), load_teacher(str(sd_style_teacher)))
+    with pytest.raises(UserError, match=r"start = .* has lora_rank = 0, this recipe 2"):
+        start_weights(recipe.model_copy(update={"start": str(whole_run), "lora_rank": 2}), load_teacher(recipe.teacher))
 
 
 def test_a_damaged_checkpoint_is_a_failure(recipe: Recipe, pairs: Path, tmp_path: Path) -> None:
@@ -339,15 +341,15 @@ def test_a_damaged_checkpoint_is_a_failure(recipe: Recipe, pairs: Path, tmp_path
 def test_the_average_is_lent_and_given_back(recipe: Recipe) -> None:
     run = Run(recipe, load_teacher(recipe.teacher))
     run.ema.shadow = {key: torch.zeros_like(value) for key, value in run.ema.shadow.items()}
-    before = {key: value.clone() for key, value in run.student.unet.state_dict().items()}
+    before = {key: value.clone() for key, value in run.student.network.state_dict().items()}
     noise, cond = noise_of([0], (4, 16, 16)), run.teacher.encode(["a"])
     with torch.no_grad():
         lent = run.with_ema(lambda: run.student(noise, cond))
     assert torch.allclose(lent, run.teacher.alpha_bar(999) ** 0.5 * noise)  # a network of zeros: v = 0
-    assert all(torch.equal(before[key], value) for key, value in run.student.unet.state_dict().items())
+    assert all(torch.equal(before[key], value) for key, value in run.student.network.state_dict().items())
 
 
 def test_a_dry_run_trains_nothing(recipe: Recipe, pairs: Path) -> None:
     told = dry_run(recipe, pairs)
     assert told["steps"] == STEPS
-    assert told["student_parameters"] == sum(p.numel() for p in load_teacher(recipe.teacher).unet.parameters())
+    assert told["student_parameters"] == sum(p.numel() for p in load_teacher(recipe.teacher).network.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +109,11 @@ def test_folders_that_are_no_systems(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(UserError, match="does not name a pipeline class"):
         load_system(str(tmp_path))
+
+
+def test_flow_models_are_refused(
+    family_folder: Callable[[str], Path],
+) -> None:
+    for name, kind in (("sd3", "StableDiffusion3Pipeline"), ("flux_dev", "FluxPipeline"), ("sana", "SanaPipeline")):
+        with pytest.raises(UserError, match=f"is a {kind}: flow models are not run here yet"):
+            load_system(str(family_folder(name)))

@@ -58,12 +58,12 @@ def test_guidance_moves_along_the_line_between_both_answers(tiny_teacher: Path) 
 
 
 def test_the_two_styles_start_and_end_where_their_schedulers_say(tiny_teacher: Path, sd_style_teacher: Path) -> None:
-    ours = load_teacher(str(tiny_teacher)).ddim_steps(50)
-    assert len(ours) == 50 and ours[0][0] == 999 and ours[-1][2] == 1.0
+    ours = load_teacher(str(tiny_teacher)).steps(50)
+    assert len(ours) == 50 and ours[0][0] == 999 and ours[-1].there == (1.0, 0.0)
     theirs = load_teacher(str(sd_style_teacher))
-    steps = theirs.ddim_steps(50)
+    steps = theirs.steps(50)
     assert steps[0][0] == 981 and steps[-1][0] == 1
-    assert steps[-1][2] == pytest.approx(theirs.alpha_bar(0))  # set_alpha_to_one=False
+    assert float(steps[-1].there.alpha) == pytest.approx(theirs.alpha_bar(0) ** 0.5)  # set_alpha_to_one=False
     for (_, _, after), (_, before, _) in pairwise(ours):
         assert after == before
 

@@ -35,8 +35,8 @@ def test_a_broken_index_is_said(tmp_path: Path, content: bytes) -> None:
 
 
 def test_an_unsupported_class_is_named_with_the_supported_ones(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(UserError, match="FluxPipeline") as told:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "AuraFlowPipeline"}')
+    with pytest.raises(UserError, match="AuraFlowPipeline") as told:
         load_teacher(str(tmp_path))
     assert all(name in str(told.value) for name in FAMILIES)
 
@@ -69,7 +69,7 @@ def test_an_unknown_prediction_type_is_said(tiny_teacher: Path, tmp_path: Path) 
 
 def test_a_teacher_is_frozen_and_named_by_its_weights(tiny_teacher: Path, sd_style_teacher: Path) -> None:
     teacher = load_teacher(str(tiny_teacher))
-    for module in (teacher.unet, teacher.vae, teacher.text_encoder):
+    for module in (teacher.network, teacher.vae, teacher.pipeline.text_encoder):
         assert not module.training and not any(p.requires_grad for p in module.parameters())
     assert (teacher.latent_shape, teacher.spatial_factor, teacher.last_timestep) == ((4, 16, 16), 4, 999)
     assert teacher.prediction_type == "v_prediction"

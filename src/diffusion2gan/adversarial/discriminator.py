@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm as normalised
 
+from diffusion2gan.adversarial.heads import conv, head, zero_conv
+from diffusion2gan.adversarial.transformer import TransformerDiscriminator
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import Recipe
+from diffusion2gan.teacher.families import added
 from diffusion2gan.teacher.pipeline import Conditioning, Teacher
 
-HEAD_WIDTH = 64
 DECODER_BLOCKS = {"UpBlock2D", "CrossAttnUpBlock2D", "AttnUpBlock2D"}  # those whose upsampler reads x alone
-ADDED_CONDITIONS = ("text_embeds", "time_ids")  # what SDXL's networks read beside the prompt
 
 
 class Scale(NamedTuple):
@@ -67,7 +67,7 @@ class DiffusionDiscriminator(nn.Module):
     @classmethod
     def from_teacher(cls, teacher: Teacher, *, pretrained: bool = True, **options: Any) -> DiffusionDiscriminator:
         """From a loaded teacher; without `pretrained`, the same network with random weights (torch's generator)."""
-        unet = teacher.unet
+        unet = teacher.network
         if not pretrained:
             unet = type(unet).from_config(unet.config).to(teacher.device)
         return cls(unet, **options).to(teacher.device)
@@ -102,13 +102,12 @@ class DiffusionDiscriminator(nn.Module):
 
     def _conditions(self, cond: Conditioning, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The embedding [B, E] that every block adds, and the tokens [B, T, D] that its cross-attention reads."""
-        unet = self.unet
-        added = {name: getattr(cond, name) for name in ADDED_CONDITIONS if getattr(cond, name, None) is not None}
+        unet, more = self.unet, added(cond) or {}
         emb = unet.time_embedding(unet.get_time_embed(latents, self.timestep))
-        aug_emb = unet.get_aug_embed(emb, cond.prompt_embeds, added)
+        aug_emb = unet.get_aug_embed(emb, cond.prompt_embeds, more)
         emb = emb if aug_emb is None else emb + aug_emb
         emb = emb if unet.time_embed_act is None else unet.time_embed_act(emb)
-        return emb, unet.process_encoder_hidden_states(cond.prompt_embeds, added)
+        return emb, unet.process_encoder_hidden_states(cond.prompt_embeds, more)
 
 
 class PatchDiscriminator(nn.Module):
@@ -136,7 +135,7 @@ class PatchDiscriminator(nn.Module):
         return [self.body(torch.cat([latents, noise], 1) if self.noise_input else latents)]
 
 
-Discriminator = DiffusionDiscriminator | PatchDiscriminator
+Discriminator = DiffusionDiscriminator | TransformerDiscriminator | PatchDiscriminator
 
 
 def discriminator_of(recipe: Recipe, teacher: Teacher) -> Discriminator:
@@ -146,11 +145,13 @@ def discriminator_of(recipe: Recipe, teacher: Teacher) -> Discriminator:
         torch.manual_seed(recipe.seed)
         if recipe.discriminator == "patch":
             return PatchDiscriminator.from_teacher(teacher, width=recipe.patch_width, **common)
-        return DiffusionDiscriminator.from_teacher(
-            teacher, pretrained=recipe.discriminator == "diffusion", timestep=recipe.discriminator_timestep,
-            multi_scale_input=recipe.multi_scale_input, multi_scale_output=recipe.multi_scale_output,
-            gradient_checkpointing=recipe.gradient_checkpointing, **common,
-        )  # fmt: skip
+        common |= {
+            "pretrained": recipe.discriminator == "diffusion", "timestep": recipe.discriminator_timestep,
+            "multi_scale_output": recipe.multi_scale_output, "gradient_checkpointing": recipe.gradient_checkpointing,
+        }  # fmt: skip
+        if teacher.family.network == "transformer":
+            return TransformerDiscriminator.from_teacher(teacher, **common)
+        return DiffusionDiscriminator.from_teacher(teacher, multi_scale_input=recipe.multi_scale_input, **common)
 
 
 def check_unet(unet: Any) -> None:
@@ -197,25 +198,3 @@ def decoder_channels(unet: Any) -> list[tuple[int, int, int]]:
         channels.append((before, block.resnets[0].in_channels - before, merged))
         before = merged
     return channels
-
-
-def head(channels: int, groups: int, spectral_norm: bool) -> nn.Sequential:
-    """[B, C, h, w] → logits [B, 1, h, w]. The norm comes first because a UNet's own features have none."""
-    return nn.Sequential(
-        nn.GroupNorm(groups, channels), conv(channels, HEAD_WIDTH, 3, 1, spectral_norm), nn.SiLU(),
-        conv(HEAD_WIDTH, 1, 1, 1, spectral_norm),
-    )  # fmt: skip
-
-
-def conv(channels: int, out_channels: int, size: int, stride: int, spectral_norm: bool) -> nn.Module:
-    layer = nn.Conv2d(channels, out_channels, size, stride, padding=size // 2)
-    return normalised(layer) if spectral_norm else layer
-
-
-def zero_conv(channels: int, out_channels: int) -> nn.Conv2d:
-    """A 3×3 convolution that answers zero until it is trained (Zhang et al. 2023, ControlNet, section 3.1)."""
-    layer = nn.Conv2d(channels, out_channels, 3, padding=1)
-    nn.init.zeros_(layer.weight)
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
-    return layer

@@ -33,11 +33,11 @@ class Run:
 
     def __init__(self, recipe: Recipe, teacher: Teacher) -> None:
         self.recipe, self.teacher = recipe, teacher
-        self.student = Student(teacher, recipe.gradient_checkpointing).train()
+        self.student = Student.of(recipe, teacher).train()
         self.optimizer = torch.optim.AdamW(
-            self.student.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=recipe.weight_decay
+            self.student.trained.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=recipe.weight_decay
         )
-        self.ema = checkpoint.EMA(self.student.unet, recipe.ema_decay)
+        self.ema = checkpoint.EMA(self.student.trained, recipe.ema_decay)
         self.discriminator = discriminator_of(recipe, teacher).train() if recipe.adversarial_weight > 0 else None
         self.discriminator_optimizer = None if self.discriminator is None else torch.optim.Adam(
             self.discriminator.parameters(), lr=recipe.discriminator_learning_rate, betas=DISCRIMINATOR_BETAS
@@ -47,15 +47,15 @@ class Run:
 
     def begin(self, weights: dict[str, Tensor]) -> None:
         """Gives the student other weights than the teacher's; its average starts there too."""
-        self.student.unet.load_state_dict(weights)
-        self.ema = checkpoint.EMA(self.student.unet, self.recipe.ema_decay)
+        self.student.trained.load_state_dict(weights)
+        self.ema = checkpoint.EMA(self.student.trained, self.recipe.ema_decay)
 
     def autocast(self) -> AbstractContextManager[None]:
         """bfloat16 where the recipe asks for it; the student's output layer, distances and losses stay in float32."""
         return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
     def save(self, folder: Path) -> None:
-        tensors = checkpoint.pack("student", self.student.unet) | checkpoint.pack_optimizer("adam", self.optimizer)
+        tensors = checkpoint.pack("student", self.student.trained) | checkpoint.pack_optimizer("adam", self.optimizer)
         tensors |= {f"ema/{key}": value for key, value in self.ema.shadow.items()}
         if self.discriminator is not None and self.discriminator_optimizer is not None:
             tensors |= checkpoint.pack("discriminator", self.discriminator)
@@ -65,7 +65,7 @@ class Run:
 
     def load(self, folder: Path) -> None:
         tensors, meta = checkpoint.load(folder / CHECKPOINT)
-        self.student.unet.load_state_dict(checkpoint.unpack("student", tensors))
+        self.student.trained.load_state_dict(checkpoint.unpack("student", tensors))
         checkpoint.unpack_optimizer("adam", self.optimizer, tensors)
         shadow = checkpoint.unpack("ema", tensors)
         self.ema.shadow = {key: value.to(self.teacher.device) for key, value in shadow.items()}
@@ -78,20 +78,20 @@ class Run:
 
     def with_ema(self, call: Callable[[], Tensor]) -> Tensor:
         """`call()` while the student carries its averaged weights."""
-        unet = self.student.unet
-        weights = {key: value.detach().clone() for key, value in unet.state_dict().items()}
-        unet.load_state_dict(self.ema.shadow)
+        trained = self.student.trained
+        weights = {key: value.detach().clone() for key, value in trained.state_dict().items()}
+        trained.load_state_dict(self.ema.shadow)
         try:
             return call()
         finally:
-            unet.load_state_dict(weights)
+            trained.load_state_dict(weights)
 
 
 def open_run(run: Run, out: Path, spec: PairsSpec) -> None:
     """Starts a run folder, or resumes the one there. Raises UserError where it holds another recipe's run."""
     path = out / "recipe.json"
     if run.recipe.start != "teacher" and not (out / CHECKPOINT).exists():
-        run.begin(start_weights(Path(run.recipe.start), run.teacher))
+        run.begin(start_weights(run.recipe, run.teacher))
     described = {"recipe": run.recipe.model_dump(), "pairs": asdict(spec) | {"latent_shape": list(spec.latent_shape)}}
     if path.exists():
         there = read_json(path)
@@ -120,15 +120,34 @@ def _cut_log(out: Path, pairs_seen: int) -> None:
         path.write_text("".join(f"{line}\n" for line in kept))
 
 
-def start_weights(run_folder: Path, teacher: Teacher) -> dict[str, Tensor]:
-    """The averaged weights of another run's student. Raises UserError where that run had another teacher."""
-    own, weights, _ = load_student(run_folder)
+def start_weights(recipe: Recipe, teacher: Teacher) -> dict[str, Tensor]:
+    """The averaged weights of `recipe.start`'s student. Raises UserError where that run's are of another kind."""
+    own, weights, described = load_student(Path(recipe.start))
+    theirs = parse_recipe(described["recipe"], recipe.start)
     if own.revision != teacher.revision:
         raise UserError(
-            f"start = {str(run_folder)!r} was distilled from weights {own.revision}, but this recipe's teacher "
+            f"start = {recipe.start!r} was distilled from weights {own.revision}, but this recipe's teacher "
             f"{teacher.name!r} has {teacher.revision}. Name a run of the same teacher, or start=teacher."
         )
+    for key in ("lora_rank", "lora_targets") if recipe.lora_rank or theirs.lora_rank else ():
+        if getattr(theirs, key) != getattr(recipe, key):
+            raise UserError(
+                f"start = {recipe.start!r} has {key} = {getattr(theirs, key)!r}, this recipe {getattr(recipe, key)!r}; "
+                "set them equal, or start=teacher."
+            )
     return weights
+
+
+def teacher_of(recipe: Recipe, device: str | torch.device = "cpu") -> Teacher:
+    """The recipe's teacher, with all that the recipe says of it."""
+    return load_teacher(
+        recipe.teacher,
+        device,
+        recipe.resolution,
+        config=recipe.teacher_config,
+        loras=recipe.teacher_lora,
+        vae=recipe.vae,
+    )
 
 
 def load_student(run_folder: Path) -> tuple[Teacher, dict[str, Tensor], dict[str, Any]]:
@@ -139,7 +158,7 @@ def load_student(run_folder: Path) -> tuple[Teacher, dict[str, Tensor], dict[str
         raise UserError(f"{run_folder} has no checkpoint yet; run its distill command until the first one is written")
     described = read_json(run_folder / "recipe.json")
     tensors, meta = checkpoint.load(run_folder / CHECKPOINT)
-    teacher = load_teacher(described["recipe"]["teacher"])
+    teacher = teacher_of(parse_recipe(described["recipe"], str(run_folder)))
     if teacher.revision != described["pairs"]["revision"]:
         raise UserError(
             f"the run in {run_folder} was distilled from weights {described['pairs']['revision']}, but its teacher "

@@ -23,18 +23,20 @@ from diffusion2gan.adversarial.losses import (
     r1_penalty,
     student_loss,
 )
+from diffusion2gan.distill.cost import Cost, cost_of
 from diffusion2gan.distill.health import MAX_SKIPPED_IN_A_ROW, accuracy, latent_statistics, logit_means
 from diffusion2gan.distill.losses import Distance, distance_of
-from diffusion2gan.distill.run import Run, open_run
+from diffusion2gan.distill.run import Run, open_run, teacher_of
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.pairs.sampler import PairReader
-from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of
+from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, read_shard
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime.files import write_image
 from diffusion2gan.runtime.images import sheet
 from diffusion2gan.runtime.progress import Bar, console
 from diffusion2gan.runtime.stop import stop_signal
-from diffusion2gan.teacher.pipeline import Conditioning, Teacher, load_teacher
+from diffusion2gan.teacher.pipeline import Conditioning, Teacher
+from diffusion2gan.teacher.remember import PromptStore
 
 STUDENT, DISCRIMINATOR = 0, 1  # which stream of a step's random numbers is whose
 NUM_SAMPLES = 16
@@ -42,13 +44,14 @@ NUM_SAMPLES = 16
 
 def distill(recipe: Recipe, pairs: Path, out: Path) -> None:
     """Trains until `recipe.pairs_seen`; writes checkpoint, log.jsonl and sample sheets into `out`."""
-    teacher = load_teacher(recipe.teacher, device_of(recipe))
+    teacher = teacher_of(recipe, device_of(recipe))
     reader = PairReader(pairs, recipe.seed)
     check_pairs(reader.spec, teacher, pairs)
     check_prompts(recipe, reader, pairs)
     distance = distance_of(recipe, teacher.device, teacher.vae)
     run = Run(recipe, teacher)
     open_run(run, out, reader.spec)
+    free_memory(run, pairs, reader.spec)
     batches = reader.batches(recipe.batch_size, run.pairs_seen)
     saved = time.monotonic()
     with stop_signal() as stopped, Bar(f"distill {recipe.loss}", recipe.pairs_seen, run.pairs_seen) as bar:
@@ -67,6 +70,15 @@ def distill(recipe: Recipe, pairs: Path, out: Path) -> None:
                 raise KeyboardInterrupt
     run.save(out)
     write_samples(run, out, reader)
+
+
+def free_memory(run: Run, folder: Path, spec: PairsSpec) -> None:
+    """Takes from the device what training does not read: the teacher's network and VAE, its text encoders."""
+    recipe, teacher = run.recipe, run.teacher
+    if recipe.prompt_embeds == "kept":
+        prompts = [p for shard in range(spec.num_shards) for p in read_shard(folder, shard).prompts]
+        teacher.remember_prompts(PromptStore(folder / f"prompts-{teacher.revision}", prompts, teacher.encode))
+    teacher.rest(network=recipe.lora_rank == 0, vae=recipe.loss != "pixel_lpips")
 
 
 def step(run: Run, pairs: Pairs, distance: Distance) -> dict[str, Any]:
@@ -151,9 +163,9 @@ def student_step(run: Run, parts: list[Part], distance: Distance) -> dict[str, A
         total += float(regression.detach())
         answers.append(latents.detach())
     rate = learning_rate(recipe, run.pairs_seen)
-    grad_norm = update(run.optimizer, run.student.parameters(), rate, recipe.max_grad_norm)
+    grad_norm = update(run.optimizer, run.student.trained.parameters(), rate, recipe.max_grad_norm)
     if math.isfinite(grad_norm):
-        run.ema.update(run.student.unet)
+        run.ema.update(run.student.trained)
     entry = {"loss": total, "grad_norm": grad_norm} | ({"gan_loss": gan} if weight > 0 and run.discriminator else {})
     return entry | latent_statistics(torch.cat(answers), torch.cat([part.latents for part in parts]))
 
@@ -298,31 +310,13 @@ def write_samples(run: Run, out: Path, reader: PairReader) -> None:
     write_image(out / "samples" / f"{run.pairs_seen:09d}.png", picture.save)
 
 
-def dry_run(recipe: Recipe, pairs: Path) -> dict[str, float | int | str]:
-    """What the run would cost: parameters, steps, memory by part (MiB, float32), measured seconds a step."""
-    teacher = load_teacher(recipe.teacher, device_of(recipe))
+def dry_run(recipe: Recipe, pairs: Path, price_per_gpu_hour: float | None = None) -> Cost:
+    """What the run would cost (`cost.cost_of`), by two steps of it; nothing is written."""
+    teacher = teacher_of(recipe, device_of(recipe))
     reader = PairReader(pairs, recipe.seed)
     check_pairs(reader.spec, teacher, pairs)
     check_prompts(recipe, reader, pairs)
     run, distance = Run(recipe, teacher), distance_of(recipe, teacher.device, teacher.vae)
-    first, second = [next(reader.batches(recipe.batch_size)) for _ in range(2)]
-
-    def step_s(pairs_seen: int) -> float:
-        """Seconds of the second of two steps."""
-        run.pairs_seen = pairs_seen
-        step(run, first, distance)
-        start = time.monotonic()
-        step(run, second, distance)
-        return time.monotonic() - start
-
-    alone = min(recipe.adversarial_from, recipe.pairs_seen) if recipe.adversarial_weight > 0 else 0
-    whole_s, alone_s = step_s(recipe.adversarial_from), step_s(0) if alone else 0.0
-    student = sum(p.numel() for p in run.student.parameters())
-    discriminator = 0 if run.discriminator is None else sum(p.numel() for p in run.discriminator.parameters())
-    steps = -(-recipe.pairs_seen // recipe.batch_size)
-    return {
-        "student_parameters": student, "discriminator_parameters": discriminator,
-        "weights_gradients_adam_ema_mib": round((student * 5 + discriminator * 4) * 4 / 2**20, 1),
-        "steps": steps, "seconds_per_step": round(whole_s, 3),
-        "hours": round((alone * alone_s + (recipe.pairs_seen - alone) * whole_s) / recipe.batch_size / 3600, 2),
-    }  # fmt: skip
+    teacher.rest(network=recipe.lora_rank == 0, vae=recipe.loss != "pixel_lpips")
+    batches = reader.batches(recipe.batch_size)
+    return cost_of(run, lambda: step(run, next(batches), distance), reader.spec.count, price_per_gpu_hour)

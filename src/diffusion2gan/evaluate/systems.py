@@ -21,6 +21,7 @@ from diffusion2gan.evaluate import published, timing
 from diffusion2gan.pocket import shipped
 from diffusion2gan.runtime.files import sha256
 from diffusion2gan.runtime.images import to_uint8
+from diffusion2gan.teacher.families import FAMILIES
 from diffusion2gan.teacher.pipeline import check_pipeline_folder, ddim, load_pipeline
 
 POCKET = ("pocket-teacher", "pocket-student")
@@ -169,7 +170,9 @@ def _load(folder: Path) -> DiffusionPipeline:
     except (OSError, ValueError, AttributeError):
         known = False
     if not known:
-        check_pipeline_folder(folder)
+        kind = check_pipeline_folder(folder)
+        if FAMILIES[kind].flow:
+            raise UserError(f"{folder} is a {kind}: flow models are not run here yet; call the pipeline itself")
     return load_pipeline(folder)
 
 

@@ -52,7 +52,7 @@ def make_pairs(teacher: Teacher, prompts_of: PromptsOf, spec: PairsSpec, folder:
     start_set(folder, spec)
     there = present_shards(folder, spec)
     done = sum(len(spec.shard_indices(shard)) for shard in there)
-    uncond = teacher.encode([""])
+    uncond = teacher.unconditional()
     with Bar("pairs", spec.count, done) as bar:
         for shard in range(spec.num_shards):
             if shard in there:
@@ -76,6 +76,6 @@ def solve_batch(
     seeds = [pair_seed(spec.seed, i) for i in indices]
     prompts = prompts_of(indices)
     noise = noise_of(seeds, spec.latent_shape).to(teacher.device)
-    without = Conditioning(uncond.prompt_embeds.expand(len(indices), -1, -1))
+    without = uncond.expand(len(indices))
     latents = solve_ode(teacher, noise, teacher.encode(prompts), without, spec.num_inference_steps, spec.guidance_scale)
     return Pairs(list(indices), seeds, prompts, latents.cpu())

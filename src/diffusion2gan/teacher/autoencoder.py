@@ -10,13 +10,13 @@ from torch import Tensor
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.pocket import shipped
-from diffusion2gan.runtime.files import sha256
+from diffusion2gan.runtime.files import read_json, sha256
 
 
 def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
-    """`pocket`, the folder of an AutoencoderKL, or of a pipeline with one: frozen, float32, safetensors only.
+    """`pocket`, the folder of an AutoencoderKL or AutoencoderDC, or of a pipeline with one: frozen, float32.
 
-    Raises UserError where there is none, or it does not load.
+    Safetensors only. Raises UserError where there is none, or it does not load.
     """
     folder = _folder(name)
     if not (folder / "config.json").is_file():
@@ -24,10 +24,11 @@ def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
             f"{folder} holds no VAE: neither config.json nor vae/config.json. Give `pocket`, or a folder that "
             "`AutoencoderKL.save_pretrained` or a pipeline's `save_pretrained` wrote."
         )
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderDC, AutoencoderKL
 
+    kind = AutoencoderDC if read_json(folder / "config.json").get("_class_name") == "AutoencoderDC" else AutoencoderKL
     try:
-        vae = AutoencoderKL.from_pretrained(
+        vae = kind.from_pretrained(
             folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
         )
     except (OSError, ValueError) as error:
@@ -47,7 +48,8 @@ def _folder(name: str | Path) -> Path:
 
 def spatial_factor(vae: Any) -> int:
     """How many times smaller its latents are."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
+    widths = getattr(vae.config, "encoder_block_out_channels", None) or vae.config.block_out_channels
+    return int(2 ** (len(widths) - 1))
 
 
 def num_latent_channels(vae: Any) -> int:
@@ -57,11 +59,23 @@ def num_latent_channels(vae: Any) -> int:
 @torch.no_grad()
 def encode(vae: Any, images: Tensor) -> Tensor:
     """Latents × scaling_factor, [B, C, h, w] float32: the posterior's mean. `images` [B, 3, H, W] in [−1, 1]."""
-    mean = vae.encode(images.to(vae.dtype)).latent_dist.mean
-    return ((mean - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor).float()
+    encoded = vae.encode(images.to(vae.dtype))
+    mean = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent  # a DC-AE has no posterior
+    shift, factor = normalisation(vae, mean)
+    return ((mean - shift) * factor).float()
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Images [B, 3, H, W], about [−1, 1], not clamped, of latents × scaling_factor; differentiable."""
-    shifted = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-    return vae.decode(shifted.to(vae.dtype), return_dict=False)[0]
+    shift, factor = normalisation(vae, latents)
+    return torch.as_tensor(vae.decode((latents / factor + shift).to(vae.dtype), return_dict=False)[0])
+
+
+def normalisation(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """(shift, factor): latents are (the VAE's own − shift) · factor, as its stock pipelines have it."""
+    config = vae.config
+    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if mean is not None and std is not None:
+        channel_mean, channel_std = (like.new_tensor(x).reshape(1, -1, 1, 1) for x in (mean, std))
+        return channel_mean, config.scaling_factor / channel_std
+    return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor

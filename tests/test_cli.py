@@ -26,13 +26,14 @@ from safetensors.torch import load_file, save_file
 
 from diffusion2gan import cli
 from diffusion2gan.errors import Failure
-from diffusion2gan.pairs import store
+from diffusion2gan.pairs import check, store
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256, whole
 
 COUNT, SHARD = 12, 4
 VERBS = (
-    [], ["pairs"], ["pairs", "info"], ["pairs", "verify"], ["distill"], ["export"], ["generate"], ["evaluate"],
+    [], ["pairs"], ["pairs", "info"], ["pairs", "verify"], ["pairs", "merge"],
+    ["pairs", "export"], ["pairs", "import"], ["distill"], ["export"], ["generate"], ["evaluate"],
     ["compare"], ["demo"], ["perceptual"], ["perceptual", "fit"], ["perceptual", "calibrate"], ["perceptual", "import"],
     ["pocket"], ["pocket", "train"], ["pocket", "triplets"],
 )  # fmt: skip
@@ -302,7 +303,7 @@ def test_an_altered_shard_is_told(copied: Path) -> None:
         altered = bytearray(content)
         altered[place] ^= 0x10
         shard.write_bytes(altered)
-        assert any("pairs-00002.parquet" in problem for problem in store.verify(copied)), end - place
+        assert any("pairs-00002.parquet" in problem for problem in check.verify(copied)), end - place
     ran = run("pairs", "verify", copied)
     assert ran.code == 1 and "pairs-00002.parquet is damaged" in ran.err and "Traceback" not in ran.err
     shutil.copy(copied / "pairs-00000.parquet", shard)  # whole, but another's place

@@ -254,7 +254,7 @@ def check_pairs(spec: PairsSpec, teacher: Teacher, folder: Path) -> None:
 
 def check_prompts(recipe: Recipe, reader: PairReader, folder: Path) -> None:
     """Raises UserError where a discriminator shall read prompts and the first pairs have none."""
-    if recipe.adversarial_weight > 0 and not any(next(reader.batches(min(NUM_SAMPLES, reader.spec.count))).prompts):
+    if recipe.adversarial_weight > 0 and not any(reader.first(NUM_SAMPLES).prompts):
         raise UserError(
             f"the pairs in {folder} have no prompts, and the discriminator is to read them. Make pairs with prompts, "
             "or set adversarial_weight=0."
@@ -287,7 +287,7 @@ def finite(value: Any) -> Any:
 @torch.no_grad()
 def write_samples(run: Run, out: Path, reader: PairReader) -> None:
     """A sheet of the averaged student above the teacher, same noises: out/samples/PAIRS_SEEN.png."""
-    pairs = next(PairReader.batches(reader, min(NUM_SAMPLES, reader.spec.count)))
+    pairs = reader.first(NUM_SAMPLES)
     noise = noise_of(pairs.seed, run.teacher.latent_shape).to(run.teacher.device)
     cond = run.teacher.encode(pairs.prompts)
     ours = run.teacher.decode(run.with_ema(lambda: run.student(noise, cond)))

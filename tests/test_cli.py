@@ -33,7 +33,7 @@ from diffusion2gan.runtime.files import sha256, whole
 COUNT, SHARD = 12, 4
 VERBS = (
     [], ["pairs"], ["pairs", "info"], ["pairs", "verify"], ["pairs", "merge"],
-    ["pairs", "export"], ["pairs", "import"], ["distill"], ["export"], ["generate"], ["evaluate"],
+    ["pairs", "export"], ["pairs", "import"], ["plan"], ["distill"], ["export"], ["generate"], ["evaluate"],
     ["compare"], ["demo"], ["perceptual"], ["perceptual", "fit"], ["perceptual", "calibrate"], ["perceptual", "import"],
     ["pocket"], ["pocket", "train"], ["pocket", "triplets"],
 )  # fmt: skip

@@ -189,6 +189,7 @@ def test_what_a_store_needs_is_said(server: Server, monkeypatch: pytest.MonkeyPa
     places._filesystem.cache_clear()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "s3fs", None)
+        patch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
         with pytest.raises(UserError, match=r"pip install 'diffusion2gan\[s3\]'"):
             place_of("s3://never-seen/y")
 

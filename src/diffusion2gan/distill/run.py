@@ -20,6 +20,7 @@ from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe, parse_recipe
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import read_json, write_json
+from diffusion2gan.runtime.ranks import Group, Ranks
 from diffusion2gan.teacher.pipeline import Teacher, load_teacher
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -31,8 +32,8 @@ FREE_ON_RESUME = {"checkpoint_every_s", "sample_every"}
 class Run:
     """Everything a run carries from step to step. Without an adversarial weight there is no discriminator."""
 
-    def __init__(self, recipe: Recipe, teacher: Teacher) -> None:
-        self.recipe, self.teacher = recipe, teacher
+    def __init__(self, recipe: Recipe, teacher: Teacher, group: Group | None = None) -> None:
+        self.recipe, self.teacher, self.group = recipe, teacher, group or Group(Ranks())
         self.student = Student(teacher, recipe.gradient_checkpointing).train()
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=recipe.weight_decay
@@ -50,6 +51,9 @@ class Run:
         return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
     def save(self, folder: Path) -> None:
+        """Writes the checkpoint, whole or not at all; the first rank alone does, all have the same state."""
+        if not self.group.ranks.first:
+            return
         tensors = checkpoint.pack("student", self.student.unet) | checkpoint.pack_optimizer("adam", self.optimizer)
         tensors |= {f"ema/{key}": value for key, value in self.ema.shadow.items()}
         if self.discriminator is not None and self.discriminator_optimizer is not None:
@@ -97,11 +101,12 @@ def open_run(run: Run, out: Path, spec: PairsSpec) -> None:
                 f"{out} holds a run of another recipe ({'; '.join(differ)}). Repeat its settings to resume it, or "
                 "choose another --out."
             )
-    else:
+    elif run.group.ranks.first:
         write_json(path, described)
     if (out / CHECKPOINT).exists():
         run.load(out)
-    _cut_log(out, run.pairs_seen)
+    if run.group.ranks.first:
+        _cut_log(out, run.pairs_seen)
 
 
 def _cut_log(out: Path, pairs_seen: int) -> None:

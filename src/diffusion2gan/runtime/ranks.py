@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -53,7 +54,7 @@ class Group:
     `wishes()` → (stop?, save?) is asked at every sum; `agreed` is true where any rank wished, on all ranks alike.
     """
 
-    def __init__(self, here: Ranks, store: dist.Store | None = None) -> None:
+    def __init__(self, here: Ranks, store: Any = None) -> None:
         self.ranks, self._store = here, store
         self.wishes: Callable[[], tuple[bool, bool]] = lambda: (False, False)
         self._agreed, self._count = (False, False), 0
@@ -86,7 +87,6 @@ class Group:
 
     def _all_reduce(self, flat: Tensor) -> None:
         """Raises Failure, naming the ranks that did not come, after TIMEOUT_S."""
-        assert self._store is not None
         self._count += 1
         self._store.set(f"sum/{self.ranks.rank}", str(self._count))
         start = time.monotonic()
@@ -103,12 +103,11 @@ class Group:
             ) from error
 
     def _count_of(self, rank: int) -> int:
-        assert self._store is not None
         return int(self._store.get(f"sum/{rank}")) if self._store.check([f"sum/{rank}"]) else 0
 
 
 @contextmanager
-def group(device: torch.device) -> Iterator[Group]:
+def ranks_connected(device: torch.device) -> Iterator[Group]:
     """The ranks that torchrun started, connected: nccl on cuda, gloo elsewhere. Alone, nothing is connected."""
     here = ranks()
     if here.world == 1:

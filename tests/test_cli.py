@@ -329,6 +329,10 @@ def test_a_run_of_another_recipe(made: Path, tiny_teacher: Path, tmp_path: Path)
     kept = sha256(folder / "checkpoint.safetensors")
     changed = distill_args(tiny_teacher, made, folder, "learning_rate=0.5")
     refused(run(*changed), 2, "holds a run of another recipe (learning_rate: 0.0003 there, 0.5 asked)")
+    parts = distill_args(tiny_teacher, made, folder, "accumulate=2")
+    refused(run(*parts), 2, "accumulate: 1 there, 2 asked", "or allow it: --allow-change accumulate")
+    refused(run(*parts, "--allow-change", "learning_rate"), 2, "--allow-change learning_rate: only accumulate, device")
+    assert run(*parts, "--allow-change", "accumulate").code == 0
     again = run(*distill_args(tiny_teacher, made, folder))
     assert again.code == 0 and "8 pairs seen" in again.out
     assert sha256(folder / "checkpoint.safetensors") == kept
@@ -338,6 +342,33 @@ def test_dry_run_writes_nothing(made: Path, tiny_teacher: Path, tmp_path: Path) 
     ran = run(*distill_args(tiny_teacher, made, tmp_path / "run"), "--dry-run")
     assert ran.code == 0 and "steps: 2" in ran.out and "loss = 'mse'" in ran.out
     assert not (tmp_path / "run").exists()
+
+
+def test_ranges_merges_and_exports(made: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    for name, part in (("a", "0:1"), ("b", "1:3")):
+        ran = run(*pairs_args(tiny_teacher, tmp_path / name, "--shard-range", part))
+        assert ran.code == 0 and f"shards {part} are there" in ran.out
+    told = run("pairs", "info", tmp_path / "b").out
+    assert "made: 8 of 12 pairs, 2 of 3 shards" in told and "missing: 0" in told and "pace: " in told
+    merged = run("pairs", "merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "whole")
+    assert merged.code == 0 and "3 of 3 shards" in merged.out
+    torch.testing.assert_close(latents(tmp_path / "whole"), latents(made))
+    verified = run("pairs", "verify", tmp_path / "whole", "--deep", 2, "--teacher", tiny_teacher)
+    assert verified.code == 0 and "all 12 pairs are well" in verified.out
+    assert "3 tar files" in run("pairs", "export", made, "--out", tmp_path / "tars").out
+    assert "3 shards" in run("pairs", "import", tmp_path / "tars", "--out", tmp_path / "back").out
+    assert torch.equal(latents(tmp_path / "back"), latents(made))
+    refused(run(*pairs_args(tiny_teacher, tmp_path / "c", "--shard-range", "2")), 2, "--shard-range '2'", "A:B")
+    refused(run(*pairs_args(tiny_teacher, tmp_path / "c", "--shard-range", "2:9")), 2, "shards 0 to 2", "0:3")
+    refused(run("pairs", "export", made, "--out", tmp_path / "x", "--format", "tar"), 2, "only webdataset is known")
+    refused(run("pairs", "info", "nowhere://x"), 2, "Protocol not known")
+
+
+def test_a_plan(tmp_path: Path) -> None:
+    ran = run("plan", "pocket", "--gpus", 8)
+    assert ran.code == 0 and "pairs.pairs_per_s" in ran.out and "distill.hours" in ran.out
+    refused(run("plan", "pocket", "--gpus", 64), 2, "batch_size 32 cannot be cut over 64 GPUs", "a multiple of 64")
+    refused(run("plan", "pocket", "--gpu", "h1000"), 2, "did you mean 'h100'")
 
 
 # ------------------------------------------------------------------------------------- full disks, interruptions

@@ -33,6 +33,9 @@ def distill(
     pairs: Annotated[str, typer.Option(help="The pairs to learn from: a folder or a URL.")],
     out: Annotated[Path, typer.Option(help="The run's folder.")],
     set_: SetOption = None,
+    allow_change: Annotated[
+        list[str] | None, typer.Option(help="A harmless setting that may differ from the run's, as accumulate.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and the cost, train nothing.")] = False,
 ) -> None:
     """Train a one-step student; run again to resume exactly."""
@@ -50,7 +53,7 @@ def distill(
         for key, value in train.dry_run(loaded, place_of(pairs)).items():
             typer.echo(f"{key}: {value}")
         return
-    train.distill(loaded, place_of(pairs), out)
+    train.distill(loaded, place_of(pairs), out, allow_change or [])
     if ranks().first:
         typer.echo(f"{out}: {loaded.pairs_seen} pairs seen. Next: diffusion2gan export {out} --out export/NAME")
 

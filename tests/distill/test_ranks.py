@@ -189,6 +189,24 @@ def test_preemption_ends_well_and_a_second_run_is_refused(folder: Path, tmp_path
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
+def test_the_loss_of_a_rank_is_survived(folder: Path, tmp_path: Path) -> None:
+    """kill −9 of one of two ranks: torchrun --max-restarts starts both anew, from the checkpoint, to the same end."""
+    alone, out = tmp_path / "alone", tmp_path / "run"
+    subprocess.run([sys.executable, *map(str, distill_args(folder, alone))], check=True, env=environment())
+    process = torchrun(2, "--max-restarts", 2, *distill_args(folder, out))
+    while len(log_of(out)) < 4:
+        assert process.poll() is None
+        time.sleep(0.02)
+    victims = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    os.kill(int(victims.stdout.split()[-1]), signal.SIGKILL)
+    done(process)
+    ours, theirs = log_of(out), log_of(alone)
+    assert [entry["pairs_seen"] for entry in ours] == [entry["pairs_seen"] for entry in theirs]
+    for entry, other in zip(ours, theirs, strict=True):
+        assert entry["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
 def test_a_batch_that_cannot_be_cut_is_refused() -> None:
     recipe = Recipe(batch_size=24, accumulate=2)
     for world in (1, 2, 3, 4, 6, 12):

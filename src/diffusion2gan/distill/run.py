@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,8 @@ CHECKPOINT = "checkpoint.safetensors"
 BETAS, DISCRIMINATOR_BETAS = (0.9, 0.99), (0.0, 0.99)  # Adam's; no momentum where the target moves
 # Settings that may change between stopping and going on: they do not alter a single update.
 FREE_ON_RESUME = {"checkpoint_every_s", "sample_every"}
+# Settings that change an update by rounding alone: allowed where they are named with --allow-change.
+HARMLESS = {"accumulate", "device", "gradient_checkpointing", "precision"}
 
 
 class Run:
@@ -86,20 +88,27 @@ class Run:
             unet.load_state_dict(weights)
 
 
-def open_run(run: Run, out: Path, spec: PairsSpec) -> None:
-    """Starts a run folder, or resumes the one there. Raises UserError where it holds another recipe's run."""
+def open_run(run: Run, out: Path, spec: PairsSpec, allow_change: Sequence[str] = ()) -> None:
+    """Starts a run folder, or resumes the one there. Raises UserError where it holds another recipe's run.
+
+    `allow_change`: settings, of the harmless ones, that may differ from the run's.
+    """
+    if wrong := [key for key in allow_change if key not in HARMLESS]:
+        raise UserError(f"--allow-change {wrong[0]}: only {', '.join(sorted(HARMLESS))} may change in a run")
     path = out / "recipe.json"
     described = {"recipe": run.recipe.model_dump(), "pairs": asdict(spec) | {"latent_shape": list(spec.latent_shape)}}
     if path.exists():
         there = read_json(path)
         changed = run.recipe.changed(parse_recipe(there["recipe"], str(path)))
-        differ = [f"{k}: {b!r} there, {a!r} asked" for k, (a, b) in changed.items() if k not in FREE_ON_RESUME]
+        free = FREE_ON_RESUME | set(allow_change)
+        differ = [f"{k}: {b!r} there, {a!r} asked" for k, (a, b) in changed.items() if k not in free]
         if there["pairs"] != described["pairs"]:
             differ.append("other pairs")
         if differ:
+            harmless = ", ".join(f"--allow-change {key}" for key in changed if key in HARMLESS - free)
             raise UserError(
                 f"{out} holds a run of another recipe ({'; '.join(differ)}). Repeat its settings to resume it, or "
-                "choose another --out."
+                f"choose another --out{f', or allow it: {harmless}' if harmless else ''}."
             )
     elif run.group.ranks.first:
         write_json(path, described)

@@ -46,7 +46,7 @@ STUDENT, DISCRIMINATOR = 0, 1  # which stream of a step's random numbers is whos
 NUM_SAMPLES = 16
 
 
-def distill(recipe: Recipe, pairs: Place, out: Path) -> None:
+def distill(recipe: Recipe, pairs: Place, out: Path, allow_change: Sequence[str] = ()) -> None:
     """Trains until `recipe.pairs_seen`; writes checkpoint, log.jsonl and sample sheets into `out`.
 
     Under torchrun all ranks train one run, the first writes. SIGTERM saves and ends the process with code 0.
@@ -60,7 +60,7 @@ def distill(recipe: Recipe, pairs: Place, out: Path) -> None:
     distance = distance_of(recipe, teacher.device, teacher.vae)
     with claimed(out / CHECKPOINT) if here.first else nullcontext(), ranks_connected(device) as group:
         run = Run(recipe, teacher, group)
-        open_run(run, out, reader.spec)
+        open_run(run, out, reader.spec, allow_change)
         train(run, reader, distance, out)
 
 

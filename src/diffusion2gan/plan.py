@@ -57,7 +57,7 @@ class Assumed:
     utilisation: float = 0.35  # share of the peak that UNets reach
     loss_share: float = 0.15  # the perceptual distance's share of a step's compute; METHOD: 12 ms of a step
     solver_steps: int = 50
-    reads_per_core: float = 8_000.0  # pairs/s of SD 1.5's size: docs/results/pair_store.json, processor time
+    reads_per_core: float = 5_500.0  # pairs/s of SD 1.5's size: docs/results/pair_store.json, processor time
 
 
 ASSUMED = Assumed()

@@ -160,8 +160,6 @@ def jobs(base: Path, teacher: Path) -> list[Job]:
     def fit(out: Path) -> list[object]:
         return ["distill", "pocket", "--pairs", pairs, "--out", out, *sets]
 
-    whole(Job("pairs", make, other_files), pairs)
-    whole(Job("run", fit, other_files), run)
     measure = ("evaluate", teacher, "--count", 2, "--num-inference-steps", 1, "--guidance-scale", 0)
     return [
         Job("pairs", make, other_files), Job("pairs, two ranks", make, other_files, 2),
@@ -172,21 +170,34 @@ def jobs(base: Path, teacher: Path) -> list[Job]:
     ]  # fmt: skip
 
 
-def main(rounds: int, out: Path, seed: int, note: str) -> dict[str, Any]:
-    results = {}
+def main(rounds: int, out: Path, seed: int, note: str, only: list[str]) -> dict[str, Any]:
+    """The campaign's JSON, written after each job; rows of jobs that are not chosen stay."""
+    told: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"sigkill": {}}
     with tempfile.TemporaryDirectory() as name:
         base, teacher = Path(name), Path(name) / "teacher"
         torch.manual_seed(0)
         models.pipeline().save_pretrained(teacher, safe_serialization=True)
-        for number, job in enumerate(jobs(base, teacher)):
+        every = jobs(base, teacher)
+        for number, job in enumerate(every):
+            if only and job.name not in only:
+                continue
+            prepare(job, base, every)
             place = base / f"job{number}"
             place.mkdir()
             campaign(job, place, rounds, random.Random(seed + number))
-            results[job.name] = job.row
-    lost = sum(len(row["lost"]) for row in results.values())
-    told = {"sigkill": results, "lost": lost, "seed": seed, "pairs_format": store.PairsSpec.format, "note": note}
-    write_json(out, told)
+            told["sigkill"][job.name] = job.row
+            lost = sum(len(row["lost"]) for row in told["sigkill"].values())
+            told |= {"lost": lost, "seed": seed, "pairs_format": store.PairsSpec.format, "note": note}
+            write_json(out, told)
     return told
+
+
+def prepare(job: Job, base: Path, every: list[Job]) -> None:
+    """What a job reads, made by the jobs before it."""
+    made_by = (("pairs", "pairs", ("distill", "distill, two ranks", "export")), ("distill", "run", ("export",)))
+    for needed, name, users in made_by:
+        if job.name in users and not (base / name).exists():
+            whole(next(other for other in every if other.name == needed), base / name)
 
 
 if __name__ == "__main__":
@@ -195,5 +206,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--note", default="")
+    parser.add_argument("--only", action="append", default=[], help="a job's name; repeatable")
     args = parser.parse_args()
-    print("lost:", main(args.rounds, args.out, args.seed, args.note)["lost"])
+    print("lost:", main(args.rounds, args.out, args.seed, args.note, args.only)["lost"])

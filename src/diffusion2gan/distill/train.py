@@ -145,7 +145,7 @@ def fakes(run: Run, parts: list[Part], generator: torch.Generator) -> tuple[Tens
     with run.autocast():
         (fake,) = whole_batch(parts, [(run.student(part.noise, part.cond),) for part in parts])
     batch = parts[0].batch
-    return mix_and_match(fake, batch.latents, batch.prompts, run.recipe.mix_share, generator)
+    return mix_and_match(fake, batch.latents.to(fake.device), batch.prompts, run.recipe.mix_share, generator)
 
 
 def penalise(run: Run, parts: list[Part], generator: torch.Generator) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.runtime.files import read_json
 from diffusion2gan.runtime.lock import claimed
-from diffusion2gan.runtime.places import Place, listing, put, use
+from diffusion2gan.runtime.places import Place, names, put, use
 
 SPEC_FILE = "pairs.json"
 PAIRS_PER_SEED = 2**24  # torch's CPU generator takes 32 bits of a seed: 256 sets of 16.7 M pairs never share a noise
@@ -111,7 +111,7 @@ def shard_path(folder: Path, shard: int) -> Path:
 def open_set(folder: Place) -> PairsSpec:
     """The description of the set in `folder`. Raises UserError where there is none."""
     where = Path(f"{folder}/{SPEC_FILE}")
-    if SPEC_FILE not in listing(folder):
+    if SPEC_FILE not in names(folder):
         raise UserError(
             f"{folder} holds no pairs ({SPEC_FILE} is missing); make some: diffusion2gan pairs --out {folder}"
         )
@@ -120,7 +120,7 @@ def open_set(folder: Place) -> PairsSpec:
 
 def start_set(folder: Place, spec: PairsSpec) -> None:
     """Creates the set, or checks that the one in `folder` is the same, so that it can be continued."""
-    if SPEC_FILE not in listing(folder):
+    if SPEC_FILE not in names(folder):
         with put(folder, SPEC_FILE) as temporary:
             temporary.write_text(json.dumps(asdict(spec), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return
@@ -225,5 +225,5 @@ def numbers(table: pa.Table, column: str, spec: PairsSpec) -> Tensor:
 
 
 def present_shards(folder: Place, spec: PairsSpec) -> list[int]:
-    names = listing(folder)
-    return [shard for shard in range(spec.num_shards) if shard_name(shard) in names]
+    there = names(folder)
+    return [shard for shard in range(spec.num_shards) if shard_name(shard) in there]

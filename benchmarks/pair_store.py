@@ -176,27 +176,30 @@ def main() -> None:
     parser.add_argument("--note", default="", help="kept in the JSON: what else the machine was doing")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    count, systems = args.count // SHARD * SHARD, {}
+
+    def keep(name: str, row: dict[str, Any]) -> None:
+        systems[name] = row
+        write_json(args.out, {
+            "count": count, "latent_shape": SHAPE, "batch_size": BATCH, "workers": WORKERS, "systems": systems,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores", "load_average": os.getloadavg()[1],
+            "note": args.note,
+        })  # fmt: skip
+
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        base, count, systems = Path(name), args.count // SHARD * SHARD, {}
+        base = Path(name)
         took_s = write_parquet(base / "parquet", count)
-        systems["parquet"] = measure("parquet", base / "parquet", count, took_s, read_parquet)
+        keep("parquet", measure("parquet", base / "parquet", count, took_s, read_parquet))
         few = max(SHARD, count // 5)
-        noise_s = write_parquet(base / "noise", few, keep_noise=True)
-        systems["parquet_with_noise"] = {
-            "kib_per_pair": round(size_kib(base / "noise") / few, 2), "write_pairs_per_s": round(few / noise_s, 2),
-            "count": few,
-        }  # fmt: skip
+        took_s = write_parquet(base / "noise", few, keep_noise=True)
+        row = {"kib_per_pair": size_kib(base / "noise") / few, "write_pairs_per_s": few / took_s, "count": few}
+        keep("parquet_with_noise", {key: round(value, 2) for key, value in row.items()})
         start = time.perf_counter()
         export_webdataset(base / "parquet", base / "tars")  # reading included
         took_s = time.perf_counter() - start
-        systems["webdataset"] = measure("webdataset", base / "tars", count, took_s, read_webdataset)
+        keep("webdataset", measure("webdataset", base / "tars", count, took_s, read_webdataset))
         took_s = write_lmdb(base / "lmdb", base / "parquet")
-        systems["lmdb"] = measure("lmdb", base / "lmdb", count, took_s, read_lmdb)
-    load = [round(x, 1) for x in os.getloadavg()]
-    write_json(args.out, {
-        "count": count, "latent_shape": SHAPE, "batch_size": BATCH, "workers": WORKERS, "systems": systems,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "load_average": load, "note": args.note,
-    })  # fmt: skip
+        keep("lmdb", measure("lmdb", base / "lmdb", count, took_s, read_lmdb))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test check fix bench
+.PHONY: help install demo test check fix bench faults
 
 help: ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,3 +43,6 @@ bench: $(STAMP) ## every benchmark; each prints a table
 	@found=; for file in benchmarks/*.py; do \
 	  test -e "$$file" || continue; found=1; echo "== $$file"; $(BIN)/python "$$file" || exit 1; \
 	done; test -n "$$found" || echo "no benchmarks yet"
+
+faults: $(STAMP) ## the fault campaign: 100 rounds of kills a job, hours (ROUNDS=100)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --rounds $(or $(ROUNDS),100)

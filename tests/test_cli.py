@@ -26,13 +26,14 @@ from safetensors.torch import load_file, save_file
 
 from diffusion2gan import cli
 from diffusion2gan.errors import Failure
-from diffusion2gan.pairs import store
+from diffusion2gan.pairs import check, store
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256, whole
 
 COUNT, SHARD = 12, 4
 VERBS = (
-    [], ["pairs"], ["pairs", "info"], ["pairs", "verify"], ["distill"], ["export"], ["generate"], ["evaluate"],
+    [], ["pairs"], ["pairs", "info"], ["pairs", "verify"], ["pairs", "merge"],
+    ["pairs", "export"], ["pairs", "import"], ["plan"], ["distill"], ["export"], ["generate"], ["evaluate"],
     ["compare"], ["serve"], ["votes"], ["demo"], ["perceptual"], ["perceptual", "fit"], ["perceptual", "calibrate"],
     ["perceptual", "import"],
     ["pocket"], ["pocket", "train"], ["pocket", "triplets"],
@@ -118,9 +119,9 @@ def copied(made: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("flux")
-    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("foreign")
+    (folder / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
     return folder
 
 
@@ -196,7 +197,7 @@ def test_exit_code_of_a_process() -> None:
 # ------------------------------------------------------------------------------------- teachers, prompts, systems
 
 
-def test_folders_that_are_no_teacher(flux: Path, made: Path, tmp_path: Path) -> None:
+def test_folders_that_are_no_teacher(foreign: Path, made: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ring\n")
     for argv in (
@@ -208,8 +209,8 @@ def test_folders_that_are_no_teacher(flux: Path, made: Path, tmp_path: Path) -> 
     ):
         missing = [str(arg).format(tmp_path / "nowhere") for arg in argv]
         refused(run(*missing), 2, "nowhere is no diffusers pipeline", "is not a folder")
-        other = [str(arg).format(flux) for arg in argv]
-        refused(run(*other), 2, "is a FluxPipeline, which is not supported; supported: StableDiffusionPipeline")
+        other = [str(arg).format(foreign) for arg in argv]
+        refused(run(*other), 2, "is a KandinskyPipeline, which is not supported; supported: StableDiffusionPipeline")
     assert [path.name for path in tmp_path.iterdir()] == ["prompts.txt"]
 
 
@@ -223,12 +224,12 @@ def test_folders_that_are_no_teacher(flux: Path, made: Path, tmp_path: Path) -> 
         (b"a red ring\n\na disc\n  \n", "has 2 blank lines (line 2, 4)"),
     ],
 )
-def test_prompt_files(content: bytes | None, told: str, tmp_path: Path, flux: Path) -> None:
+def test_prompt_files(content: bytes | None, told: str, tmp_path: Path, foreign: Path) -> None:
     path = tmp_path / "prompts.txt"
     if content is not None:
         path.write_bytes(content)
     refused(run("pairs", "--prompts", path, "--out", tmp_path / "p"), 2, str(path), told)
-    refused(run("compare", "--system", f"x={flux}", "--prompts", path, "--out", tmp_path / "c"), 2, str(path), told)
+    refused(run("compare", "--system", f"x={foreign}", "--prompts", path, "--out", tmp_path / "c"), 2, str(path), told)
     assert not (tmp_path / "p").exists() and not (tmp_path / "c").exists()
 
 
@@ -314,7 +315,7 @@ def test_an_altered_shard_is_told(copied: Path) -> None:
         altered = bytearray(content)
         altered[place] ^= 0x10
         shard.write_bytes(altered)
-        assert any("pairs-00002.parquet" in problem for problem in store.verify(copied)), end - place
+        assert any("pairs-00002.parquet" in problem for problem in check.verify(copied)), end - place
     ran = run("pairs", "verify", copied)
     assert ran.code == 1 and "pairs-00002.parquet is damaged" in ran.err and "Traceback" not in ran.err
     shutil.copy(copied / "pairs-00000.parquet", shard)  # whole, but another's place
@@ -340,6 +341,10 @@ def test_a_run_of_another_recipe(made: Path, tiny_teacher: Path, tmp_path: Path)
     kept = sha256(folder / "checkpoint.safetensors")
     changed = distill_args(tiny_teacher, made, folder, "learning_rate=0.5")
     refused(run(*changed), 2, "holds a run of another recipe (learning_rate: 0.0003 there, 0.5 asked)")
+    parts = distill_args(tiny_teacher, made, folder, "accumulate=2")
+    refused(run(*parts), 2, "accumulate: 1 there, 2 asked", "or allow it: --allow-change accumulate")
+    refused(run(*parts, "--allow-change", "learning_rate"), 2, "--allow-change learning_rate: only accumulate, device")
+    assert run(*parts, "--allow-change", "accumulate").code == 0
     again = run(*distill_args(tiny_teacher, made, folder))
     assert again.code == 0 and "8 pairs seen" in again.out
     assert sha256(folder / "checkpoint.safetensors") == kept
@@ -349,6 +354,33 @@ def test_dry_run_writes_nothing(made: Path, tiny_teacher: Path, tmp_path: Path) 
     ran = run(*distill_args(tiny_teacher, made, tmp_path / "run"), "--dry-run")
     assert ran.code == 0 and "steps: 2" in ran.out and "loss = 'mse'" in ran.out
     assert not (tmp_path / "run").exists()
+
+
+def test_ranges_merges_and_exports(made: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    for name, part in (("a", "0:1"), ("b", "1:3")):
+        ran = run(*pairs_args(tiny_teacher, tmp_path / name, "--shard-range", part))
+        assert ran.code == 0 and f"shards {part} are there" in ran.out
+    told = run("pairs", "info", tmp_path / "b").out
+    assert "made: 8 of 12 pairs, 2 of 3 shards" in told and "missing: 0" in told and "pace: " in told
+    merged = run("pairs", "merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "whole")
+    assert merged.code == 0 and "3 of 3 shards" in merged.out
+    torch.testing.assert_close(latents(tmp_path / "whole"), latents(made))
+    verified = run("pairs", "verify", tmp_path / "whole", "--deep", 2, "--teacher", tiny_teacher)
+    assert verified.code == 0 and "all 12 pairs are well" in verified.out
+    assert "3 tar files" in run("pairs", "export", made, "--out", tmp_path / "tars").out
+    assert "3 shards" in run("pairs", "import", tmp_path / "tars", "--out", tmp_path / "back").out
+    assert torch.equal(latents(tmp_path / "back"), latents(made))
+    refused(run(*pairs_args(tiny_teacher, tmp_path / "c", "--shard-range", "2")), 2, "--shard-range '2'", "A:B")
+    refused(run(*pairs_args(tiny_teacher, tmp_path / "c", "--shard-range", "2:9")), 2, "shards 0 to 2", "0:3")
+    refused(run("pairs", "export", made, "--out", tmp_path / "x", "--format", "tar"), 2, "only webdataset is known")
+    refused(run("pairs", "info", "nowhere://x"), 2, "Protocol not known")
+
+
+def test_a_plan(tmp_path: Path) -> None:
+    ran = run("plan", "pocket", "--gpus", 8)
+    assert ran.code == 0 and "pairs.pairs_per_s" in ran.out and "distill.hours" in ran.out
+    refused(run("plan", "pocket", "--gpus", 64), 2, "batch_size 32 cannot be cut over 64 GPUs", "a multiple of 64")
+    refused(run("plan", "pocket", "--gpu", "h1000"), 2, "did you mean 'h100'")
 
 
 # ------------------------------------------------------------------------------------- full disks, interruptions

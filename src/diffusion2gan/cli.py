@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from diffusion2gan.cli_pairs import pairs_app
 from diffusion2gan.errors import Diffusion2GANError, UserError
 
 app = typer.Typer(
@@ -18,109 +18,25 @@ app = typer.Typer(
     "compare. Every long job continues when the same command is run again.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-pairs_app = typer.Typer(
-    help="Make noise→image pairs, or look at a set of them.", invoke_without_command=True, rich_markup_mode=None
-)
 pocket_app = typer.Typer(help="The embedded world.", no_args_is_help=True, rich_markup_mode=None)
 perceptual_app = typer.Typer(help="Networks for the perceptual losses.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(pairs_app, name="pairs")
 app.add_typer(perceptual_app, name="perceptual")
 app.add_typer(pocket_app, name="pocket")
 
-TeacherOption = Annotated[str, typer.Option(help="`pocket`, the folder of a diffusers pipeline, or a .safetensors.")]
 PriceOption = Annotated[float | None, typer.Option(min=0.0, help="With --dry-run: money, in whatever it is in.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A recipe's setting, key=value; repeatable.")]
-
-
-@pairs_app.callback()
-def pairs(
-    context: typer.Context,
-    out: Annotated[Path | None, typer.Option(help="The folder of the set.")] = None,
-    prompts: Annotated[str, typer.Option(help="A text file, one prompt a line, or `pocket`.")] = "pocket",
-    count: Annotated[int, typer.Option(min=1, help="How many pairs.")] = 1024,
-    num_inference_steps: Annotated[int, typer.Option(min=1, max=1000)] = 50,
-    guidance_scale: Annotated[float, typer.Option(min=0.0)] = 3.0,
-    seed: Annotated[int, typer.Option(min=0, max=255, help="Sets of different seeds share no noise.")] = 0,
-    teacher: TeacherOption = "pocket",
-    batch_size: Annotated[int, typer.Option(min=1, help="Changes the speed, not the pairs.")] = 64,
-    shard_size: Annotated[int, typer.Option(min=1, help="Pairs a file.")] = 128,
-    keep_noise: Annotated[bool, typer.Option(help="Store the noise beside its seed.")] = False,
-    teacher_config: Annotated[str | None, typer.Option(help="A single file's pipeline folder.")] = None,
-    teacher_lora: Annotated[str | None, typer.Option(help="LoRAs to merge: PATH[@SCALE], commas between.")] = None,
-    vae: Annotated[str | None, typer.Option(help="Another VAE for the same latents: its folder.")] = None,
-    resolution: Annotated[int | None, typer.Option(min=1, help="The pictures' side, if not the teacher's own.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost, make nothing.")] = False,
-    price_per_gpu_hour: PriceOption = None,
-) -> None:
-    """Solve the teacher's ODE (deterministic DDIM) from per-pair noises; run again to continue."""
-    if context.invoked_subcommand is not None:
-        return
-    if out is None:
-        raise UserError("--out is missing: name the folder that shall hold the pairs")
-    from diffusion2gan.pairs import make, store
-    from diffusion2gan.pocket import scenes, shipped
-    from diffusion2gan.teacher.pipeline import load_teacher, warn_truncated
-
-    lines = [] if prompts == "pocket" else make.read_prompts(Path(prompts))
-    loaded = load_teacher(teacher, resolution=resolution, config=teacher_config, loras=teacher_lora, vae=vae)
-    loaded.truncation_told = bool(lines) and warn_truncated(loaded.tokenizer, lines, loaded.num_tokens)
-    spec = store.PairsSpec(
-        teacher=loaded.name, revision=loaded.revision, prompts=prompts if not lines else make.prompts_digest(lines),
-        count=count, seed=seed, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-        latent_shape=loaded.latent_shape, shard_size=shard_size, keep_noise=keep_noise,
-    )  # fmt: skip
-
-    def prompts_of(indices: Sequence[int]) -> list[str]:
-        if lines:
-            return [lines[i % len(lines)] for i in indices]
-        return scenes.captions(indices, shipped.pairs_world(seed))
-
-    if dry_run:
-        from diffusion2gan.pairs.cost import cost_of
-
-        some = prompts_of(range(min(batch_size, count)))
-        for key, value in cost_of(loaded, spec, some, price_per_gpu_hour).items():
-            typer.echo(f"{key}: {value}")
-        return
-    make.make_pairs(loaded, prompts_of, spec, out, batch_size)
-    typer.echo(f"{out}: {count} pairs. Next: diffusion2gan distill pocket --pairs {out} --out runs/NAME")
-
-
-@pairs_app.command("info")
-def pairs_info(folder: Path) -> None:
-    """What a set is made of, and how much of it is there."""
-    from diffusion2gan.pairs import store
-
-    spec = store.open_set(folder)
-    there = store.present_shards(folder, spec)
-    size = sum(store.shard_path(folder, shard).stat().st_size for shard in there)
-    made = sum(len(spec.shard_indices(shard)) for shard in there)
-    for key, value in vars(spec).items():
-        typer.echo(f"{key}: {value}")
-    typer.echo(f"made: {made} of {spec.count} pairs, {len(there)} of {spec.num_shards} shards")
-    typer.echo(f"size: {size / 2**20:.1f} MiB, {size / 1024 / max(1, made):.2f} KiB a pair")
-
-
-@pairs_app.command("verify")
-def pairs_verify(folder: Path) -> None:
-    """Read every shard: checksums, order, seeds, finite numbers."""
-    from diffusion2gan.errors import Failure
-    from diffusion2gan.pairs import store
-
-    problems = store.verify(folder)
-    for problem in problems:
-        typer.echo(problem, err=True)
-    if problems:
-        raise Failure(f"{folder}: {len(problems)} problems (above)")
-    typer.echo(f"{folder}: all {store.open_set(folder).count} pairs are well")
 
 
 @app.command()
 def distill(
     recipe: Annotated[str, typer.Argument(help="A .toml file or a shipped recipe: pocket, pocket-gan, pocket-demo.")],
-    pairs: Annotated[Path, typer.Option(help="The pairs to learn from.")],
+    pairs: Annotated[str, typer.Option(help="The pairs to learn from: a folder or a URL.")],
     out: Annotated[Path, typer.Option(help="The run's folder.")],
     set_: SetOption = None,
+    allow_change: Annotated[
+        list[str] | None, typer.Option(help="A harmless setting that may differ from the run's, as accumulate.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and the cost, train nothing.")] = False,
     price_per_gpu_hour: PriceOption = None,
 ) -> None:
@@ -128,16 +44,40 @@ def distill(
     from diffusion2gan.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])
-    for key, value in loaded.model_dump().items():
-        typer.echo(f"{key} = {value!r}")
     from diffusion2gan.distill import train
+    from diffusion2gan.runtime.places import place_of
+    from diffusion2gan.runtime.ranks import ranks
+
+    for key, value in loaded.model_dump().items() if ranks().first else ():
+        typer.echo(f"{key} = {value!r}")
 
     if dry_run:
-        for key, value in train.dry_run(loaded, pairs, price_per_gpu_hour).items():
+        for key, value in train.dry_run(loaded, place_of(pairs), price_per_gpu_hour).items():
             typer.echo(f"{key}: {value}")
         return
-    train.distill(loaded, pairs, out)
-    typer.echo(f"{out}: {loaded.pairs_seen} pairs seen. Next: diffusion2gan export {out} --out export/NAME")
+    train.distill(loaded, place_of(pairs), out, allow_change or [])
+    if ranks().first:
+        typer.echo(f"{out}: {loaded.pairs_seen} pairs seen. Next: diffusion2gan export {out} --out export/NAME")
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A .toml file or a shipped recipe.")],
+    gpus: Annotated[int, typer.Option(min=1)] = 8,
+    gpu: Annotated[str, typer.Option(help="a100, h100 or h200.")] = "h100",
+    model: Annotated[str, typer.Option(help="sd15 or sdxl.")] = "sd15",
+    num_pairs: Annotated[float, typer.Option(min=1.0, help="As 3e6.")] = 3e6,
+    dollars_per_hour: Annotated[float | None, typer.Option(min=0.0, help="Of one GPU.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Estimate pairs and training on many GPUs, by arithmetic on stated inputs (docs/scale.md)."""
+    from diffusion2gan import plan as job
+    from diffusion2gan.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])
+    for stage, numbers in job.plan(model, gpu, gpus, num_pairs, loaded, dollars_per_hour).items():
+        for key, value in numbers.items():
+            typer.echo(f"{stage}.{key}: {value:.4g}" if isinstance(value, float) else f"{stage}.{key}: {value}")
 
 
 @app.command()

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.pairs.check import verify
 from diffusion2gan.pairs.make import make_pairs, prompts_digest, read_prompts
-from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, pair_seed, read_shard, shard_path, verify
+from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, pair_seed, read_shard, shard_path
 from diffusion2gan.teacher.ode import solve_ode
 from diffusion2gan.teacher.pipeline import Teacher, load_teacher
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from itertools import islice
 from pathlib import Path
 
@@ -62,6 +63,35 @@ def test_a_row_stays_together(folder: Path) -> None:
         assert batch.seed == [pair_seed(1, i) for i in batch.index]
         assert batch.prompts == [f"prompt {i}" for i in batch.index]
         assert batch.latents.equal(noise_of(batch.seed, (1, 2, 2)).half().float())
+
+
+def test_the_first_pairs(folder: Path) -> None:
+    reader = PairReader(folder, 0)
+    assert reader.first(9).index == list(range(9)) and reader.first(99).index == list(range(COUNT))
+
+
+@pytest.mark.parametrize(("shard_size", "expected"), [(128, 128), (1000, 16), (16_384, 1), (10**6, 1)])
+def test_a_window_is_bounded(shard_size: int, expected: int) -> None:
+    """16 384 pairs of SD 1.5, half a GiB; of larger latents fewer pairs, the same memory."""
+    sd = PairsSpec("t", "r", "p", 10**7, 1, 5, 3.0, (4, 64, 64), shard_size)
+    assert sampler.shards_per_window(sd) == expected
+    assert sampler.shards_per_window(dataclasses.replace(sd, latent_shape=(4, 128, 128))) == max(1, expected // 4)
+
+
+def test_the_next_window_is_read_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    real = sampler.read_shard
+
+    def noted(folder: Path, shard: int, **options: object) -> Pairs:
+        read.append(shard)
+        return real(folder, shard, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sampler, "read_shard", noted)
+    batches = PairReader(folder, 0).batches(1)
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    size = sampler.shards_per_window(PairReader(folder, 0).spec)
+    assert 2 <= len(read) <= 2 * size and len(threading.enumerate()) < 10
 
 
 def test_an_incomplete_set_is_refused(folder: Path) -> None:

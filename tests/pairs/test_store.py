@@ -13,7 +13,8 @@ import torch
 
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.pairs import store
-from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, pair_seed, read_shard, shard_path, verify
+from diffusion2gan.pairs.check import verify
+from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, pair_seed, read_shard, shard_path
 
 SPEC = PairsSpec(
     teacher="t", revision="r", prompts="p", count=10, seed=3, num_inference_steps=5, guidance_scale=3.0,
@@ -109,7 +110,7 @@ def test_verify_reads_the_contents(tmp_path: Path) -> None:
     store.write_shard(tmp_path, 1, SPEC, bad)
     assert ["not finite" in problem for problem in verify(tmp_path)] == [True]
     store.write_shard(tmp_path, 1, SPEC, some_pairs(SPEC, range(0, 4)))
-    assert any("another shard has too" in problem for problem in verify(tmp_path))
+    assert any("another pair has too" in problem for problem in verify(tmp_path))
     shard_path(tmp_path, 1).unlink()
     assert ["is missing" in problem for problem in verify(tmp_path)] == [True]
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import resource
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffusion2gan.errors import Failure, UserError
-from diffusion2gan.runtime import checkpoint
+from diffusion2gan.runtime import checkpoint, files
 from diffusion2gan.runtime.files import read_json, sha256, whole, write_image, write_json
 from diffusion2gan.runtime.images import from_uint8, sheet, to_uint8
 
@@ -32,6 +34,23 @@ def test_a_file_is_replaced(tmp_path: Path) -> None:
             temporary.write_text(text)
             assert temporary.parent == path.parent  # one file system, so that a rename is whole
         assert path.read_text() == text and names(path.parent) == ["file"]
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    """Of this machine's dead processes alone; a folder that stood aside only once another is in its place."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    path = tmp_path / "x"
+    mine = [f".x.{files.HOST}-{dead.pid}.tmp", f".x.{files.HOST}-{dead.pid}.tmp.png"]
+    others = [f".x.another-{dead.pid}.tmp", f".x.{files.HOST}-{os.getppid()}.tmp", f".y.{files.HOST}-{dead.pid}.tmp"]
+    for name in (*mine, *others):
+        (tmp_path / name).write_text("half")
+    aside = tmp_path / f".x.{files.HOST}-{dead.pid}.old"
+    (aside / "deep").mkdir(parents=True)
+    with whole(path) as temporary:
+        assert names(tmp_path) == sorted([*others, aside.name])
+        temporary.write_text("new")
+    assert names(tmp_path) == sorted([*others, "x"])
 
 
 def test_a_folder_is_replaced_with_nothing_of_the_old_one(tmp_path: Path) -> None:

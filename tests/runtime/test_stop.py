@@ -33,4 +33,4 @@ def test_outside_the_main_thread_nothing_changes() -> None:
     thread = threading.Thread(target=job)
     thread.start()
     thread.join()
-    assert seen == [(False, before)]
+    assert seen == [(None, before)]

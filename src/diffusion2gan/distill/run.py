@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,19 +20,22 @@ from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe, parse_recipe
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import read_json, write_json
+from diffusion2gan.runtime.ranks import Group, Ranks
 from diffusion2gan.teacher.pipeline import Teacher, load_teacher
 
 CHECKPOINT = "checkpoint.safetensors"
 BETAS, DISCRIMINATOR_BETAS = (0.9, 0.99), (0.0, 0.99)  # Adam's; no momentum where the target moves
 # Settings that may change between stopping and going on: they do not alter a single update.
 FREE_ON_RESUME = {"checkpoint_every_s", "sample_every"}
+# Settings that change an update by rounding alone: allowed where they are named with --allow-change.
+HARMLESS = {"accumulate", "device", "gradient_checkpointing", "precision"}
 
 
 class Run:
     """Everything a run carries from step to step. Without an adversarial weight there is no discriminator."""
 
-    def __init__(self, recipe: Recipe, teacher: Teacher) -> None:
-        self.recipe, self.teacher = recipe, teacher
+    def __init__(self, recipe: Recipe, teacher: Teacher, group: Group | None = None) -> None:
+        self.recipe, self.teacher, self.group = recipe, teacher, group or Group(Ranks())
         self.student = Student.of(recipe, teacher).train()
         self.optimizer = torch.optim.AdamW(
             self.student.trained.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=recipe.weight_decay
@@ -55,6 +58,9 @@ class Run:
         return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
     def save(self, folder: Path) -> None:
+        """Writes the checkpoint, whole or not at all; the first rank alone does, all have the same state."""
+        if not self.group.ranks.first:
+            return
         tensors = checkpoint.pack("student", self.student.trained) | checkpoint.pack_optimizer("adam", self.optimizer)
         tensors |= {f"ema/{key}": value for key, value in self.ema.shadow.items()}
         if self.discriminator is not None and self.discriminator_optimizer is not None:
@@ -87,8 +93,13 @@ class Run:
             trained.load_state_dict(weights)
 
 
-def open_run(run: Run, out: Path, spec: PairsSpec) -> None:
-    """Starts a run folder, or resumes the one there. Raises UserError where it holds another recipe's run."""
+def open_run(run: Run, out: Path, spec: PairsSpec, allow_change: Sequence[str] = ()) -> None:
+    """Starts a run folder, or resumes the one there. Raises UserError where it holds another recipe's run.
+
+    `allow_change`: settings, of the harmless ones, that may differ from the run's.
+    """
+    if wrong := [key for key in allow_change if key not in HARMLESS]:
+        raise UserError(f"--allow-change {wrong[0]}: only {', '.join(sorted(HARMLESS))} may change in a run")
     path = out / "recipe.json"
     if run.recipe.start != "teacher" and not (out / CHECKPOINT).exists():
         run.begin(start_weights(run.recipe, run.teacher))
@@ -96,19 +107,22 @@ def open_run(run: Run, out: Path, spec: PairsSpec) -> None:
     if path.exists():
         there = read_json(path)
         changed = run.recipe.changed(parse_recipe(there["recipe"], str(path)))
-        differ = [f"{k}: {b!r} there, {a!r} asked" for k, (a, b) in changed.items() if k not in FREE_ON_RESUME]
+        free = FREE_ON_RESUME | set(allow_change)
+        differ = [f"{k}: {b!r} there, {a!r} asked" for k, (a, b) in changed.items() if k not in free]
         if there["pairs"] != described["pairs"]:
             differ.append("other pairs")
         if differ:
+            harmless = ", ".join(f"--allow-change {key}" for key in changed if key in HARMLESS - free)
             raise UserError(
                 f"{out} holds a run of another recipe ({'; '.join(differ)}). Repeat its settings to resume it, or "
-                "choose another --out."
+                f"choose another --out{f', or allow it: {harmless}' if harmless else ''}."
             )
-    else:
+    elif run.group.ranks.first:
         write_json(path, described)
     if (out / CHECKPOINT).exists():
         run.load(out)
-    _cut_log(out, run.pairs_seen)
+    if run.group.ranks.first:
+        _cut_log(out, run.pairs_seen)
 
 
 def _cut_log(out: Path, pairs_seen: int) -> None:

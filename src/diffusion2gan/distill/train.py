@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -23,38 +25,55 @@ from diffusion2gan.adversarial.losses import (
     r1_penalty,
     student_loss,
 )
+from diffusion2gan.distill.checks import check_pairs, check_prompts, check_ranks, device_of
 from diffusion2gan.distill.cost import Cost, cost_of
 from diffusion2gan.distill.health import MAX_SKIPPED_IN_A_ROW, accuracy, latent_statistics, logit_means
 from diffusion2gan.distill.losses import Distance, distance_of
-from diffusion2gan.distill.run import Run, open_run, teacher_of
+from diffusion2gan.distill.run import CHECKPOINT, Run, open_run, teacher_of
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, read_shard
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime.files import write_image
 from diffusion2gan.runtime.images import sheet
+from diffusion2gan.runtime.lock import claimed
+from diffusion2gan.runtime.places import Place
 from diffusion2gan.runtime.progress import Bar, console
+from diffusion2gan.runtime.ranks import ranks, ranks_connected
 from diffusion2gan.runtime.stop import stop_signal
-from diffusion2gan.teacher.pipeline import Conditioning, Teacher
+from diffusion2gan.teacher.pipeline import Conditioning
 from diffusion2gan.teacher.remember import PromptStore
 
 STUDENT, DISCRIMINATOR = 0, 1  # which stream of a step's random numbers is whose
 NUM_SAMPLES = 16
 
 
-def distill(recipe: Recipe, pairs: Path, out: Path) -> None:
-    """Trains until `recipe.pairs_seen`; writes checkpoint, log.jsonl and sample sheets into `out`."""
-    teacher = teacher_of(recipe, device_of(recipe))
+def distill(recipe: Recipe, pairs: Place, out: Path, allow_change: Sequence[str] = ()) -> None:
+    """Trains until `recipe.pairs_seen`; writes checkpoint, log.jsonl and sample sheets into `out`.
+
+    Under torchrun all ranks train one run, the first writes. SIGTERM saves and ends the process with code 0.
+    """
+    device, here = device_of(recipe), ranks()
+    check_ranks(recipe, here.world)
+    teacher = teacher_of(recipe, device)
     reader = PairReader(pairs, recipe.seed)
     check_pairs(reader.spec, teacher, pairs)
     check_prompts(recipe, reader, pairs)
     distance = distance_of(recipe, teacher.device, teacher.vae)
-    run = Run(recipe, teacher)
-    open_run(run, out, reader.spec)
-    free_memory(run, pairs, reader.spec)
+    with claimed(out / CHECKPOINT) if here.first else nullcontext(), ranks_connected(device) as group:
+        run = Run(recipe, teacher, group)
+        open_run(run, out, reader.spec, allow_change)
+        free_memory(run, pairs, reader.spec)
+        train(run, reader, distance, out)
+
+
+def train(run: Run, reader: PairReader, distance: Distance, out: Path) -> None:
+    """The loop."""
+    recipe, first = run.recipe, run.group.ranks.first
     batches = reader.batches(recipe.batch_size, run.pairs_seen)
     saved = time.monotonic()
     with stop_signal() as stopped, Bar(f"distill {recipe.loss}", recipe.pairs_seen, run.pairs_seen) as bar:
+        run.group.wishes = lambda: (bool(stopped()), first and time.monotonic() - saved > recipe.checkpoint_every_s)
         while run.pairs_seen < recipe.pairs_seen:
             before = run.pairs_seen
             entry = step(run, next(batches), distance)
@@ -62,23 +81,33 @@ def distill(recipe: Recipe, pairs: Path, out: Path) -> None:
             bar.advance(recipe.batch_size, run.health.line())
             if before // recipe.sample_every != run.pairs_seen // recipe.sample_every:
                 write_samples(run, out, reader)
-            if time.monotonic() - saved > recipe.checkpoint_every_s and run.health.skipped_in_a_row == 0:
+            stop, save = run.group.agreed
+            if stop or (save and run.health.skipped_in_a_row == 0):
                 run.save(out)
                 saved = time.monotonic()
-            if stopped():
-                run.save(out)
-                raise KeyboardInterrupt
+            if stop:
+                leave(stopped())
     run.save(out)
     write_samples(run, out, reader)
 
 
-def free_memory(run: Run, folder: Path, spec: PairsSpec) -> None:
+def free_memory(run: Run, folder: Place, spec: PairsSpec) -> None:
     """Takes from the device what training does not read: the teacher's network and VAE, its text encoders."""
     recipe, teacher = run.recipe, run.teacher
     if recipe.prompt_embeds == "kept":
+        if not isinstance(folder, Path):
+            raise UserError(f"prompt_embeds=kept keeps them beside the pairs, and {folder} is no folder; set encoded")
         prompts = [p for shard in range(spec.num_shards) for p in read_shard(folder, shard).prompts]
         teacher.remember_prompts(PromptStore(folder / f"prompts-{teacher.revision}", prompts, teacher.encode))
     teacher.rest(network=recipe.lora_rank == 0, vae=recipe.loss != "pixel_lpips")
+
+
+def leave(number: int | None) -> NoReturn:
+    """Ends a run that was saved: at Ctrl-C as an interruption, at SIGTERM, also another rank's, as done."""
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    console.print("stopped and saved; the same command continues")
+    raise SystemExit(0)
 
 
 def step(run: Run, pairs: Pairs, distance: Distance) -> dict[str, Any]:
@@ -102,7 +131,7 @@ def discriminator_step(run: Run, parts: list[Part]) -> dict[str, Any]:
     fake, mixed = fakes(run, parts, generator)
     discriminator.requires_grad_(True)
     optimizer.zero_grad(set_to_none=True)
-    total, real_logits, fake_logits = 0.0, [], []
+    total, real_logits, fake_logits = torch.zeros(()), [], []
     for part in parts:
         both, noise = torch.cat([part.latents, fake[part.rows]]), torch.cat([part.noise, part.noise])
         with run.autocast():
@@ -110,35 +139,45 @@ def discriminator_step(run: Run, parts: list[Part]) -> dict[str, Any]:
         on_real, on_fake = zip(*(x.chunk(2) for x in logits), strict=True)
         loss = discriminator_loss(on_real, on_fake) * part.weight
         loss.backward()
-        total += float(loss.detach())
+        total += loss.detach().cpu()
         real_logits.append(on_real)
         fake_logits.append(on_fake)
-    r1 = penalise(run, parts, generator) if r1_is_due(recipe, run.pairs_seen) else {}
+    r1 = penalise(run, parts, generator) if (due := r1_is_due(recipe, run.pairs_seen)) else torch.zeros(())
+    heads = whole_batch(parts, real_logits) + whole_batch(parts, fake_logits)
+    total, r1, *heads = run.group.sum(discriminator, [total, r1, *heads])
     rate = learning_rate(recipe, run.pairs_seen) * recipe.discriminator_learning_rate / recipe.learning_rate
     grad_norm = update(optimizer, discriminator.parameters(), rate, recipe.max_grad_norm)
-    told = told_apart(together(real_logits), together(fake_logits), mixed)
-    return {"d_loss": total, "d_grad_norm": grad_norm} | r1 | told
+    told = told_apart(heads[: len(heads) // 2], heads[len(heads) // 2 :], mixed)
+    return {"d_loss": float(total), "d_grad_norm": grad_norm} | ({"r1": float(r1)} if due else {}) | told
 
 
 @torch.no_grad()
 def fakes(run: Run, parts: list[Part], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The student's latents of the whole batch [B, C, h, w], a share of them mismatched, and which, [B] bool."""
+    """The student's latents [B, C, h, w], a share of the batch mismatched, and which, [B] bool.
+
+    What is mismatched is drawn for the whole batch; rows of other ranks, which nobody looks at here, are zero.
+    """
     with run.autocast():
-        fake = torch.cat([run.student(part.noise, part.cond) for part in parts])
-    real, prompts = torch.cat([part.latents for part in parts]), [p for part in parts for p in part.prompts]
-    return mix_and_match(fake, real, prompts, run.recipe.mix_share, generator)
+        (fake,) = whole_batch(parts, [(run.student(part.noise, part.cond),) for part in parts])
+    batch = parts[0].batch
+    return mix_and_match(fake, batch.latents.to(fake.device), batch.prompts, run.recipe.mix_share, generator)
 
 
-def penalise(run: Run, parts: list[Part], generator: torch.Generator) -> dict[str, float]:
-    """Adds the gradient of γ/2·‖∇_x ΣD‖² on one real sample, times the interval, to D's."""
+def penalise(run: Run, parts: list[Part], generator: torch.Generator) -> Tensor:
+    """Adds the gradient of γ/2·‖∇_x ΣD‖² on one real sample of the batch, times the interval, to D's.
+
+    Returns ‖∇_x ΣD‖² on the rank that has the sample, zero on the others.
+    """
     assert run.discriminator is not None
-    row = int(torch.randint(parts[0].batch_size, (), generator=generator))
-    place, row = divmod(row, len(parts[0].prompts))
-    part, one = parts[place], slice(row, row + 1)
-    with plain_attention():
-        penalty = r1_penalty(run.discriminator, part.noise[one], part.cond.rows(one), part.latents[one])
-        (run.recipe.r1_weight / 2 * run.recipe.r1_every * penalty).backward()
-    return {"r1": float(penalty.detach())}
+    row = int(torch.randint(len(parts[0].batch), (), generator=generator))
+    for part in parts:
+        if part.rows.start <= row < part.rows.stop:
+            one = slice(row - part.rows.start, row - part.rows.start + 1)
+            with plain_attention():
+                penalty = r1_penalty(run.discriminator, part.noise[one], part.cond.rows(one), part.latents[one])
+                (run.recipe.r1_weight / 2 * run.recipe.r1_every * penalty).backward()
+            return penalty.detach().cpu()
+    return torch.zeros(())
 
 
 def student_step(run: Run, parts: list[Part], distance: Distance) -> dict[str, Any]:
@@ -147,7 +186,7 @@ def student_step(run: Run, parts: list[Part], distance: Distance) -> dict[str, A
     felt_from = recipe.adversarial_from + recipe.discriminator_warmup
     weight = recipe.adversarial_weight if run.pairs_seen >= felt_from else 0.0
     run.optimizer.zero_grad(set_to_none=True)
-    total, gan, answers = 0.0, 0.0, []
+    total, gan, answers = torch.zeros(()), torch.zeros(()), []
     for part in parts:
         generator = torch.Generator("cpu").manual_seed(step_seed(recipe.seed, run.pairs_seen))
         with run.autocast():
@@ -158,62 +197,77 @@ def student_step(run: Run, parts: list[Part], distance: Distance) -> dict[str, A
                 logits = run.discriminator.requires_grad_(False)(part.noise, part.cond, latents)
             adversarial = student_loss(logits) * part.weight
             loss = regression + weight * adversarial
-            gan += float(adversarial.detach())
+            gan += adversarial.detach().cpu()
         loss.backward()
-        total += float(regression.detach())
-        answers.append(latents.detach())
+        total += regression.detach().cpu()
+        answers.append((latents,))
+    total, gan, answer = run.group.sum(run.student.trained, [total, gan, *whole_batch(parts, answers)])
     rate = learning_rate(recipe, run.pairs_seen)
     grad_norm = update(run.optimizer, run.student.trained.parameters(), rate, recipe.max_grad_norm)
     if math.isfinite(grad_norm):
         run.ema.update(run.student.trained)
-    entry = {"loss": total, "grad_norm": grad_norm} | ({"gan_loss": gan} if weight > 0 and run.discriminator else {})
-    return entry | latent_statistics(torch.cat(answers), torch.cat([part.latents for part in parts]))
+    entry = {"loss": float(total), "grad_norm": grad_norm}
+    entry |= {"gan_loss": float(gan)} if weight > 0 and run.discriminator else {}
+    return entry | latent_statistics(answer, parts[0].batch.latents.to(answer.device))
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows of a batch, on the device: what one forward pass sees. `weight` is its share of the batch."""
+    """Some `rows` of a batch, on the device: what one forward pass sees. `weight` is its share of the whole batch."""
 
     rows: slice
-    batch_size: int
+    batch: Pairs
     noise: Tensor
     cond: Conditioning
     latents: Tensor
-    prompts: list[str]
+
+    @property
+    def prompts(self) -> list[str]:
+        return self.batch.prompts[self.rows]
 
     @property
     def weight(self) -> float:
-        return len(self.prompts) / self.batch_size
+        return len(self.prompts) / len(self.batch)
 
     @property
     def place(self) -> tuple[slice, int]:
-        return self.rows, self.batch_size
+        return self.rows, len(self.batch)
 
 
 def parts_of(run: Run, pairs: Pairs) -> list[Part]:
-    """The batch, cut into `accumulate` parts."""
-    teacher, size = run.teacher, len(pairs) // run.recipe.accumulate
-    noise, latents = (x.to(teacher.device) for x in (noise_of(pairs.seed, teacher.latent_shape), pairs.latents))
-    every = [slice(start, start + size) for start in range(0, len(pairs), size)]
-    return [
-        Part(rows, len(pairs), noise[rows], teacher.encode(pairs.prompts[rows]), latents[rows], pairs.prompts[rows])
-        for rows in every
-    ]
+    """This rank's rows of the batch, cut into `accumulate` parts."""
+    here, accumulate = run.group.ranks, run.recipe.accumulate
+    size = len(pairs) // (accumulate * here.world)
+    mine = range(here.rank * accumulate, (here.rank + 1) * accumulate)
+    return [part_of(run, pairs, slice(place * size, (place + 1) * size)) for place in mine]
+
+
+def part_of(run: Run, pairs: Pairs, rows: slice) -> Part:
+    teacher = run.teacher
+    noise = noise_of(pairs.seed[rows], teacher.latent_shape).to(teacher.device)
+    latents = pairs.latents[rows].to(teacher.device)
+    return Part(rows, pairs, noise, teacher.encode(pairs.prompts[rows]), latents)
+
+
+def whole_batch(parts: list[Part], values: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    """What each part answered, kind by kind → [B, …] without graph, zero in the rows of other ranks."""
+    whole = []
+    for kind in zip(*values, strict=True):
+        rows = torch.zeros(len(parts[0].batch), *kind[0].shape[1:], device=kind[0].device)
+        for part, value in zip(parts, kind, strict=True):
+            rows[part.rows] = value.detach().float()
+        whole.append(rows)
+    return whole
 
 
 def update(optimizer: Optimizer, parameters: Iterable[nn.Parameter], rate: float, max_grad_norm: float) -> float:
     """Clips and steps; a gradient that is not finite changes nothing. Returns the norm before clipping."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    for settings in optimizer.param_groups:
+        settings["lr"] = rate
     grad_norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     if math.isfinite(grad_norm):
         optimizer.step()
     return grad_norm
-
-
-def together(parts: list[tuple[Tensor, ...]]) -> list[Tensor]:
-    """Each part's logits → the whole batch's, head by head, without graph."""
-    return [torch.cat(head).detach() for head in zip(*parts, strict=True)]
 
 
 def told_apart(real: list[Tensor], fake: list[Tensor], mixed: Tensor) -> dict[str, Any]:
@@ -243,45 +297,14 @@ def learning_rate(recipe: Recipe, pairs_seen: int) -> float:
     return recipe.learning_rate * (0.05 + 0.95 * cosine)
 
 
-def device_of(recipe: Recipe) -> torch.device:
-    """Raises UserError where the recipe's device is unknown or not here."""
-    try:
-        return torch.empty(0, device=recipe.device).device
-    except (RuntimeError, AssertionError) as error:
-        told = str(error).splitlines()[0]
-        raise UserError(f"device = {recipe.device!r} is not here ({told}); set device=cpu or one that is") from error
-
-
-def check_pairs(spec: PairsSpec, teacher: Teacher, folder: Path) -> None:
-    """Raises UserError where the pairs are another teacher's or another resolution's."""
-    if spec.revision != teacher.revision:
-        raise UserError(
-            f"the pairs in {folder} were made by teacher {spec.teacher!r} (weights {spec.revision}), the recipe's is "
-            f"{teacher.name!r} (weights {teacher.revision}). Make pairs with this teacher, or set teacher=… to theirs."
-        )
-    if tuple(spec.latent_shape) != teacher.latent_shape:
-        raise UserError(
-            f"the pairs in {folder} have latents of {tuple(spec.latent_shape)}, the teacher's are "
-            f"{teacher.latent_shape}; make pairs at this resolution."
-        )
-
-
-def check_prompts(recipe: Recipe, reader: PairReader, folder: Path) -> None:
-    """Raises UserError where a discriminator shall read prompts and the first pairs have none."""
-    if recipe.adversarial_weight > 0 and not any(next(reader.batches(min(NUM_SAMPLES, reader.spec.count))).prompts):
-        raise UserError(
-            f"the pairs in {folder} have no prompts, and the discriminator is to read them. Make pairs with prompts, "
-            "or set adversarial_weight=0."
-        )
-
-
 def report(run: Run, entry: dict[str, Any], out: Path) -> None:
     """Logs a step, says new warnings, and raises Failure at the tenth step in a row that was skipped."""
     norms = [entry[key] for key in ("grad_norm", "d_grad_norm") if key in entry]
     warnings = run.health.record(entry, skipped=not all(map(math.isfinite, norms)))
     entry = entry | {"skipped": run.health.skipped} | ({"warnings": warnings} if warnings else {})
-    with (out / "log.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({key: finite(value) for key, value in entry.items()}) + "\n")
+    if run.group.ranks.first:
+        with (out / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({key: finite(value) for key, value in entry.items()}) + "\n")
     for warning in warnings:
         console.print(f"warning: {warning}", soft_wrap=True)
     if run.health.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
@@ -301,7 +324,9 @@ def finite(value: Any) -> Any:
 @torch.no_grad()
 def write_samples(run: Run, out: Path, reader: PairReader) -> None:
     """A sheet of the averaged student above the teacher, same noises: out/samples/PAIRS_SEEN.png."""
-    pairs = next(PairReader.batches(reader, min(NUM_SAMPLES, reader.spec.count)))
+    if not run.group.ranks.first:
+        return
+    pairs = reader.first(NUM_SAMPLES)
     noise = noise_of(pairs.seed, run.teacher.latent_shape).to(run.teacher.device)
     cond = run.teacher.encode(pairs.prompts)
     ours = run.teacher.decode(run.with_ema(lambda: run.student(noise, cond)))
@@ -310,8 +335,8 @@ def write_samples(run: Run, out: Path, reader: PairReader) -> None:
     write_image(out / "samples" / f"{run.pairs_seen:09d}.png", picture.save)
 
 
-def dry_run(recipe: Recipe, pairs: Path, price_per_gpu_hour: float | None = None) -> Cost:
-    """What the run would cost (`cost.cost_of`), by two steps of it; nothing is written."""
+def dry_run(recipe: Recipe, pairs: Place, price_per_gpu_hour: float | None = None) -> Cost:
+    """What the run would cost (`cost.cost_of`), by some steps of it; nothing is written."""
     teacher = teacher_of(recipe, device_of(recipe))
     reader = PairReader(pairs, recipe.seed)
     check_pairs(reader.spec, teacher, pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,16 +11,20 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.store import (
     Pairs,
     PairsSpec,
+    claim,
     noise_of,
     pair_seed,
     present_shards,
     start_set,
     write_shard,
 )
+from diffusion2gan.runtime.places import Place
 from diffusion2gan.runtime.progress import Bar
+from diffusion2gan.runtime.ranks import ranks
 from diffusion2gan.teacher.ode import solve_ode
 from diffusion2gan.teacher.pipeline import Conditioning, Teacher
 
+WAIT_S = 0.5  # between looks at what other ranks have made
 PromptsOf = Callable[[Sequence[int]], list[str]]
 
 
@@ -47,26 +52,65 @@ def prompts_digest(prompts: Sequence[str]) -> str:
     return f"{len(prompts)} prompts, sha256 {hashlib.sha256(chr(10).join(prompts).encode()).hexdigest()[:16]}"
 
 
-def make_pairs(teacher: Teacher, prompts_of: PromptsOf, spec: PairsSpec, folder: Path, batch_size: int = 64) -> None:
-    """Solves the ODE of every pair whose shard is not there yet. A pair does not depend on `batch_size`."""
+def make_pairs(
+    teacher: Teacher, prompts_of: PromptsOf, spec: PairsSpec, folder: Place, batch_size: int = 64,
+    shards: range | None = None,
+) -> None:  # fmt: skip
+    """Solves the ODE of every pair whose shard is not there yet; of `shards` alone where they are given.
+
+    Under torchrun each rank takes every N-th of them. A pair depends neither on `batch_size` nor on who makes it.
+    """
+    wanted, here = list(check_range(shards, spec)), ranks()
     start_set(folder, spec)
-    there = present_shards(folder, spec)
-    done = sum(len(spec.shard_indices(shard)) for shard in there)
     uncond = teacher.unconditional()
-    with Bar("pairs", spec.count, done) as bar:
-        for shard in range(spec.num_shards):
-            if shard in there:
-                continue
-            batches = []
-            indices = spec.shard_indices(shard)
-            for start in range(indices.start, indices.stop, batch_size):
-                batch = range(start, min(start + batch_size, indices.stop))
-                batches.append(solve_batch(teacher, prompts_of, spec, batch, uncond))
-                bar.advance(len(batches[-1]))
-            pairs = Pairs.concat(batches)
-            write_shard(
-                folder, shard, spec, pairs, noise_of(pairs.seed, spec.latent_shape) if spec.keep_noise else None
-            )
+    with Bar("pairs", pairs_in(spec, wanted), made(folder, spec, wanted)) as bar:
+        for shard in wanted[here.rank :: here.world]:
+            if shard not in present_shards(folder, spec):
+                with claim(folder, shard):
+                    make_shard(teacher, prompts_of, spec, folder, shard, batch_size, uncond, bar)
+            bar.reach(made(folder, spec, wanted))
+        while here.first and here.world > 1 and (done := made(folder, spec, wanted)) < pairs_in(spec, wanted):
+            bar.reach(done)
+            time.sleep(WAIT_S)
+        bar.reach(made(folder, spec, wanted))
+
+
+def make_shard(
+    teacher: Teacher, prompts_of: PromptsOf, spec: PairsSpec, folder: Place, shard: int, batch_size: int,
+    uncond: Conditioning, bar: Bar,
+) -> None:  # fmt: skip
+    """One shard, unless another process has finished it since the look at the folder."""
+    if shard in present_shards(folder, spec):
+        return
+    indices, batches = spec.shard_indices(shard), []
+    for start in range(indices.start, indices.stop, batch_size):
+        batch = range(start, min(start + batch_size, indices.stop))
+        batches.append(solve_batch(teacher, prompts_of, spec, batch, uncond))
+        bar.advance(len(batch))
+    pairs = Pairs.concat(batches)
+    noise = noise_of(pairs.seed, spec.latent_shape) if spec.keep_noise else None
+    write_shard(folder, shard, spec, pairs, noise)
+
+
+def check_range(shards: range | None, spec: PairsSpec) -> range:
+    """All shards, or the range asked for. Raises UserError where that is empty or not inside the set."""
+    if shards is None:
+        return range(spec.num_shards)
+    if not 0 <= shards.start < shards.stop <= spec.num_shards:
+        raise UserError(
+            f"--shard-range {shards.start}:{shards.stop} is not inside the set: it has shards 0 to "
+            f"{spec.num_shards - 1}, so 0:{spec.num_shards} is all of it"
+        )
+    return shards
+
+
+def pairs_in(spec: PairsSpec, shards: Sequence[int]) -> int:
+    return sum(len(spec.shard_indices(shard)) for shard in shards)
+
+
+def made(folder: Place, spec: PairsSpec, wanted: Sequence[int]) -> int:
+    """How many pairs of the wanted shards are there, whoever made them."""
+    return pairs_in(spec, sorted(set(wanted) & set(present_shards(folder, spec))))
 
 
 def solve_batch(

@@ -1,79 +1,119 @@
-"""The order of reading: a pure function of (seed, position), so that a run resumes exactly."""
+"""The order of reading: a pure function of (seed, position), so that a run resumes exactly.
+
+It knows nothing of ranks: every rank reads the same global batches and takes its own rows of each.
+"""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.pairs.store import ROW_GROUP, Pairs, PairsSpec, open_set, present_shards, read_shard, shard_path
+from diffusion2gan.pairs.store import ROW_GROUP, Pairs, PairsSpec, open_set, present_shards, read_shard, shard_name
+from diffusion2gan.runtime.places import Place
 
-WINDOW = 128  # row groups shuffled together: 16 384 pairs, 0.5 GB of SD-size latents
+WINDOW = 128  # row groups shuffled together: 16 384 pairs
+WINDOW_BYTES = 2**29  # at most, of latents: what 16 384 pairs of SD 1.5 have
 
 
-def window_order(seed: int, epoch: int, window: int, num_pairs: int) -> np.ndarray:
+@dataclass(frozen=True)
+class Window:
+    """Shards that are shuffled together, and the order in which their pairs are read, from `skip` on."""
+
+    shards: list[int]
+    order: NDArray[np.int64]
+    skip: int
+
+
+def window_order(seed: int, epoch: int, window: int, num_pairs: int) -> NDArray[np.int64]:
     """[num_pairs] a permutation, by (seed, epoch, window) alone."""
     return np.random.Generator(np.random.Philox(key=[seed, (epoch << 32) + window])).permutation(num_pairs)
 
 
-def windows(seed: int, epoch: int, num_groups: int) -> list[np.ndarray]:
-    """The epoch's row groups in random order, cut into windows."""
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_groups)
-    return [order[i : i + WINDOW] for i in range(0, num_groups, WINDOW)]
+def shards_per_window(spec: PairsSpec) -> int:
+    """How many shards are shuffled together: by the set alone, so that the order is the same everywhere."""
+    pairs = min(WINDOW * ROW_GROUP, WINDOW_BYTES // (2 * prod(spec.latent_shape)))
+    return max(1, pairs // min(spec.shard_size, spec.count))
+
+
+def windows(seed: int, epoch: int, spec: PairsSpec) -> list[list[int]]:
+    """The epoch's shards in random order, cut into windows."""
+    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(spec.num_shards).tolist()
+    size = shards_per_window(spec)
+    return [order[i : i + size] for i in range(0, spec.num_shards, size)]
+
+
+def plan(seed: int, spec: PairsSpec, position: int) -> Iterator[Window]:
+    """The endless windows, from the one that holds pair `position` of the endless order."""
+    epoch, skip = divmod(position, spec.count)
+    while True:
+        for number, shards in enumerate(windows(seed, epoch, spec)):
+            size = sum(len(spec.shard_indices(shard)) for shard in shards)
+            if skip < size:
+                yield Window(shards, window_order(seed, epoch, number, size), skip)
+            skip = max(0, skip - size)
+        epoch += 1
 
 
 class PairReader:
-    """Batches of a finished set, shuffled anew each epoch, from any position."""
+    """Batches of a finished set, shuffled anew each epoch, from any position.
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    `workers` threads read the next window while one is in use (decoding holds no interpreter lock): two windows are
+    in memory, as float16.
+    """
+
+    def __init__(self, folder: Place, seed: int, workers: int = 2) -> None:
         self.spec: PairsSpec = open_set(folder)
-        self._folder, self._seed = folder, seed
-        missing = self.spec.num_shards - len(present_shards(folder, self.spec))
-        if missing:
+        self._folder, self._seed, self._workers = folder, seed, workers
+        there = set(present_shards(folder, self.spec))
+        if missing := [shard for shard in range(self.spec.num_shards) if shard not in there]:
             raise UserError(
-                f"{folder} is not complete: {missing} of {self.spec.num_shards} shards are missing (first: "
-                f"{_first_missing(folder, self.spec)}); run the same `pairs` command again."
+                f"{folder} is not complete: {len(missing)} of {self.spec.num_shards} shards are missing (first: "
+                f"{shard_name(missing[0])}); run the same `pairs` command again."
             )
-        self._groups = [
-            (shard, group)
-            for shard in range(self.spec.num_shards)
-            for group in range(-(-len(self.spec.shard_indices(shard)) // ROW_GROUP))
-        ]
+
+    def first(self, count: int) -> Pairs:
+        """The set's pairs 0 to count − 1, or all where there are fewer."""
+        parts: list[Pairs] = []
+        for shard in range(self.spec.num_shards):
+            if sum(map(len, parts)) < count:
+                parts.append(read_shard(self._folder, shard, spec=self.spec))
+        return Pairs.concat(parts).rows(range(min(count, self.spec.count)))
 
     def batches(self, batch_size: int, position: int = 0) -> Iterator[Pairs]:
         """Endless batches of `batch_size`, starting at pair `position` of the endless order."""
-        rest: Pairs | None = None
-        for pairs in self._windows(position):
-            pairs = pairs if rest is None else Pairs.concat([rest, pairs])
-            whole_batches = len(pairs) // batch_size * batch_size
-            for start in range(0, whole_batches, batch_size):
-                yield pairs.rows(range(start, start + batch_size))
-            rest = pairs.rows(range(whole_batches, len(pairs)))
+        held: list[Pairs] = []
+        for pairs, order in self._windows(position):
+            start = 0
+            while start < len(order):
+                stop = start + batch_size - sum(map(len, held))
+                held.append(pairs.rows(order[start:stop].tolist()))
+                start = stop
+                if sum(map(len, held)) == batch_size:
+                    batch, held = Pairs.concat(held), []
+                    yield replace(batch, latents=batch.latents.float())
 
-    def _windows(self, position: int) -> Iterator[Pairs]:
-        epoch, skip = divmod(position, self.spec.count)
-        while True:
-            for number, groups in enumerate(windows(self._seed, epoch, len(self._groups))):
-                size = sum(self._group_size(int(g)) for g in groups)
-                if skip >= size:
-                    skip -= size
-                    continue
-                pairs = self._read(groups)
-                order = window_order(self._seed, epoch, number, size)[skip:]
-                skip = 0
-                yield pairs.rows(order.tolist())
-            epoch += 1
+    def _windows(self, position: int) -> Iterator[tuple[Pairs, NDArray[np.int64]]]:
+        """Each window's pairs and the rest of its order; the next one is read meanwhile."""
+        pool = ThreadPoolExecutor(self._workers, "pairs")
+        ahead: deque[tuple[Window, list[Future[Pairs]]]] = deque()
+        try:
+            for window in plan(self._seed, self.spec, position):
+                ahead.append((window, [pool.submit(self._read, shard) for shard in window.shards]))
+                if len(ahead) == 2:
+                    yield self._finished(*ahead.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
-    def _group_size(self, group: int) -> int:
-        shard, place = self._groups[group]
-        return min(ROW_GROUP, len(self.spec.shard_indices(shard)) - place * ROW_GROUP)
+    def _finished(self, window: Window, futures: list[Future[Pairs]]) -> tuple[Pairs, NDArray[np.int64]]:
+        return Pairs.concat([future.result() for future in futures]), window.order[window.skip :]
 
-    def _read(self, groups: np.ndarray) -> Pairs:
-        places = [self._groups[int(g)] for g in groups]
-        return Pairs.concat([read_shard(self._folder, shard, [group]) for shard, group in places])
-
-
-def _first_missing(folder: Path, spec: PairsSpec) -> str:
-    return next(shard_path(folder, s).name for s in range(spec.num_shards) if not shard_path(folder, s).exists())
+    def _read(self, shard: int) -> Pairs:
+        return read_shard(self._folder, shard, spec=self.spec, dtype=torch.float16)

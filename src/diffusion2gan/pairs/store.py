@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.errors import Failure, UserError
-from diffusion2gan.runtime.files import read_json, whole, write_json
+from diffusion2gan.runtime.files import read_json
+from diffusion2gan.runtime.lock import claimed
+from diffusion2gan.runtime.places import Place, names, put, use
 
 SPEC_FILE = "pairs.json"
 PAIRS_PER_SEED = 2**24  # torch's CPU generator takes 32 bits of a seed: 256 sets of 16.7 M pairs never share a noise
@@ -97,35 +100,45 @@ def noise_of(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
     return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
 
 
+def shard_name(shard: int) -> str:
+    return f"pairs-{shard:05d}.parquet"
+
+
 def shard_path(folder: Path, shard: int) -> Path:
-    return folder / f"pairs-{shard:05d}.parquet"
+    return folder / shard_name(shard)
 
 
-def open_set(folder: Path) -> PairsSpec:
+def open_set(folder: Place) -> PairsSpec:
     """The description of the set in `folder`. Raises UserError where there is none."""
-    if not (folder / SPEC_FILE).is_file():
+    where = Path(f"{folder}/{SPEC_FILE}")
+    if SPEC_FILE not in names(folder):
         raise UserError(
             f"{folder} holds no pairs ({SPEC_FILE} is missing); make some: diffusion2gan pairs --out {folder}"
         )
-    return PairsSpec.parse(read_json(folder / SPEC_FILE), folder / SPEC_FILE)
+    return PairsSpec.parse(use(folder, SPEC_FILE, read_json), where)
 
 
-def start_set(folder: Path, spec: PairsSpec) -> None:
+def start_set(folder: Place, spec: PairsSpec) -> None:
     """Creates the set, or checks that the one in `folder` is the same, so that it can be continued."""
-    if (folder / SPEC_FILE).is_file():
-        there = asdict(open_set(folder))
-        wanted = asdict(spec)
-        differ = [f"{key}: {there[key]!r} there, {wanted[key]!r} asked" for key in wanted if there[key] != wanted[key]]
-        if differ:
-            raise UserError(
-                f"{folder} already holds other pairs ({'; '.join(differ)}). Repeat the settings it was made with to "
-                "continue it, or choose another --out."
-            )
+    if SPEC_FILE not in names(folder):
+        with put(folder, SPEC_FILE) as temporary:
+            temporary.write_text(json.dumps(asdict(spec), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return
-    write_json(folder / SPEC_FILE, asdict(spec))
+    there, wanted = asdict(open_set(folder)), asdict(spec)
+    differ = [f"{key}: {there[key]!r} there, {wanted[key]!r} asked" for key in wanted if there[key] != wanted[key]]
+    if differ:
+        raise UserError(
+            f"{folder} already holds other pairs ({'; '.join(differ)}). Repeat the settings it was made with to "
+            "continue it, or choose another --out."
+        )
 
 
-def write_shard(folder: Path, shard: int, spec: PairsSpec, pairs: Pairs, noise: Tensor | None = None) -> None:
+def claim(folder: Place, shard: int) -> AbstractContextManager[None]:
+    """Held while a shard is made: a second process that would make it is refused. Object stores know no locks."""
+    return claimed(shard_path(folder, shard)) if isinstance(folder, Path) else nullcontext()
+
+
+def write_shard(folder: Place, shard: int, spec: PairsSpec, pairs: Pairs, noise: Tensor | None = None) -> None:
     """Writes one shard whole or not at all."""
     size = int(np.prod(spec.latent_shape)) * 2
     columns = {
@@ -137,7 +150,7 @@ def write_shard(folder: Path, shard: int, spec: PairsSpec, pairs: Pairs, noise: 
     if noise is not None:
         columns["noise"] = _to_bytes(noise, size)
     table = pa.table(columns).replace_schema_metadata({"diffusion2gan": json.dumps(asdict(spec))})
-    with whole(shard_path(folder, shard)) as temporary:
+    with put(folder, shard_name(shard)) as temporary:
         pq.write_table(
             table, temporary, row_group_size=ROW_GROUP, compression="zstd", write_page_checksum=True,
             use_dictionary=["prompt"], write_statistics=["index", "seed"],
@@ -149,58 +162,68 @@ def _to_bytes(tensor: Tensor, size: int) -> pa.Array:
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(rows), [None, pa.py_buffer(rows.tobytes())])
 
 
-def read_shard(folder: Path, shard: int, row_groups: Sequence[int] | None = None) -> Pairs:
-    """One shard, or some of its row groups. Raises Failure where it is cut off, altered or not of this set."""
-    path = shard_path(folder, shard)
-    spec = open_set(folder)
-    try:
-        file = pq.ParquetFile(path, page_checksum_verification=True)
-        table = file.read() if row_groups is None else file.read_row_groups(list(row_groups))
+def read_shard(
+    folder: Place, shard: int, row_groups: Sequence[int] | None = None, spec: PairsSpec | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Pairs:  # fmt: skip
+    """One shard, or some of its row groups. Raises Failure where it is cut off, altered or not of this set.
+
+    `spec` saves a look at the folder's description; `dtype` float16 is as stored.
+    """
+    spec = spec or open_set(folder)
+    table = read_table(folder, shard, spec, row_groups)
+    with _told_damage(folder, shard):
+        return _from_table(table, spec, dtype)
+
+
+def read_table(folder: Place, shard: int, spec: PairsSpec, row_groups: Sequence[int] | None = None) -> pa.Table:
+    """A shard's columns as they are stored. Raises as `read_shard` does."""
+
+    def read(path: Path) -> pa.Table:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read() if row_groups is None else file.read_row_groups(list(row_groups))
+
+    with _told_damage(folder, shard):
+        table = use(folder, shard_name(shard), read)
         described = (table.schema.metadata or {}).get(b"diffusion2gan")
-        if described is None or PairsSpec.parse(described.decode(), path) != spec:
-            raise Failure(f"{path} belongs to another set than {folder / SPEC_FILE} describes; delete it and continue.")
-        return _from_table(table, spec)
+        if described is None or PairsSpec.parse(described.decode(), Path(shard_name(shard))) != spec:
+            raise Failure(
+                f"{folder}/{shard_name(shard)} belongs to another set than {folder}/{SPEC_FILE} describes; delete it "
+                "and continue."
+            )
+        return table
+
+
+@contextmanager
+def _told_damage(folder: Place, shard: int) -> Iterator[None]:
+    name = f"{folder}/{shard_name(shard)}"
+    try:
+        yield
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: the set is not complete; run the same `pairs` command again.") from None
+        raise UserError(f"{name} is missing: the set is not complete; run the same `pairs` command again.") from None
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:  # the last two: altered names or lengths
         raise Failure(
-            f"{path} is damaged ({str(error).splitlines()[0]}). Delete that file and run the same `pairs` command "
+            f"{name} is damaged ({str(error).splitlines()[0]}). Delete that file and run the same `pairs` command "
             "again: it remakes only that shard."
         ) from error
 
 
-def _from_table(table: pa.Table, spec: PairsSpec) -> Pairs:
-    latents = table["latents"].combine_chunks()
-    if isinstance(latents, pa.ChunkedArray):
-        latents = pa.concat_arrays(latents.chunks)
-    numbers = np.frombuffer(latents.buffers()[1], dtype=np.float16).reshape(len(latents), *spec.latent_shape)
+def _from_table(table: pa.Table, spec: PairsSpec, dtype: torch.dtype) -> Pairs:
     return Pairs(
         table["index"].to_pylist(), table["seed"].to_pylist(), table["prompt"].to_pylist(),
-        torch.from_numpy(numbers.astype(np.float32)),
+        numbers(table, "latents", spec).to(dtype),
     )  # fmt: skip
 
 
-def present_shards(folder: Path, spec: PairsSpec) -> list[int]:
-    return [shard for shard in range(spec.num_shards) if shard_path(folder, shard).exists()]
+def numbers(table: pa.Table, column: str, spec: PairsSpec) -> Tensor:
+    """A column of latents or noise, [B, C, h, w] float16 as stored."""
+    parts = [
+        np.frombuffer(chunk.buffers()[1], np.float16).reshape(-1, *spec.latent_shape)[chunk.offset :][: len(chunk)]
+        for chunk in table[column].chunks
+    ]
+    return torch.from_numpy(np.concatenate(parts))
 
 
-def verify(folder: Path) -> list[str]:
-    """Reads every shard; returns one sentence per problem (empty: all is well)."""
-    spec = open_set(folder)
-    problems: list[str] = []
-    seen: set[int] = set()
-    for shard in range(spec.num_shards):
-        try:
-            pairs = read_shard(folder, shard)
-        except (Failure, UserError) as error:
-            problems.append(str(error))
-            continue
-        indices = spec.shard_indices(shard)
-        if pairs.index != list(indices) or pairs.seed != [pair_seed(spec.seed, i) for i in indices]:
-            problems.append(f"{shard_path(folder, shard)}: its pairs are not {indices.start}…{indices.stop - 1}")
-        if not torch.isfinite(pairs.latents).all():
-            problems.append(f"{shard_path(folder, shard)}: latents that are not finite")
-        if seen & set(pairs.seed):
-            problems.append(f"{shard_path(folder, shard)}: seeds that another shard has too")
-        seen |= set(pairs.seed)
-    return problems
+def present_shards(folder: Place, spec: PairsSpec) -> list[int]:
+    there = names(folder)
+    return [shard for shard in range(spec.num_shards) if shard_name(shard) in there]

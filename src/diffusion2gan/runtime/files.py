@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,8 @@ from safetensors import SafetensorError
 
 from diffusion2gan.errors import Failure, UserError
 
+HOST = re.sub(r"[^\w]", "_", socket.gethostname())  # machines that share a disk have the same process numbers
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -25,14 +29,16 @@ def whole(path: Path) -> Iterator[Path]:
     A crash, Ctrl-C or full disk leaves what was there before. Raises Failure where the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         yield temporary
         if temporary.is_dir():
             _replace_folder(temporary, path)
         else:
             os.replace(temporary, path)
+        _sweep(path)
     except (OSError, SafetensorError) as error:
         if _error_number(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise Failure(
@@ -41,10 +47,32 @@ def whole(path: Path) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _delete(temporary)
+
+
+def _sweep(path: Path) -> None:
+    """Removes what processes of this machine that were killed left half-written of `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{HOST}-*"):
+        parts = re.fullmatch(r"-(\d+)\.(tmp.*|old)", left.name.removeprefix(f".{path.name}.{HOST}"))
+        if parts and not _alive(int(parts[1])) and (parts[2] != "old" or path.exists()):
+            _delete(left)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _error_number(error: Exception) -> int | None:
@@ -58,7 +86,7 @@ def _replace_folder(new: Path, path: Path) -> None:
     if not path.exists():
         os.replace(new, path)
         return
-    aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+    aside = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.old")
     os.replace(path, aside)
     try:
         os.replace(new, path)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several, one speaks
 
 
 def clock(seconds: float) -> str:
@@ -44,6 +45,11 @@ class Bar:
         elif time.monotonic() - self._last >= self._plain_every_s or self._done >= self._total:
             self._last = time.monotonic()
             console.print(self._line(), soft_wrap=True)
+
+    def reach(self, done: int, note: str = "") -> None:
+        """As `advance`, told how many there are in all."""
+        if done > self._done:
+            self.advance(done - self._done, note)
 
     def _line(self) -> str:
         elapsed = time.monotonic() - self._start

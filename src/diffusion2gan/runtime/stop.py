@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Yields `stopped()`, true once Ctrl-C or SIGTERM has come; a second signal interrupts at once.
+def stop_signal() -> Iterator[Callable[[], int | None]]:
+    """Yields `stopped()`, the signal's number once Ctrl-C or SIGTERM has come; a second one interrupts at once.
 
-    The job asks between its steps, saves, and raises KeyboardInterrupt itself. Outside the main thread nothing changes.
+    The job asks between its steps, saves, and ends itself. Outside the main thread nothing changes.
     """
     came: list[int] = []
 
@@ -22,11 +22,11 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
         came.append(number)
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: None
         return
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(came)
+        yield lambda: came[0] if came else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

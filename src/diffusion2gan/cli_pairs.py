@@ -1,0 +1,172 @@
+"""`diffusion2gan pairs …`: its commands, each one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffusion2gan.errors import UserError
+
+pairs_app = typer.Typer(
+    help="Make noise→image pairs, or look at a set of them.", invoke_without_command=True, rich_markup_mode=None
+)
+TeacherOption = Annotated[str, typer.Option(help="`pocket`, the folder of a diffusers pipeline, or a .safetensors.")]
+
+
+@pairs_app.callback()
+def pairs(
+    context: typer.Context,
+    out: Annotated[str | None, typer.Option(help="The folder of the set, or a URL as s3://bucket/set.")] = None,
+    prompts: Annotated[str, typer.Option(help="A text file, one prompt a line, or `pocket`.")] = "pocket",
+    count: Annotated[int, typer.Option(min=1, help="How many pairs.")] = 1024,
+    num_inference_steps: Annotated[int, typer.Option(min=1, max=1000)] = 50,
+    guidance_scale: Annotated[float, typer.Option(min=0.0)] = 3.0,
+    seed: Annotated[int, typer.Option(min=0, max=255, help="Sets of different seeds share no noise.")] = 0,
+    teacher: TeacherOption = "pocket",
+    batch_size: Annotated[int, typer.Option(min=1, help="Changes the speed, not the pairs.")] = 64,
+    shard_size: Annotated[int, typer.Option(min=1, help="Pairs a file.")] = 128,
+    keep_noise: Annotated[bool, typer.Option(help="Store the noise beside its seed.")] = False,
+    shard_range: Annotated[str | None, typer.Option(help="A:B makes shards A to B−1 alone, for array jobs.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, …; under torchrun cuda is the rank's own.")] = "cpu",
+    teacher_config: Annotated[str | None, typer.Option(help="A single file's pipeline folder.")] = None,
+    teacher_lora: Annotated[str | None, typer.Option(help="LoRAs to merge: PATH[@SCALE], commas between.")] = None,
+    vae: Annotated[str | None, typer.Option(help="Another VAE for the same latents: its folder.")] = None,
+    resolution: Annotated[int | None, typer.Option(min=1, help="The pictures' side, if not the teacher's own.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost, make nothing.")] = False,
+    price_per_gpu_hour: Annotated[
+        float | None, typer.Option(min=0.0, help="With --dry-run: money, in whatever it is in.")
+    ] = None,
+) -> None:
+    """Solve the teacher's ODE (deterministic DDIM) from per-pair noises; run again to continue."""
+    if context.invoked_subcommand is not None:
+        return
+    if out is None:
+        raise UserError("--out is missing: name the folder that shall hold the pairs")
+    from diffusion2gan.pairs import make, store
+    from diffusion2gan.pocket import scenes, shipped
+    from diffusion2gan.runtime.places import place_of
+    from diffusion2gan.runtime.ranks import own_device, ranks
+    from diffusion2gan.teacher.pipeline import load_teacher, warn_truncated
+
+    lines = [] if prompts == "pocket" else make.read_prompts(Path(prompts))
+    place, shards = place_of(out), parse_range(shard_range)
+    loaded = load_teacher(
+        teacher, own_device(device), resolution, config=teacher_config, loras=teacher_lora, vae=vae
+    )  # fmt: skip
+    loaded.truncation_told = bool(lines) and warn_truncated(loaded.tokenizer, lines, loaded.num_tokens)
+    spec = store.PairsSpec(
+        teacher=loaded.name, revision=loaded.revision, prompts=prompts if not lines else make.prompts_digest(lines),
+        count=count, seed=seed, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+        latent_shape=loaded.latent_shape, shard_size=shard_size, keep_noise=keep_noise,
+    )  # fmt: skip
+
+    def prompts_of(indices: Sequence[int]) -> list[str]:
+        if lines:
+            return [lines[i % len(lines)] for i in indices]
+        return scenes.captions(indices, shipped.pairs_world(seed))
+
+    if dry_run:
+        from diffusion2gan.pairs.cost import cost_of
+
+        some = prompts_of(range(min(batch_size, count)))
+        for key, value in cost_of(loaded, spec, some, price_per_gpu_hour).items():
+            typer.echo(f"{key}: {value}")
+        return
+    make.make_pairs(loaded, prompts_of, spec, place, batch_size, shards)
+    if ranks().first and shards is None:
+        typer.echo(f"{out}: {count} pairs. Next: diffusion2gan distill pocket --pairs {out} --out runs/NAME")
+    elif ranks().first:
+        typer.echo(f"{out}: shards {shard_range} are there. What is missing of the set: diffusion2gan pairs info {out}")
+
+
+def parse_range(text: str | None) -> range | None:
+    """`3:7` → range(3, 7). Raises UserError at anything else."""
+    if text is None:
+        return None
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdigit() and stop.isdigit()):
+        raise UserError(f"--shard-range {text!r}: write it as A:B, two numbers; A to B−1 are made")
+    return range(int(start), int(stop))
+
+
+SetArgument = Annotated[str, typer.Argument(help="The folder of a set, or its URL.")]
+
+
+@pairs_app.command("info")
+def pairs_info(folder: SetArgument) -> None:
+    """What a set is made of, how much of it is there, the pace and the time left: from the disk alone."""
+    from diffusion2gan.pairs import check, store
+    from diffusion2gan.runtime.places import place_of
+
+    place = place_of(folder)
+    for key, value in (vars(store.open_set(place)) | check.info(place, time.time())).items():
+        typer.echo(f"{key}: {value}")
+
+
+@pairs_app.command("verify")
+def pairs_verify(
+    folder: SetArgument,
+    deep: Annotated[int, typer.Option(min=0, help="Also solve so many random pairs anew and compare.")] = 0,
+    teacher: TeacherOption = "pocket",
+    seed: Annotated[int, typer.Option(min=0, help="Which pairs --deep takes.")] = 0,
+) -> None:
+    """Read every shard: checksums, order, seeds, finite numbers, no noise and no latents twice."""
+    from diffusion2gan.errors import Failure
+    from diffusion2gan.pairs import check, store
+    from diffusion2gan.runtime.places import place_of
+
+    place = place_of(folder)
+    problems = check.verify(place)
+    if deep and not problems:
+        from diffusion2gan.teacher.pipeline import load_teacher
+
+        problems = check.verify_deep(place, load_teacher(teacher), deep, seed)
+    for problem in problems:
+        typer.echo(problem, err=True)
+    if problems:
+        raise Failure(f"{folder}: {len(problems)} problems (above)")
+    typer.echo(f"{folder}: all {store.open_set(place).count} pairs are well")
+
+
+@pairs_app.command("merge")
+def pairs_merge(
+    folders: Annotated[list[str], typer.Argument(help="Folders that hold shards of one set.")],
+    out: Annotated[str, typer.Option(help="The folder of the whole set.")],
+) -> None:
+    """Put shards of one set, made in several places, into one folder."""
+    from diffusion2gan.pairs import exchange
+    from diffusion2gan.runtime.places import place_of
+
+    there, wanted = exchange.merge([place_of(folder) for folder in folders], place_of(out))
+    typer.echo(f"{out}: {there} of {wanted} shards")
+
+
+@pairs_app.command("export")
+def pairs_export(
+    folder: SetArgument,
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    format_: Annotated[str, typer.Option("--format", help="webdataset")] = "webdataset",
+) -> None:
+    """Write a set in another format: tar shards for WebDataset; run again to continue."""
+    from diffusion2gan.pairs import exchange
+    from diffusion2gan.runtime.places import place_of
+
+    if format_ != "webdataset":
+        raise UserError(f"--format {format_!r}: only webdataset is known")
+    typer.echo(f"{out}: {exchange.export_webdataset(place_of(folder), out)} tar files")
+
+
+@pairs_app.command("import")
+def pairs_import(
+    folder: Annotated[Path, typer.Argument(help="What `pairs export` wrote.")],
+    out: Annotated[str, typer.Option(help="The folder of the set.")],
+) -> None:
+    """Read exported tar shards back into a set; run again to continue."""
+    from diffusion2gan.pairs import exchange
+    from diffusion2gan.runtime.places import place_of
+
+    typer.echo(f"{out}: {exchange.import_webdataset(folder, place_of(out))} shards")

@@ -1,0 +1,59 @@
+"""What must fit together before a run starts: device, ranks, teacher, pairs."""
+
+from __future__ import annotations
+
+import torch
+
+from diffusion2gan.errors import UserError
+from diffusion2gan.pairs.sampler import PairReader
+from diffusion2gan.pairs.store import PairsSpec
+from diffusion2gan.recipe import Recipe
+from diffusion2gan.runtime.places import Place
+from diffusion2gan.runtime.ranks import own_device
+from diffusion2gan.teacher.pipeline import Teacher
+
+LOOKED_AT = 16  # pairs whose prompts are looked at
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Raises UserError where the recipe's device is unknown or not here."""
+    try:
+        return torch.empty(0, device=own_device(recipe.device)).device
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).splitlines()[0]
+        raise UserError(f"device = {recipe.device!r} is not here ({told}); set device=cpu or one that is") from error
+
+
+def check_ranks(recipe: Recipe, world: int) -> None:
+    """Raises UserError where the batch cannot be cut evenly over the ranks and their parts."""
+    share = recipe.batch_size // recipe.accumulate
+    if share % world:
+        fit = [str(n) for n in range(1, share + 1) if share % n == 0]
+        raise UserError(
+            f"batch_size {recipe.batch_size} in accumulate = {recipe.accumulate} parts a rank cannot be cut over "
+            f"{world} ranks. Numbers of ranks that would do: {', '.join(fit)}; or change batch_size or accumulate in a "
+            "new run."
+        )
+
+
+def check_pairs(spec: PairsSpec, teacher: Teacher, folder: Place) -> None:
+    """Raises UserError where the pairs are another teacher's or another resolution's."""
+    if spec.revision != teacher.revision:
+        raise UserError(
+            f"the pairs in {folder} were made by teacher {spec.teacher!r} (weights {spec.revision}), the recipe's is "
+            f"{teacher.name!r} (weights {teacher.revision}). Make pairs with this teacher, or set teacher=… to theirs."
+        )
+    if tuple(spec.latent_shape) != teacher.latent_shape:
+        raise UserError(
+            f"the pairs in {folder} have latents of {tuple(spec.latent_shape)}, the teacher's are "
+            f"{teacher.latent_shape}; make pairs at this resolution."
+        )
+
+
+def check_prompts(recipe: Recipe, reader: PairReader, folder: Place) -> None:
+    """Raises UserError where a discriminator shall read prompts and the first pairs have none."""
+    if recipe.adversarial_weight > 0 and not any(reader.first(LOOKED_AT).prompts):
+        raise UserError(
+            f"the pairs in {folder} have no prompts, and the discriminator is to read them. Make pairs with prompts, "
+            "or set adversarial_weight=0."
+        )

@@ -1,0 +1,167 @@
+"""`diffusion2gan plan`: what pairs and training cost on many GPUs, by arithmetic on stated inputs. Nothing is run.
+
+A model of throughput, not a measurement. Every input is in `GPUS`, `MODELS` or `Assumed`, with where it comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from diffusion2gan.errors import UserError, nearest
+from diffusion2gan.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Data-sheet values: dense bfloat16 peak, memory, one direction of the links to the node and out of it."""
+
+    tflops: float
+    memory_gib: float
+    nvlink_gb_s: float
+    network_gb_s: float
+    dollars_per_h: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """A teacher's UNet: parameters, multiply-adds of one forward, latents, and activations of one pair in training."""
+
+    parameters: float
+    forward_gmacs: float
+    latent_shape: tuple[int, int, int]
+    activations_gib: float
+
+
+# Peaks, memory and NVLink: NVIDIA's data sheets (A100 SXM 80 GB, H100 SXM, H200 SXM). Network: one 200 or 400 Gb/s port
+# a GPU, as DGX nodes have. Prices: assumed, round numbers of rented machines; change them with --dollars-per-hour.
+GPUS = {
+    "a100": Gpu(312, 80, 300, 25, 2.0),
+    "h100": Gpu(989, 80, 450, 50, 3.0),
+    "h200": Gpu(989, 141, 450, 50, 3.5),
+}
+# Parameters: published. Multiply-adds: published counts of one 64×64 (SD 1.5) and 128×128 (SDXL) forward, rounded.
+# Activations: guesses with gradient checkpointing and bfloat16, student and D together; not measured.
+MODELS = {
+    "sd15": Model(860e6, 340, (4, 64, 64), 2.0),
+    "sdxl": Model(2570e6, 2980, (4, 128, 128), 6.0),
+}
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """What is neither measured nor on a data sheet."""
+
+    utilisation: float = 0.35  # share of the peak that UNets reach
+    loss_share: float = 0.15  # the perceptual distance's share of a step's compute; METHOD: 12 ms of a step
+    solver_steps: int = 50
+    reads_per_core: float = 5_500.0  # pairs/s of SD 1.5's size: docs/results/pair_store.json, processor time
+
+
+ASSUMED = Assumed()
+GPUS_PER_NODE = 8
+
+
+def plan(
+    model: str, gpu: str, num_gpus: int, num_pairs: float, recipe: Recipe, dollars_per_h: float | None = None
+) -> dict[str, Any]:
+    """Pairs/s, disk, memory, communication and compute of a step, hours and money, of making pairs and of `recipe`.
+
+    Raises UserError at an unknown model or GPU, or a batch that the GPUs cannot share.
+    """
+    if model not in MODELS:
+        raise UserError(f"no model {model!r}{nearest(model, MODELS)}")
+    if gpu not in GPUS:
+        raise UserError(f"no GPU {gpu!r}{nearest(gpu, GPUS)}")
+    if recipe.batch_size % (num_gpus * recipe.accumulate):
+        raise UserError(
+            f"batch_size {recipe.batch_size} cannot be cut over {num_gpus} GPUs × accumulate {recipe.accumulate}; a "
+            f"multiple of {num_gpus * recipe.accumulate} can"
+        )
+    kind, machine = MODELS[model], GPUS[gpu]
+    price = machine.dollars_per_h if dollars_per_h is None else dollars_per_h
+    stages = {
+        "pairs": _making(kind, machine, num_gpus, num_pairs),
+        "distill": _training(kind, machine, num_gpus, recipe),
+    }
+    for stage in stages.values():
+        stage["dollars"] = stage["hours"] * num_gpus * price
+    return stages
+
+
+def _making(model: Model, gpu: Gpu, num_gpus: int, num_pairs: float) -> dict[str, Any]:
+    """Two forwards a step, with and without the prompt. Ranks never talk, so it scales with the GPUs."""
+    macs = 2 * ASSUMED.solver_steps * model.forward_gmacs * 1e9
+    pace = num_gpus * gpu.tflops * 1e12 * ASSUMED.utilisation / (2 * macs)
+    bytes_per_pair = 2 * prod(model.latent_shape) + 300
+    return {
+        "pairs_per_s": pace, "hours": num_pairs / pace / 3600, "disk_gib": num_pairs * bytes_per_pair / 2**30,
+        "written_mb_per_s": pace * bytes_per_pair / 1e6,
+    }  # fmt: skip
+
+
+def forwards_per_pair(adversarial: bool) -> float:
+    """A step in forwards of the UNet, a backward being two and, with checkpointing, one more of its forward.
+
+    Student: forward and backward, 4. With D, whose network is as large: 3 more for the gradient to D's input; and D's
+    own step, a student's forward and D's forward and backward on real and fake, 1 + 2·4. The distance is on top.
+    """
+    student, discriminator = 4 + 3 * adversarial, 9 * adversarial
+    return (student + discriminator) * (1 + ASSUMED.loss_share)
+
+
+def _training(model: Model, gpu: Gpu, num_gpus: int, recipe: Recipe) -> dict[str, Any]:
+    """Compute, then one sum of float32 gradients a player, not overlapped with it: what `distill` does."""
+    batch, adversarial = recipe.batch_size, recipe.adversarial_weight > 0
+    flops = 2 * forwards_per_pair(adversarial) * model.forward_gmacs * 1e9 * batch / num_gpus
+    compute_s = flops / (gpu.tflops * 1e12 * ASSUMED.utilisation)
+    link = gpu.nvlink_gb_s if num_gpus <= GPUS_PER_NODE else gpu.network_gb_s
+    rows_bytes = 4 * batch * prod(model.latent_shape)
+    sent_bytes = (1 + adversarial) * 4 * model.parameters + rows_bytes
+    communication_s = 2 * (num_gpus - 1) / num_gpus * sent_bytes / (link * 1e9)
+    step_s = compute_s + communication_s
+    pace, steps = batch / step_s, recipe.pairs_seen / batch
+    memory = memory_gib(model, batch // (num_gpus * recipe.accumulate), adversarial)
+    return {
+        "compute_s": compute_s, "communication_s": communication_s, "step_s": step_s,
+        "efficiency": compute_s / step_s, "pairs_per_s": pace, "memory_gib_per_gpu": memory,
+        "fits": memory <= gpu.memory_gib, "reader_cores_per_gpu": pace / reads_per_core(model),
+        "read_mb_per_s_per_node": pace * 2 * prod(model.latent_shape) / 1e6,
+        "steps": steps, "hours": steps * step_s / 3600,
+    }  # fmt: skip
+
+
+def reads_per_core(model: Model) -> float:
+    """Every rank reads the whole batch; the time goes with the bytes."""
+    return ASSUMED.reads_per_core * prod(MODELS["sd15"].latent_shape) / prod(model.latent_shape)
+
+
+def memory_gib(model: Model, rows: int, adversarial: bool) -> float:
+    """Of a replicated run: student with gradient, two moments and average, D with gradient and moments, and the
+    buffer of the sum, in float32; activations of `rows` pairs. The teacher's encoders are not counted."""
+    numbers = 5 + 4 * adversarial + 1
+    return numbers * 4 * model.parameters / 2**30 + rows * model.activations_gib
+
+
+def table(cases: Sequence[tuple[str, float]], gpu: str, sizes: Sequence[int], recipe: Recipe) -> list[str]:
+    """The rows of docs/scale.md, each with the fewest parts of a batch that fit, 64 at most."""
+    rows = []
+    for model, count in cases:
+        for num in sizes:
+            for accumulate in (1, 2, 4, 8, 16, 32, 64):
+                if recipe.batch_size % (num * accumulate) == 0:
+                    told = plan(model, gpu, num, count, recipe.model_copy(update={"accumulate": accumulate}))
+                    parts = accumulate
+                    if told["distill"]["fits"]:
+                        break
+            pairs, step = told["pairs"], told["distill"]
+            cells = [
+                model, f"{count / 1e6:g} M", str(num), f"{pairs['pairs_per_s']:.0f}", f"{pairs['hours']:.1f}",
+                f"{pairs['disk_gib']:.0f}", str(parts), f"{step['compute_s']:.3f} + {step['communication_s']:.3f}",
+                f"{step['efficiency']:.0%}", f"{step['memory_gib_per_gpu']:.0f}{'' if step['fits'] else ': too much'}",
+                f"{step['hours']:.1f}", f"{(pairs['dollars'] + step['dollars']):,.0f}",
+            ]  # fmt: skip
+            rows.append(f"| {' | '.join(cells)} |")
+    return rows

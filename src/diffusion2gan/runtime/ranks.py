@@ -1,0 +1,121 @@
+"""Several processes under torchrun: which one this is, and the one thing they say to each other, a sum.
+
+Every rank holds the whole state and reads the same global batches; a step is each rank's rows of one, and the sum of
+the gradients. So a run does not depend on how many ranks there are.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from diffusion2gan.errors import Failure
+
+TIMEOUT_S = float(os.environ.get("DIFFUSION2GAN_RANK_TIMEOUT_S", "600"))  # how long a rank may be late
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """`rank` of `world` processes, the `local` one of this machine. Alone: 0 of 1."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def ranks() -> Ranks:
+    """What torchrun (RANK, WORLD_SIZE, LOCAL_RANK) made of this process."""
+    env = os.environ
+    return Ranks(int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0)))
+
+
+def own_device(name: str) -> str:
+    """`cuda` under torchrun is this rank's own GPU; every other name stays."""
+    here = ranks()
+    return f"cuda:{here.local}" if name == "cuda" and here.world > 1 else name
+
+
+class Group:
+    """The ranks of a run. `sum` is their only communication, once an optimiser step.
+
+    `wishes()` → (stop?, save?) is asked at every sum; `agreed` is true where any rank wished, on all ranks alike.
+    """
+
+    def __init__(self, here: Ranks, store: Any = None) -> None:
+        self.ranks, self._store = here, store
+        self.wishes: Callable[[], tuple[bool, bool]] = lambda: (False, False)
+        self._agreed, self._count = (False, False), 0
+
+    @property
+    def agreed(self) -> tuple[bool, bool]:
+        return self._agreed if self.ranks.world > 1 else self.wishes()
+
+    def sum(self, module: nn.Module, extras: Sequence[Tensor]) -> list[Tensor]:
+        """Adds up the gradients of `module` over the ranks, in place, and `extras`; returns the sums of those.
+
+        All travel in one float32 buffer. A gradient that no rank has stays None.
+        """
+        if self.ranks.world == 1:
+            return list(extras)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        device = parameters[0].device
+        there = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
+        wishes = torch.tensor([float(wish) for wish in self.wishes()], device=device)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        tensors = [there, wishes, *extras, *gradients]
+        flat = torch.cat([x.detach().to(device, torch.float32).flatten() for x in tensors])
+        self._all_reduce(flat)
+        sums = [part.view(x.shape) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)]
+        for parameter, has, gradient in zip(parameters, sums[0].tolist(), sums[len(extras) + 2 :], strict=True):
+            parameter.grad = gradient.to(parameter.dtype) if has else None
+        stop, save = sums[1].tolist()
+        self._agreed = (stop > 0, save > 0)
+        return sums[2 : len(extras) + 2]
+
+    def _all_reduce(self, flat: Tensor) -> None:
+        """Raises Failure, naming the ranks that did not come, after TIMEOUT_S."""
+        self._count += 1
+        self._store.set(f"sum/{self.ranks.rank}", str(self._count))
+        start = time.monotonic()
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as error:
+            waited = f"after {time.monotonic() - start:.0f} s"
+            counts = {rank: self._count_of(rank) for rank in range(self.ranks.world)}
+            late = [str(rank) for rank, count in counts.items() if count < self._count]
+            who = f"rank {', '.join(late)} did not come" if late else "the connection between the ranks broke"
+            raise Failure(
+                f"step {self._count}: {who} ({waited}; {str(error).splitlines()[0]}). Look at its machine; the last "
+                "checkpoint is intact, the same command continues."
+            ) from error
+
+    def _count_of(self, rank: int) -> int:
+        return int(self._store.get(f"sum/{rank}")) if self._store.check([f"sum/{rank}"]) else 0
+
+
+@contextmanager
+def ranks_connected(device: torch.device) -> Iterator[Group]:
+    """The ranks that torchrun started, connected: nccl on cuda, gloo elsewhere. Alone, nothing is connected."""
+    here = ranks()
+    if here.world == 1:
+        yield Group(here)
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+    try:
+        yield Group(here, dist.distributed_c10d._get_default_store())
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,66 @@
+"""What each rank of `test_ranks.py` does under torchrun: `ranks_worker.py FOLDER`, the first writes what came out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion2gan.distill.losses import distance_of
+from diffusion2gan.distill.run import Run
+from diffusion2gan.distill.train import step
+from diffusion2gan.pairs.sampler import PairReader
+from diffusion2gan.recipe import Recipe
+from diffusion2gan.runtime import checkpoint
+from diffusion2gan.runtime.ranks import Group, ranks_connected
+from diffusion2gan.teacher.pipeline import load_teacher
+
+
+def stir(run: Run) -> None:
+    """Every convolution of D says something."""
+    assert run.discriminator is not None
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in run.discriminator.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def poison(run: Run) -> list[Any]:
+    """NaN in one gradient of each player."""
+    assert run.discriminator is not None
+    victims = (next(run.student.parameters()), next(run.discriminator.parameters()))
+    return [victim.register_hook(lambda gradient: gradient * float("nan")) for victim in victims]
+
+
+def two_steps(recipe: Recipe, pairs: Path, group: Group, out: Path, poisoned: int | None = None) -> None:
+    """Two updates, the second without R1; the rank `poisoned` has NaN in its gradients of the first."""
+    run = Run(recipe, load_teacher(recipe.teacher), group)
+    stir(run)
+    distance, batches = distance_of(recipe, torch.device("cpu")), PairReader(pairs, 0).batches(recipe.batch_size)
+    hooks = poison(run) if group.ranks.rank == poisoned else []
+    entries = [step(run, next(batches), distance)]
+    gradients = {f"g{i}": p.grad.clone() for i, p in enumerate(run.student.parameters()) if p.grad is not None}
+    for hook in hooks:
+        hook.remove()
+    entries.append(step(run, next(batches), distance))
+    assert run.discriminator is not None
+    tensors = checkpoint.pack("student", run.student.unet) | checkpoint.pack("d", run.discriminator) | gradients
+    tensors |= {f"ema/{key}": value for key, value in run.ema.shadow.items()}
+    checkpoint.save(out.with_name(f"{out.name}-{group.ranks.rank}"), tensors, {"entries": json.dumps(entries)})
+
+
+def main(folder: Path) -> None:
+    described = json.loads((folder / "recipe.json").read_text())
+    with ranks_connected(torch.device("cpu")) as group:
+        world = group.ranks.world
+        for accumulate in (1, 2):
+            recipe = Recipe(**described | {"accumulate": accumulate})
+            two_steps(recipe, folder / "pairs", group, folder / f"w{world}a{accumulate}")
+        two_steps(Recipe(**described), folder / "pairs", group, folder / f"w{world}nan", poisoned=world - 1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

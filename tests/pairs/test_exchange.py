@@ -1,0 +1,107 @@
+"""Parts become a set, and a set goes out and comes back the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffusion2gan.errors import Failure, UserError
+from diffusion2gan.pairs import store
+from diffusion2gan.pairs.check import verify
+from diffusion2gan.pairs.exchange import export_webdataset, import_webdataset, merge, tar_name
+from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, pair_seed, read_shard, shard_path
+
+SPEC = PairsSpec("t", "r", "p", 10, 3, 5, 3.0, (4, 2, 3), 4, keep_noise=True)
+
+
+def write(folder: Path, shards: range, spec: PairsSpec = SPEC) -> Path:
+    store.start_set(folder, spec)
+    for shard in shards:
+        seeds = [pair_seed(spec.seed, i) for i in spec.shard_indices(shard)]
+        noise = noise_of(seeds, spec.latent_shape)
+        prompts = [f"prompt “{i}” ✓" for i in spec.shard_indices(shard)]
+        pairs = Pairs(list(spec.shard_indices(shard)), seeds, prompts, -noise)
+        store.write_shard(folder, shard, spec, pairs, noise)
+    return folder
+
+
+def contents(folder: Path) -> list[dict[str, object]]:
+    return [row for shard in range(3) for row in store.read_table(folder, shard, SPEC).to_pylist()]
+
+
+def test_parts_become_the_set(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole", range(3))
+    a, b = write(tmp_path / "a", range(0, 2)), write(tmp_path / "b", range(1, 3))
+    assert merge([a], tmp_path / "out") == (2, 3)
+    assert merge([a, b], tmp_path / "out") == (3, 3) == merge([b, a], tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(whole) and verify(tmp_path / "out") == []
+
+
+def test_only_one_set_is_merged_and_nothing_damaged(tmp_path: Path) -> None:
+    a = write(tmp_path / "a", range(1))
+    b = write(tmp_path / "b", range(1, 3), dataclasses.replace(SPEC, guidance_scale=8.0))
+    with pytest.raises(UserError, match=r"different sets \(guidance_scale: 3\.0 and 8\.0\)"):
+        merge([a, b], tmp_path / "out")
+    c = write(tmp_path / "c", range(1, 3))
+    path = shard_path(c, 2)
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(Failure, match=r"c/pairs-00002\.parquet is damaged"):
+        merge([a, c], tmp_path / "out")
+    path.write_bytes(shard_path(c, 1).read_bytes())
+    with pytest.raises(Failure, match="other pairs than its name says"):
+        merge([a, c], tmp_path / "out")
+    assert store.present_shards(tmp_path / "out", SPEC) == [0, 1]
+
+
+def test_out_and_back_is_the_same_set(tmp_path: Path) -> None:
+    made = write(tmp_path / "made", range(3))
+    assert export_webdataset(made, tmp_path / "tars") == 3
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "tars").glob("*.tar")}
+    assert export_webdataset(made, tmp_path / "tars") == 3
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert import_webdataset(tmp_path / "tars", tmp_path / "back") == 3
+    assert contents(tmp_path / "back") == contents(made) and verify(tmp_path / "back") == []
+
+
+def test_webdataset_itself_reads_it(tmp_path: Path) -> None:
+    wds = pytest.importorskip("webdataset")
+    made = write(tmp_path / "made", range(3))
+    export_webdataset(made, tmp_path / "tars")
+    urls = [str(tmp_path / "tars" / tar_name(shard)) for shard in range(3)]
+    rows = list(wds.WebDataset(urls, shardshuffle=False, empty_check=False))
+    assert len(rows) == 10
+    for row, expected in zip(rows, contents(made), strict=True):
+        about = json.loads(row["json"])
+        assert {key: expected[key] for key in ("index", "seed", "prompt")} == about
+        latents = np.load(io.BytesIO(row["latents.npy"]), allow_pickle=False)
+        assert latents.dtype == np.float16 and latents.shape == (4, 2, 3)
+        assert latents.tobytes() == expected["latents"]
+
+
+def test_damaged_and_foreign_exports_are_told(tmp_path: Path) -> None:
+    made = write(tmp_path / "made", range(3))
+    export_webdataset(made, tmp_path / "tars")
+    with pytest.raises(UserError, match="holds an export of another set"):
+        export_webdataset(write(tmp_path / "b", range(1), dataclasses.replace(SPEC, seed=4)), tmp_path / "tars")
+    with pytest.raises(UserError, match="is no export of pairs"):
+        import_webdataset(tmp_path, tmp_path / "back")
+    tar = tmp_path / "tars" / tar_name(1)
+    content = tar.read_bytes()
+    for wrong in (b"", content[:3000], content.replace(b'"seed"', b'"sead"')):
+        tar.write_bytes(wrong)
+        with pytest.raises(Failure, match=r"pairs-00001\.tar is damaged"):
+            import_webdataset(tmp_path / "tars", tmp_path / "back")
+    with tarfile.open(tar, "w"):
+        pass
+    with pytest.raises(Failure, match=r"pairs-00001\.tar"):
+        import_webdataset(tmp_path / "tars", tmp_path / "back")
+    tar.write_bytes((tmp_path / "tars" / tar_name(0)).read_bytes())
+    with pytest.raises(Failure, match="other pairs than its name says"):
+        import_webdataset(tmp_path / "tars", tmp_path / "back")
+    assert read_shard(tmp_path / "back", 0).index == [0, 1, 2, 3]

@@ -53,12 +53,13 @@ def test_finished_pictures_are_kept_and_not_made_again(systems: dict[str, System
 
 
 def test_the_report_holds_the_numbers_given(systems: dict[str, System], tmp_path: Path) -> None:
-    measured = {"student": {"frechet_distance": 2.5, "intervals": {"frechet_distance": [2.0, 3.0]}, "count": 9}}
+    few, more = ({"protocol_settings": {"count": n}, "protocol_sha256": str(n)} for n in (9, 10))
+    measured = {"student": {"frechet_distance": 2.5, "intervals": {"frechet_distance": [2.0, 3.0]}, **few}}
     job.compare(systems, PROMPTS[:2], tmp_path, seed=1, metrics=measured)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert "| 2.5 (2 to 3) | – |" in text and "noise: the same for every system in a row" in text
-    other = {**measured, "teacher": {"frechet_distance": 1.0, "count": 10}}
-    with pytest.raises(UserError, match="student was measured with count 9, teacher with 10"):
+    other = {**measured, "teacher": {"frechet_distance": 1.0, **more}}
+    with pytest.raises(UserError, match="count is 9 for student and 10 for teacher"):
         job.compare(systems, PROMPTS[:2], tmp_path, seed=1, metrics=other)
 
 

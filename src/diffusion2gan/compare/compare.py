@@ -8,8 +8,9 @@ from typing import Any
 
 from diffusion2gan.compare.pictures import make_pictures
 from diffusion2gan.compare.report import write_report
-from diffusion2gan.compare.table import Column, check_protocols
+from diffusion2gan.compare.table import Column
 from diffusion2gan.errors import UserError, nearest
+from diffusion2gan.evaluate.protocols import check_same
 from diffusion2gan.evaluate.systems import System
 from diffusion2gan.runtime.files import read_json
 
@@ -28,7 +29,7 @@ def compare(
     if len(prompts) > MAX_PROMPTS:
         raise UserError(f"{len(prompts)} prompts: a page holds at most {MAX_PROMPTS}; give a shorter file")
     measured = metrics or {}
-    check_protocols({name: measured.get(name, {}) for name in systems})
+    check_same({name: measured[name] for name in systems if measured.get(name)})
     pictures = make_pictures(systems, prompts, seed, out / "pictures")
     columns = [Column(name, pictures[name], measured.get(name, {}), systems[name].note) for name in systems]
     shapes = {system.latent_shape for system in systems.values()}

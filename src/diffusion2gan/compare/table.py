@@ -9,8 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 from PIL import Image
 
-from diffusion2gan.errors import UserError
-
 MISSING = "–"
 TIME = "seconds_per_image"
 
@@ -72,22 +70,6 @@ class Cell(NamedTuple):
     best: bool = False
     interval: str = ""
     tied: bool = False
-
-
-def check_protocols(measured: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises UserError where two systems' numbers come from different protocols, counts or seeds."""
-    first: tuple[str, dict[str, Any]] | None = None
-    for name, metrics in measured.items():
-        here = {key: metrics.get(key) for key in ("protocol", "count", "seed", "protocol_sha256")} if metrics else {}
-        if not here:
-            continue
-        first = first or (name, here)
-        other = {key: (first[1][key], here[key]) for key in here if first[1][key] != here[key]}
-        for key, (a, b) in other.items():
-            raise UserError(
-                f"{first[0]} was measured with {key} {_plain(a)}, {name} with {_plain(b)}: such numbers do not stand "
-                "in one table. Evaluate both the same way, or leave one's metrics out."
-            )
 
 
 def number(column: Column, key: str) -> float | None:

@@ -122,6 +122,7 @@ def test_a_phone_sees_all_of_it(url: str, open_page: Open) -> None:
     assert page.is_visible("#large-image")
 
 
+@pytest.mark.slow
 def test_two_hundred_prompts_of_six_systems_stay_smooth(tmp_path: Path, open_page: Open) -> None:
     shades: list[Image.Image | None] = [Image.effect_noise((64, 64), i % 90).convert("RGB") for i in range(200)]
     columns = [Column(f"system {i}", shades, {"clip_score": 0.1 * i, "seconds_per_image": 1.0 + i}) for i in range(6)]

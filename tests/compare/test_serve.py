@@ -120,6 +120,7 @@ def test_pictures_of_two_sizes_are_shown_at_one() -> None:
 # ------------------------------------------------------------------------------------------------- pages in a browser
 
 
+@pytest.mark.slow
 def test_type_and_a_picture_arrives(tmp_path: Path, open_page: Open) -> None:
     """Typing, the teacher beside it, odd prompts, too many pictures, and a history that outlives a reload."""
     with served(tmp_path, "pocket-student", "--teacher", "pocket-teacher@2", "--history", tmp_path / "history") as url:
@@ -166,6 +167,7 @@ def answer(page: Any, realism: str, alignment: str) -> None:
     page.wait_for_function("before => document.getElementById('line').innerText != before", arg=before)
 
 
+@pytest.mark.slow
 def test_two_voters_vote_blind_and_lose_nothing(tmp_path: Path, open_page: Open) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     options = ("--vote", "pocket-student", "pocket-teacher@2", "--prompts", tmp_path / "prompts.txt")

@@ -31,7 +31,7 @@ def stir(run: Run) -> None:
 def poison(run: Run) -> list[Any]:
     """NaN in one gradient of each player."""
     assert run.discriminator is not None
-    victims = (next(run.student.parameters()), next(run.discriminator.parameters()))
+    victims = (next(run.student.trained.parameters()), next(run.discriminator.parameters()))
     return [victim.register_hook(lambda gradient: gradient * float("nan")) for victim in victims]
 
 
@@ -42,12 +42,12 @@ def two_steps(recipe: Recipe, pairs: Path, group: Group, out: Path, poisoned: in
     distance, batches = distance_of(recipe, torch.device("cpu")), PairReader(pairs, 0).batches(recipe.batch_size)
     hooks = poison(run) if group.ranks.rank == poisoned else []
     entries = [step(run, next(batches), distance)]
-    gradients = {f"g{i}": p.grad.clone() for i, p in enumerate(run.student.parameters()) if p.grad is not None}
+    gradients = {f"g{i}": p.grad.clone() for i, p in enumerate(run.student.trained.parameters()) if p.grad is not None}
     for hook in hooks:
         hook.remove()
     entries.append(step(run, next(batches), distance))
     assert run.discriminator is not None
-    tensors = checkpoint.pack("student", run.student.unet) | checkpoint.pack("d", run.discriminator) | gradients
+    tensors = checkpoint.pack("student", run.student.trained) | checkpoint.pack("d", run.discriminator) | gradients
     tensors |= {f"ema/{key}": value for key, value in run.ema.shadow.items()}
     checkpoint.save(out.with_name(f"{out.name}-{group.ranks.rank}"), tensors, {"entries": json.dumps(entries)})
 

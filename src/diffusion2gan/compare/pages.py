@@ -136,7 +136,7 @@ def on_type(student: Painter, inputs: Sequence[Any], outputs: Sequence[Any]) -> 
 
     prompt, seed, part = inputs
     gr.on(
-        [prompt.input, seed.change, part.change], paint, list(inputs), list(outputs), trigger_mode="always_last",
+        [prompt.change, seed.change, part.change], paint, list(inputs), list(outputs), trigger_mode="always_last",
         show_progress="hidden", concurrency_limit=1, concurrency_id="student", api_visibility="private",
     )  # fmt: skip
 

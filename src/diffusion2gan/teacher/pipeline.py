@@ -261,9 +261,13 @@ def check_pipeline_folder(folder: Path) -> str:
 
 
 def load_pipeline(folder: Path) -> DiffusionPipeline:
-    """`DiffusionPipeline.from_pretrained` from disk alone: float32, safetensors only, no remote code, no checker."""
+    """`DiffusionPipeline.from_pretrained` from disk alone: float32, safetensors only, no remote code, no checker.
+
+    `folder` has a `model_index.json`; which classes may teach is `check_pipeline_folder`'s to say.
+    """
     options: dict[str, Any] = absent_parts(folder)
-    if check_pipeline_folder(folder) == "StableDiffusionPipeline":
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    if index["_class_name"] == "StableDiffusionPipeline":
         options |= {"safety_checker": None, "requires_safety_checker": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -116,7 +116,8 @@ def test_parts_are_the_same_update(alone: Path) -> None:
     assert_same_updates(alone, "w1a2-0")
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_any_number_of_ranks_is_the_same_update(alone: Path, world: int) -> None:
     done(torchrun(world, WORKER, alone))
     for accumulate in (1, 2):
@@ -234,6 +235,7 @@ with ranks_connected(torch.device("cpu")) as group:
 """
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     (tmp_path / "late.py").write_text(LATE)
     os.environ["DIFFUSION2GAN_RANK_TIMEOUT_S"] = "3"

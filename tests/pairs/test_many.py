@@ -124,6 +124,7 @@ def test_ranges_outside_the_set_are_refused(teacher: Teacher, spec: PairsSpec, t
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_torchrun_makes_the_same_set(tiny_teacher: Path, tmp_path: Path) -> None:
     """Two real ranks, one result; progress of both from the first alone."""
     command = [

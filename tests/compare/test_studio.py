@@ -77,7 +77,7 @@ def test_what_the_tokenizer_leaves_out_is_told(painter: Painter) -> None:
 
 def test_a_system_that_fails_is_named_and_works_again(painter: Painter) -> None:
     with pytest.raises(Failure, match=r"pocket-student failed: .* Try again"):
-        painter.paint("a red ring", torch.zeros(1, 4, 16, 16, dtype=torch.complex64))
+        painter.paint("a red ring", torch.zeros(1, 5, 16, 16))  # a channel too many
     assert painter.paint("a red ring", studio.noises(0, 1, SHAPE))[0]
 
 

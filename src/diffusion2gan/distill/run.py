@@ -172,10 +172,12 @@ def load_student(run_folder: Path) -> tuple[Teacher, dict[str, Tensor], dict[str
         raise UserError(f"{run_folder} has no checkpoint yet; run its distill command until the first one is written")
     described = read_json(run_folder / "recipe.json")
     tensors, meta = checkpoint.load(run_folder / CHECKPOINT)
-    teacher = teacher_of(parse_recipe(described["recipe"], str(run_folder)))
+    recipe = parse_recipe(described["recipe"], str(run_folder))  # settings newer than the run have their defaults
+    teacher = teacher_of(recipe)
     if teacher.revision != described["pairs"]["revision"]:
         raise UserError(
             f"the run in {run_folder} was distilled from weights {described['pairs']['revision']}, but its teacher "
             f"{described['recipe']['teacher']!r} now has weights {teacher.revision}; put the old ones back."
         )
-    return teacher, checkpoint.unpack("ema", tensors), described | {"pairs_seen": meta["pairs_seen"]}
+    described |= {"recipe": recipe.model_dump(), "pairs_seen": meta["pairs_seen"]}
+    return teacher, checkpoint.unpack("ema", tensors), described

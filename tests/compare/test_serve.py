@@ -155,7 +155,8 @@ def test_type_and_a_picture_arrives(tmp_path: Path, open_page: Open) -> None:
         page.context.close()
     kept = sorted((tmp_path / "history").glob("*.png"))
     about = [json.loads(Image.open(path).info["diffusion2gan"]) for path in kept]
-    assert [one["system"] for one in about] == ["pocket-teacher@2", "pocket-student"]
+    made_by = [(one["system"], one["num_inference_steps"]) for one in about]
+    assert made_by == [("pocket-teacher", 2), ("pocket-student", 1)]
     assert about[1]["prompt"] == "<img src=x onerror=alert(1)> كرة 🦊"
 
 

@@ -135,7 +135,7 @@ def test_any_number_of_ranks_is_the_same_update(alone: Path, world: int) -> None
 
 def distill_args(folder: Path, out: Path, *settings: str) -> list[object]:
     values = json.loads((folder / "recipe.json").read_text())
-    sets = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
+    sets = [word for key, value in values.items() if value is not None for word in ("--set", f"{key}={value}")]
     more = [word for setting in settings for word in ("--set", setting)]
     return ["-m", "diffusion2gan", "distill", "pocket", "--pairs", folder / "pairs", "--out", out, *sets, *more]
 

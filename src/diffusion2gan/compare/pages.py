@@ -159,6 +159,7 @@ def keeper(painter: Painter, folder: Path) -> Callable[..., Any]:
             "seed": round(seed),
             "noise": part,
             "system": Path(system.name).name,
+            "num_inference_steps": system.num_inference_steps,
             "key": system.key,
         }
         studio.keep(folder, made, about)

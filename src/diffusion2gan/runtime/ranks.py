@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from diffusion2gan.errors import Failure
 
@@ -114,7 +115,12 @@ def ranks_connected(device: torch.device) -> Iterator[Group]:
         yield Group(here)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+    timeout = timedelta(seconds=TIMEOUT_S)
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    # torchrun keeps one store for all its restarts: without a prefix, ranks find the addresses of dead ones
+    # (https://github.com/pytorch/pytorch/issues/135712).
+    store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     try:
         yield Group(here, dist.distributed_c10d._get_default_store())
     finally:

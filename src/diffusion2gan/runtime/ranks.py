@@ -119,7 +119,7 @@ def ranks_connected(device: torch.device) -> Iterator[Group]:
     store, rank, world = next(rendezvous("env://", timeout=timeout))
     # torchrun keeps one store for all its restarts: without a prefix, ranks find the addresses of dead ones
     # (https://github.com/pytorch/pytorch/issues/135712).
-    store = dist.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.distributed_c10d.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     try:
         yield Group(here, dist.distributed_c10d._get_default_store())

@@ -11,12 +11,12 @@ docs/images/direct_optimisation.svg (residual against step; `--redraw` makes it 
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lines
 import torch
 from torch import Tensor
 
@@ -66,35 +66,11 @@ def optimise(distance: Distance, target: Tensor, steps: int, peak_lr: float, res
     }  # fmt: skip
 
 
-COLOURS = ("#777777", "#0072b2", "#d55e00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#000000")
-
-
-def curves(rows: dict[str, Any]) -> str:
-    """An SVG: residual (logarithmic, from 1e-4 to 10) against step, a line a distance."""
-    width, height, left, lines = 420, 300, 44, []
-    last = max(step for row in rows.values() for step, _ in row["curve"])
-
-    def y_of(residual: float) -> float:
-        return height * (1 - math.log10(min(max(residual, 1e-4), 10.0))) / 5
-
-    for power in range(-4, 2):
-        y = y_of(10.0**power)
-        lines.append(f'<path d="M{left} {y:.0f}h{width}" stroke="#ddd"/><text x="4" y="{y + 4:.0f}">1e{power}</text>')
-    for i, (name, row) in enumerate(rows.items()):
-        points = " ".join(f"{left + width * step / last:.1f},{y_of(value):.1f}" for step, value in row["curve"])
-        colour = COLOURS[i % len(COLOURS)]
-        lines.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        lines.append(f'<text x="{left + width + 10}" y="{16 + 18 * i}" fill="{colour}">{name}</text>')
-    lines.append(f'<text x="{left}" y="{height + 18}">step 0</text>')
-    lines.append(f'<text x="{left + width}" y="{height + 18}" text-anchor="end">{last}</text>')
-    box = f'viewBox="0 -10 {left + width + 210} {height + 40}"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box} font-family="sans-serif" font-size="12">'
-    paper = f'<rect y="-10" width="{left + width + 210}" height="{height + 40}" fill="white"/>'
-    return "\n".join([head, paper, *lines, "</svg>", ""])
-
-
-def draw(rows: dict[str, Any]) -> None:
-    write_image(CURVES, lambda path: path.write_text(curves(rows)))
+def draw_curves(rows: dict[str, Any]) -> None:
+    series = {name: row["curve"] for name, row in rows.items()}
+    lines.draw(
+        CURVES, [lines.panel("residual: pixel LPIPS to the target", series, 1e-4, 10, logarithmic=True)], "steps"
+    )
 
 
 def main() -> None:
@@ -105,7 +81,7 @@ def main() -> None:
     parser.add_argument("--redraw", action="store_true", help="the curves alone, from the results that are there")
     args = parser.parse_args()
     if args.redraw:
-        draw(read_json(RESULTS)["rows"])
+        draw_curves(read_json(RESULTS)["rows"])
         return
     vae = load_vae("pocket")
     pixel = PixelLPIPS.from_pretrained("pocket", vae)
@@ -123,7 +99,7 @@ def main() -> None:
         "device": f"CPU, {torch.get_num_threads()} threads", "rows": rows,
     }  # fmt: skip
     write_json(RESULTS, result)
-    draw(rows)
+    draw_curves(rows)
     write_image(DOCS / "images" / "direct_optimisation.png", sheet(torch.cat(pictures), args.targets).save)
     for name, row in rows.items():
         print(f"{name:32} residual {row['residual']:.4f}  latent MSE {row['latent_mse']:.4f}  {row['seconds']:.0f} s")

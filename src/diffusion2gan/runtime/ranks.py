@@ -1,7 +1,7 @@
 """Several processes under torchrun: which one this is, and the one thing they say to each other, a sum.
 
-Every rank holds the whole state and reads the same global batches; a step is each rank's rows of one, and the sum of
-the gradients. So a run does not depend on how many ranks there are.
+Every rank reads the same global batches; a step is each rank's rows of one, and the sum of the gradients. So a run does
+not depend on how many ranks there are, nor on whether each holds the whole state or a part of it (`runtime/fsdp.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from diffusion2gan.errors import Failure
+from diffusion2gan.runtime import fsdp
 
 TIMEOUT_S = float(os.environ.get("DIFFUSION2GAN_RANK_TIMEOUT_S", "600"))  # how long a rank may be late
 
@@ -66,11 +67,13 @@ class Group:
     def sum(self, module: nn.Module, extras: Sequence[Tensor]) -> list[Tensor]:
         """Adds up the gradients of `module` over the ranks, in place, and `extras`; returns the sums of those.
 
-        All travel in one float32 buffer. A gradient that no rank has stays None.
+        All travel in one float32 buffer. A gradient that no rank has stays None. A module that is cut over the ranks
+        is let go of, and each rank's part has its part of the sum.
         """
         if self.ranks.world == 1:
             return list(extras)
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        parameters = list(named.values())
         device = parameters[0].device
         there = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
         wishes = torch.tensor([float(wish) for wish in self.wishes()], device=device)
@@ -79,8 +82,12 @@ class Group:
         flat = torch.cat([x.detach().to(device, torch.float32).flatten() for x in tensors])
         self._all_reduce(flat)
         sums = [part.view(x.shape) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)]
-        for parameter, has, gradient in zip(parameters, sums[0].tolist(), sums[len(extras) + 2 :], strict=True):
-            parameter.grad = gradient.to(parameter.dtype) if has else None
+        for parameter in parameters:
+            parameter.grad = None
+        fsdp.let_go(module)
+        held = dict(module.named_parameters())
+        for name, has, gradient in zip(named, sums[0].tolist(), sums[len(extras) + 2 :], strict=True):
+            held[name].grad = fsdp.like(gradient.to(held[name].dtype), held[name]) if has else None
         stop, save = sums[1].tolist()
         self._agreed = (stop > 0, save > 0)
         return sums[2 : len(extras) + 2]

@@ -82,7 +82,7 @@ def plan(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    run: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
     out: Annotated[Path, typer.Option(help="The pipeline folder to write.")],
     half: Annotated[bool, typer.Option("--half", help="float16 weights.")] = False,
 ) -> None:

@@ -1,4 +1,4 @@
-"""What each of two ranks of `test_fsdp.py` does: `fsdp_worker.py FOLDER OUT`: a step with NaN on one, then a good one."""
+"""What each rank of `test_fsdp.py` does, `fsdp_worker.py FOLDER OUT`: a step with NaN on one, then a good one."""
 
 from __future__ import annotations
 
@@ -42,14 +42,10 @@ def main(folder: Path, out: Path) -> None:
         distance, batches = distance_of(recipe, torch.device("cpu")), PairReader(folder / "pairs", 0).batches(8)
         step(run, next(batches), distance)
         before = weights(run)
-        hooks = [
-            module.register_forward_hook(lambda module, args, answer: [x * float("nan") for x in answer])
-            for module in (run.discriminator, *run.discriminator.heads)
-            if group.ranks.rank == 1 and module is run.discriminator
-        ]
+        factor = float("nan") if group.ranks.rank == 1 else 1.0
+        hook = run.discriminator.register_forward_hook(lambda module, args, answer: [x * factor for x in answer])
         bad = step(run, next(batches), distance)
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
         moved_while_poisoned = float((weights(run) - before).abs().max())
         good = step(run, next(batches), distance)
         parts = sum(x.to_local().numel() for x in states(run))

@@ -39,7 +39,7 @@ def keep(folder: Path, recipe: Recipe) -> None:
         link(newest, best)
     kept = recipe.keep_checkpoints if recipe.keep_checkpoints > 1 else 0
     before = [path for path in sorted(folder.glob(NUMBERED)) if number_of(path) <= meta["pairs_seen"]]
-    for path in before[: len(before) - kept]:
+    for path in before[: max(0, len(before) - kept)]:
         path.unlink()
 
 
@@ -88,7 +88,8 @@ def check_lost(folder: Path) -> None:
             "back, or choose another --out."
         )
     if there and CHECKPOINT not in there:
+        last = sorted(folder.glob(NUMBERED))[-1:] or [folder / BEST]
         raise UserError(
-            f"{folder} has lost {CHECKPOINT}, its newest. To go on from an earlier one: mv {folder / there[-1]} "
+            f"{folder} has lost {CHECKPOINT}, its newest. To go on from an earlier one: mv {last[0]} "
             f"{folder / CHECKPOINT}; to begin anew, choose another --out."
         )

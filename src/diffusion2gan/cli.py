@@ -161,6 +161,8 @@ def evaluate(
             guidance_scale=guidance_scale, device=device, precision=precision, batch_size=batch_size,
             num_resamples=num_resamples,
         )  # fmt: skip
+    if not metrics:  # under torchrun: another rank than the first, which measures
+        return
     job.save_metrics(out, metrics)
     for key, value in metrics.items():
         typer.echo(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")

@@ -22,6 +22,7 @@ from diffusion2gan.errors import Failure
 from diffusion2gan.runtime import fsdp
 
 TIMEOUT_S = float(os.environ.get("DIFFUSION2GAN_RANK_TIMEOUT_S", "600"))  # how long a rank may be late
+PATIENCE_S = 6 * TIMEOUT_S  # and with a share that nobody else waits for in between
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,21 @@ class Group:
         stop, save = sums[1].tolist()
         self._agreed = (stop > 0, save > 0)
         return sums[2 : len(extras) + 2]
+
+    def meet(self) -> None:
+        """Waits until every rank is here. Raises Failure, naming those that are not, after PATIENCE_S."""
+        if self.ranks.world == 1:
+            return
+        self._store.set(f"met/{self.ranks.rank}", "")
+        names = [f"met/{rank}" for rank in range(self.ranks.world)]
+        try:
+            self._store.wait(names, timedelta(seconds=PATIENCE_S))
+        except RuntimeError as error:
+            late = [name.removeprefix("met/") for name in names if not self._store.check([name])]
+            raise Failure(
+                f"rank {', '.join(late) or '?'} did not finish its share within {PATIENCE_S:.0f} s of this one. Look "
+                "at its machine; what is made is kept, the same command continues."
+            ) from error
 
     def _all_reduce(self, flat: Tensor) -> None:
         """Raises Failure, naming the ranks that did not come, after TIMEOUT_S."""

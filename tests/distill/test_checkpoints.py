@@ -116,6 +116,27 @@ def test_what_a_kill_left_undone_is_made_up_and_the_too_many_go(
     assert kept(out) == [BEST, CHECKPOINT]
 
 
+def test_what_may_change_when_a_run_goes_on(run: Path, recipe: Recipe, pairs: Path, tmp_path: Path) -> None:
+    """Both values of each setting are told, and how to allow the harmless; nothing else is allowed."""
+    out = tmp_path / "run"
+    shutil.copytree(run, out)
+    other = recipe.model_copy(update={"accumulate": 2, "learning_rate": 1e-4})
+    told = r"accumulate: 1 there, 2 asked.*learning_rate: 0.003 there, 0.0001 asked|learning_rate.*accumulate: 1 there"
+    with pytest.raises(UserError, match=told) as refused:
+        distill(other, pairs, out)
+    assert "allow it: --allow-change accumulate." in str(refused.value)
+    with pytest.raises(UserError, match=r"learning_rate: 0.003 there, 0.0001 asked\)") as refused:
+        distill(other, pairs, out, ["accumulate"])
+    assert "accumulate" not in str(refused.value)
+    with pytest.raises(UserError, match=r"--allow-change learning_rate: only accumulate, .*strategy may change"):
+        distill(other, pairs, out, ["accumulate", "learning_rate"])
+    (out / "checkpoint-000000010.safetensors").rename(out / CHECKPOINT)
+    distill(recipe.model_copy(update={"accumulate": 2}), pairs, out, ["accumulate"])
+    assert checkpoint.meta(out / CHECKPOINT)["pairs_seen"] == 2 * STEPS
+    ours, theirs = (checkpoint.unpack("ema", checkpoint.load(f / CHECKPOINT)[0]) for f in (out, run))
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 1e-4
+
+
 def test_a_disk_without_links_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise OSError(errno.EPERM, "no links here")

@@ -108,6 +108,36 @@ def test_a_run_is_cut_anew_on_another_number_of_ranks(folder: Path, tmp_path: Pa
     assert all(torch.equal(value, network[key]) for key, value in checkpoint.unpack("ema", ours).items())
 
 
+LATE = """
+import os, time, torch
+from diffusion2gan.errors import Failure
+from diffusion2gan.runtime import fsdp
+from diffusion2gan.runtime.ranks import ranks_connected
+layer = torch.nn.Linear(4, 4)
+with ranks_connected(torch.device("cpu")) as group:
+    fsdp.cut(layer, torch.device("cpu"))
+    group.gather(layer, None)
+    layer(torch.ones(1, 4)).sum().backward()
+    group.sum(layer, [])
+    if group.ranks.rank == 1:
+        time.sleep(30)
+        os._exit(0)
+    try:
+        group.gather(layer)
+    except Failure as error:
+        print("TOLD", error, flush=True)
+        os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_by_the_gathering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "late.py").write_text(LATE)
+    monkeypatch.setenv("DIFFUSION2GAN_RANK_TIMEOUT_S", "3")
+    out, _ = done(torchrun(2, tmp_path / "late.py"))
+    assert "TOLD step 3: rank 1 did not come" in out
+
+
 def test_one_process_has_nothing_to_cut() -> None:
     recipe = Recipe(batch_size=8, strategy="fsdp")
     check_ranks(recipe, 2)

@@ -22,7 +22,7 @@ from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe, parse_recipe
 from diffusion2gan.runtime import checkpoint, fsdp
 from diffusion2gan.runtime.background import Background
-from diffusion2gan.runtime.files import read_json, write_json
+from diffusion2gan.runtime.files import read_json, whole, write_json
 from diffusion2gan.runtime.ranks import Group, Ranks
 from diffusion2gan.teacher.pipeline import Teacher, load_teacher
 
@@ -81,9 +81,9 @@ class Run:
             tensors |= checkpoint.pack("discriminator", self.discriminator)
             tensors |= checkpoint.pack_optimizer("discriminator_adam", self.discriminator_optimizer)
         meta = {"pairs_seen": self.pairs_seen, "num_updates": self.ema.num_updates, "health": self.health.state()}
-        whole = fsdp.collected(tensors, self.group.ranks.first)
+        copied = fsdp.collected(tensors, self.group.ranks.first)
         if self.group.ranks.first:
-            self._saving.start(lambda: checkpoints.write(folder, whole, meta, self.recipe))
+            self._saving.start(lambda: checkpoints.write(folder, copied, meta, self.recipe))
 
     def saved(self) -> None:
         """Waits until the last checkpoint is written; raises what went wrong with it."""
@@ -154,7 +154,8 @@ def _cut_log(out: Path, pairs_seen: int) -> None:
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["pairs_seen"] <= pairs_seen]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        with whole(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
 
 
 def start_weights(recipe: Recipe, teacher: Teacher) -> dict[str, Tensor]:

@@ -132,6 +132,7 @@ def discriminator_step(run: Run, parts: list[Part]) -> dict[str, Any]:
     """One update of D on real latents and fakes, some of them mismatched; every `r1_every` steps with the penalty."""
     recipe, discriminator, optimizer = run.recipe, run.discriminator, run.discriminator_optimizer
     assert discriminator is not None and optimizer is not None
+    run.group.gather(run.student.trained, discriminator)
     generator = torch.Generator("cpu").manual_seed(step_seed(recipe.seed, run.pairs_seen, DISCRIMINATOR))
     fake, mixed = fakes(run, parts, generator)
     discriminator.requires_grad_(True)
@@ -190,6 +191,7 @@ def student_step(run: Run, parts: list[Part], distance: Distance) -> dict[str, A
     recipe = run.recipe
     felt_from = recipe.adversarial_from + recipe.discriminator_warmup
     weight = recipe.adversarial_weight if run.pairs_seen >= felt_from else 0.0
+    run.group.gather(run.student.trained, run.discriminator if weight > 0 else None)
     run.optimizer.zero_grad(set_to_none=True)
     total, gan, answers = torch.zeros(()), torch.zeros(()), []
     for part in parts:

@@ -1,10 +1,12 @@
 """Networks cut over the ranks by torch's `fully_shard` (FSDP2): each rank keeps a part of every tensor.
 
-A network is gathered by its first forward pass of a step and stays whole until `Group.sum` has its gradients. Nothing
-else is communicated: backward passes, R1's double one among them, may differ in number from rank to rank.
+A network is gathered (`Group.gather`) before a step's first forward pass, and stays whole until `Group.sum` has its
+gradients. In between nothing is communicated: passes, R1's double one among them, may differ from rank to rank.
 """
 
 from __future__ import annotations
+
+from typing import TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -16,15 +18,26 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def cut(module: nn.Module, device: torch.device) -> None:
     """Cuts the parameters of `module`, equal on all ranks, over them. Optimisers and averages are made after this."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # fully_shard takes the current one
     cutting = fully_shard(module, mesh=init_device_mesh(device.type, (dist.get_world_size(),)))
     cutting.set_requires_gradient_sync(False)
     cutting.set_reshard_after_forward(False)
     cutting.set_reshard_after_backward(False)
 
 
+def is_cut(module: nn.Module | None) -> TypeGuard[FSDPModule]:
+    return isinstance(module, FSDPModule)
+
+
+def gather(module: FSDPModule) -> None:
+    """Makes its parameters whole on every rank; all ranks must ask. Where they are, nothing is done."""
+    module.unshard()
+
+
 def let_go(module: nn.Module) -> None:
     """Back to this rank's parts: its `parameters()` are those of the optimiser again. Of an uncut module: nothing."""
-    if isinstance(module, FSDPModule):
+    if is_cut(module):
         module.reshard()
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def own_device(name: str) -> str:
 
 
 class Group:
-    """The ranks of a run. `sum` is their only communication, once an optimiser step.
+    """The ranks of a run. `sum` is their only communication, once an optimiser step; with fsdp, `gather` before it.
 
     `wishes()` → (stop?, save?) is asked at every sum; `agreed` is true where any rank wished, on all ranks alike.
     """
@@ -81,7 +82,7 @@ class Group:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         tensors = [there, wishes, *extras, *gradients]
         flat = torch.cat([x.detach().to(device, torch.float32).flatten() for x in tensors])
-        self._all_reduce(flat)
+        self._together(lambda: dist.all_reduce(flat))
         sums = [part.view(x.shape) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)]
         for parameter in parameters:
             parameter.grad = None
@@ -108,13 +109,19 @@ class Group:
                 "at its machine; what is made is kept, the same command continues."
             ) from error
 
-    def _all_reduce(self, flat: Tensor) -> None:
+    def gather(self, *modules: nn.Module | None) -> None:
+        """Makes modules that are cut over the ranks whole, until `sum` has their gradients; others are so anyway."""
+        for module in modules:
+            if fsdp.is_cut(module):
+                self._together(partial(fsdp.gather, module))
+
+    def _together(self, exchange: Callable[[], object]) -> None:
         """Raises Failure, naming the ranks that did not come, after TIMEOUT_S."""
         self._count += 1
         self._store.set(f"sum/{self.ranks.rank}", str(self._count))
         start = time.monotonic()
         try:
-            dist.all_reduce(flat)
+            exchange()
         except RuntimeError as error:
             waited = f"after {time.monotonic() - start:.0f} s"
             counts = {rank: self._count_of(rank) for rank in range(self.ranks.world)}

@@ -29,6 +29,7 @@ from diffusion2gan.evaluate.pictures import (
     NOISE_SET,
     ImageFolder,
     chunks,
+    make_by_ranks,
     middle,
     noise_seeds,
     open_images,
@@ -40,6 +41,7 @@ from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.images import to_uint8
 from diffusion2gan.runtime.progress import console
+from diffusion2gan.runtime.ranks import own_device, ranks
 
 HELD_OUT_WORLD = 1000  # + seed: captions and pictures that no training stage has seen
 PATCH = scenes.IMAGE_SIZE // 2  # pixels
@@ -56,8 +58,9 @@ def evaluate(
     """All metrics of system `name` on `count` held-out captions; pictures are kept in `cache` and reused.
 
     `name` may be a folder of pictures by caption index. With `num_noises` above 1 the first 256 captions get so many
-    pictures each, and `diversity` is told too. `num_resamples` = 0 leaves the intervals out. Raises UserError where the
-    system's pictures are not of the pocket world's size.
+    pictures each, and `diversity` is told too. `num_resamples` = 0 leaves the intervals out. Under torchrun the ranks
+    share the pictures, and all but the first then return nothing. Raises UserError where the system's pictures are not
+    of the pocket world's size.
     """
     if count < 2:
         raise UserError(f"--count {count}: at least 2 pictures are needed")
@@ -70,6 +73,9 @@ def evaluate(
         raise UserError(f"{name} is a folder with one picture a caption; leave --num-noises out")
     teacher = load_system("pocket-teacher")
     prompts = scenes.captions(range(count), HELD_OUT_WORLD + seed)
+    more = [(system, prompts[:MAX_DIVERSITY], nth) for nth in range(1, num_noises)]
+    if not make_by_ranks([(system, prompts, 0), (teacher, prompts, 0), *more], seed, cache):
+        return {}
     pictures = render(system, prompts, seed, cache)
     reference = pictures if system.key == teacher.key else render(teacher, prompts, seed, cache)
     several = render_several(system, prompts[:MAX_DIVERSITY], seed, cache, num_noises) if num_noises > 1 else None
@@ -89,19 +95,23 @@ def evaluate_published(
 ) -> dict[str, Any]:  # fmt: skip
     """A system's numbers by a COCO protocol; see `coco.evaluate_coco` for what each feature network tells.
 
-    Raises UserError at an unknown protocol, another captions list, or files that are missing.
+    Under torchrun the ranks share the pictures, each on its own GPU, and all but the first then return nothing. Raises
+    UserError at an unknown protocol, another captions list, or files that are missing.
     """
     if protocol not in PROTOCOLS or protocol == POCKET.name:
         raise UserError(f"no such protocol: {protocol!r}{nearest(protocol, PROTOCOLS)}")
     chosen = PROTOCOLS[protocol]
     assert chosen.count is not None
     prompts = read_captions(captions, chosen.count, captions_sha256)
+    device = device if ranks().first else own_device(device)
     spaces = {
         "inception": backbones.inception(inception, device=device) if inception else None,
         "clip": backbones.clip(clip, device) if clip else None,
         "dinov2": backbones.dinov2(dinov2, device) if dinov2 else None,
     }
     system = open_system(name, num_inference_steps, guidance_scale, device, precision)
+    if not make_by_ranks([(system, prompts, 0)], seed, cache, batch_size):
+        return {}
     measured = evaluate_coco(
         system, chosen, prompts, reference, cache, seed=seed, batch_size=batch_size, num_resamples=num_resamples,
         **spaces,  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ def memory_of(run: Run) -> dict[str, int]:
     return {
         "student_weights": student,
         "student_gradients_adam_average": 4 * student,
-        "teacher_weights": size_of(teacher.network) if recipe.lora_rank or teacher.device.type == "cpu" else 0,
+        "teacher_weights": size_of(teacher.network) if recipe.needs_teacher or teacher.device.type == "cpu" else 0,
         "discriminator_weights_gradients_adam": 4 * discriminator,
         "text_encoders": 0 if recipe.prompt_embeds == "kept" else size_of(*texts),
         "vae": size_of(teacher.vae) if recipe.loss == "pixel_lpips" or teacher.device.type == "cpu" else 0,

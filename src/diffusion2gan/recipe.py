@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from diffusion2gan.errors import UserError, nearest
 
 LossName = Literal["mse", "pseudo_huber", "latent_lpips", "e_latent_lpips", "pixel_lpips"]
+OptimizerName = Literal["adamw", "adamw8bit"]
 DiscriminatorName = Literal["diffusion", "random", "patch"]
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -43,6 +44,9 @@ class Recipe(BaseModel):
     accumulate: int = Field(1, ge=1, description="parts a batch is worked in; memory falls, the update stays the same")
     learning_rate: float = Field(3e-4, gt=0, description="AdamW's peak; linear warm-up, cosine to a twentieth")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the run that warms up")
+    optimizer: OptimizerName = Field(
+        "adamw", description="or its averages in 8 bits (the extra adam8bit), both players"
+    )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)

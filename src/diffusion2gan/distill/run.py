@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion2gan.adversarial.discriminator import discriminator_of
 from diffusion2gan.distill.health import Health
+from diffusion2gan.distill.optimizer import discriminator_optimizer, student_optimizer
 from diffusion2gan.distill.student import Student
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.store import PairsSpec
@@ -24,7 +25,6 @@ from diffusion2gan.runtime.ranks import Group, Ranks
 from diffusion2gan.teacher.pipeline import Teacher, load_teacher
 
 CHECKPOINT = "checkpoint.safetensors"
-BETAS, DISCRIMINATOR_BETAS = (0.9, 0.99), (0.0, 0.99)  # Adam's; no momentum where the target moves
 # Settings that may change between stopping and going on: they do not alter a single update.
 FREE_ON_RESUME = {"checkpoint_every_s", "sample_every"}
 # Settings that change an update by rounding alone: allowed where they are named with --allow-change.
@@ -37,14 +37,12 @@ class Run:
     def __init__(self, recipe: Recipe, teacher: Teacher, group: Group | None = None) -> None:
         self.recipe, self.teacher, self.group = recipe, teacher, group or Group(Ranks())
         self.student = Student.of(recipe, teacher).train()
-        self.optimizer = torch.optim.AdamW(
-            self.student.trained.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=recipe.weight_decay
-        )
+        self.optimizer = student_optimizer(recipe, self.student.trained)
         self.ema = checkpoint.EMA(self.student.trained, recipe.ema_decay)
         self.discriminator = discriminator_of(recipe, teacher).train() if recipe.adversarial_weight > 0 else None
-        self.discriminator_optimizer = None if self.discriminator is None else torch.optim.Adam(
-            self.discriminator.parameters(), lr=recipe.discriminator_learning_rate, betas=DISCRIMINATOR_BETAS
-        )  # fmt: skip
+        self.discriminator_optimizer = (
+            None if self.discriminator is None else discriminator_optimizer(recipe, self.discriminator)
+        )
         self.health = Health()
         self.pairs_seen = 0
 

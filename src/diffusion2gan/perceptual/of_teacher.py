@@ -20,7 +20,8 @@ BLOCKS = ("transformer_blocks", "single_transformer_blocks")
 
 
 class TeacherFeatures(nn.Module):
-    """`features(x [B, C, h, w])` → maps of the frozen teacher's network, told no prompt: [B, D, h_l, w_l], of tokens [B, D, N, 1].
+    """`features(x [B, C, h, w])` → maps of the frozen teacher's network, told no prompt: [B, D, h_l, w_l] or
+    [B, D, tokens, 1].
 
     A UNet's are those of each down block, before it halves its grid, and of the middle; a transformer's its tokens
     after each quarter of its blocks but the last. The latents are clean, the timestep the lowest, 0, where the network
@@ -32,13 +33,13 @@ class TeacherFeatures(nn.Module):
         super().__init__()
         self.network: Any = sharing_weights(teacher.network)
         self.config, self.smallest_side = {"in_channels": teacher.latent_shape[0]}, 1
-        self.bfloat16 = bfloat16
+        self.autocast = bfloat16
         self.read = cut_unet(self.network) if teacher.family.network == "unet" else cut_transformer(self.network)
         self._cond, self._output = teacher.unconditional(), teacher.family.output
 
     def forward(self, x: Tensor) -> list[Tensor]:
         seen: dict[int, Tensor] = {}
-        with ExitStack() as stack, torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with ExitStack() as stack, torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             for number, block in enumerate(self.read):
                 stack.callback(block.register_forward_hook(self._keep(number, seen)).remove)
             self._output(self.network, x, 0, self._cond.expand(len(x)))

@@ -25,6 +25,7 @@ from diffusion2gan.runtime.files import read_json, sha256
 from diffusion2gan.runtime.images import to_uint8
 from diffusion2gan.teacher.autoencoder import spatial_factor
 from diffusion2gan.teacher.families import FAMILIES, pack
+from diffusion2gan.teacher.hub import find
 from diffusion2gan.teacher.pipeline import (
     Teacher,
     check_family,
@@ -182,7 +183,7 @@ def _own(name: str, num_inference_steps: int | None, guidance_scale: float | Non
         pipeline, revision = _pocket_student()
         folder = shipped.folder("student")
     else:
-        folder = shipped.folder("teacher") if name == "pocket-teacher" else Path(name)
+        folder = shipped.folder("teacher") if name == "pocket-teacher" else find(name)[0]
         pipeline, revision = _load(folder), sha256(folder)[:16]
     if is_one_step(pipeline.scheduler):
         if num_inference_steps not in (None, 1) or (guidance_scale or 0) > 1:

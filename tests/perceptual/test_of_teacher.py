@@ -127,10 +127,11 @@ def pictures(folder: Path, size: int) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "channels", "dropped"), [("sd3", 16, 3), ("sana", 32, 4)])
-def test_a_network_for_16_and_32_channels(
-    name: str, channels: int, dropped: int, family_folder: Folder, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "channels", "dropped"),
+    [("sd15", 4, 3), ("sdxl", 4, 3), ("sd3", 16, 3), ("flux_dev", 16, 3), ("sana", 32, 4)],
+)
+def test_a_network_for_every_vae(name: str, channels: int, dropped: int, family_folder: Folder, tmp_path: Path) -> None:
     teacher, size = load_teacher(str(family_folder(name)), resolution=RESOLUTION[name]), RESOLUTION[name]
     fit(
         pictures(tmp_path / "set", size), tmp_path / "network", str(family_folder(name)), (4, 4, 4, 4, 4), size=size,

@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--out", type=Path, default=PATH, help="a JSON file; an entry is added to it")
     parser.add_argument("--row", choices=ROWS, help="this row alone, as one line of JSON")
     args = parser.parse_args()
     if args.row:
@@ -139,9 +140,9 @@ def main() -> None:
         "hardware": hardware, "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": args.dtype,
         "batch": args.batch, "repeats": args.repeats, "compile": args.compile, "rows": rows,
     }  # fmt: skip
-    result = read_json(PATH) if PATH.exists() else {}
+    result = read_json(args.out) if args.out.exists() else {}
     name = f"{args.size}, {args.device}, {args.dtype}" + (", compiled" if args.compile else "")
-    write_json(PATH, result | {name: entry})
+    write_json(args.out, result | {name: entry})
     print(f"{name} · {hardware} · batch {args.batch}\n{'loss':16}{'ms':>10}{'MiB':>10}{'× pixel':>10}")
     for row, found in rows.items():
         times = rows["pixel_lpips"]["ms"] / found["ms"]

@@ -24,7 +24,7 @@ def generate(system: System, prompts: Sequence[str], seed: int, per_prompt: int,
         raise UserError(f"--out {out}: name a picture file ({', '.join(SUFFIXES)})")
     if not prompts or any(not prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty; give --prompt some words")
-    warn_truncated(system.pipeline.tokenizer, prompts)
+    warn_truncated(system.tokenizer, prompts, system.num_tokens)
     seeds = [seed + i for i in range(per_prompt)]
     noise = noise_of(seeds, system.latent_shape)
     system.generate(prompts[:1], noise[:1])  # warm up

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from diffusion2gan.errors import UserError, nearest
 
 LossName = Literal["mse", "pseudo_huber", "latent_lpips", "e_latent_lpips", "pixel_lpips"]
+OptimizerName = Literal["adamw", "adamw8bit"]
 DiscriminatorName = Literal["diffusion", "random", "patch"]
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -31,7 +32,9 @@ class Recipe(BaseModel):
         "to_q+to_k+to_v+to_out.0", description="layers that a LoRA adds to, by the end of their names"
     )
     start: str = Field("teacher", description="the student's weights at birth: the teacher's, or a run's")
-    perceptual: str = Field("pocket", description="weights of the perceptual distance: `pocket` or a folder")
+    perceptual: str = Field(
+        "pocket", description="the perceptual distance's network: `pocket`, a folder, or `teacher`, its own features"
+    )
     loss: LossName = Field("e_latent_lpips", description="the regression loss between student and teacher latents")
     pseudo_huber_c: float = Field(0.03, gt=0, description="pseudo_huber's c, per latent number (iCT: 0.00054·√dims)")
     transforms: str = Field("geometric+cutout", description="e_latent_lpips's families of random transforms")
@@ -41,6 +44,9 @@ class Recipe(BaseModel):
     accumulate: int = Field(1, ge=1, description="parts a batch is worked in; memory falls, the update stays the same")
     learning_rate: float = Field(3e-4, gt=0, description="AdamW's peak; linear warm-up, cosine to a twentieth")
     warmup: float = Field(0.03, ge=0, lt=1, description="share of the run that warms up")
+    optimizer: OptimizerName = Field(
+        "adamw", description="or its averages in 8 bits (the extra adam8bit), both players"
+    )
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
@@ -84,9 +90,17 @@ class Recipe(BaseModel):
                 f"mix_share {self.mix_share} takes fakes from other pairs of the batch, but batch_size is 1; raise "
                 "batch_size or set mix_share=0"
             )
+        if self.perceptual == "teacher" and self.loss == "pixel_lpips":
+            raise ValueError("perceptual = 'teacher' are features of latents; for pixel_lpips name a pixel network")
         if self.precision != "float32" and not self.device.startswith("cuda"):
             raise ValueError(f"precision {self.precision!r} is for cuda, device is {self.device!r}; set one of them")
         return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher's network works while the student trains."""
+        perceptual = self.loss in ("latent_lpips", "e_latent_lpips") and self.perceptual == "teacher"
+        return self.lora_rank > 0 or perceptual
 
     def changed(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """Settings that differ: name → (ours, theirs)."""

@@ -143,3 +143,5 @@ def test_one_process_has_nothing_to_cut() -> None:
     check_ranks(recipe, 2)
     with pytest.raises(UserError, match=r"this is one process.*torchrun.*strategy=ddp.*--allow-change strategy"):
         check_ranks(recipe, 1)
+    with pytest.raises(UserError, match=r"strategy=fsdp with optimizer=adamw8bit.*optimizer=adamw, or strategy=ddp"):
+        check_ranks(Recipe(strategy="fsdp", optimizer="adamw8bit"), 2)

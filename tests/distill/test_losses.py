@@ -12,6 +12,7 @@ from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, PixelLP
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.pocket import models
 from diffusion2gan.recipe import Recipe
+from diffusion2gan.teacher.pipeline import load_teacher
 
 A, B = torch.randn(2, 5, 4, 6, 7, generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
@@ -55,12 +56,13 @@ def test_the_recipe_chooses_the_perceptual_loss(tmp_path: Path) -> None:
     assert torch.equal(distance_of(recipe, CPU)(a, b, rng()), expected)
 
 
-def test_pixel_lpips_decodes_with_the_teachers_vae(tmp_path: Path) -> None:
+def test_pixel_lpips_decodes_with_the_teachers_vae(tiny_teacher: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    vgg, heads, vae = VGG(3, (8, 8, 8, 8, 8), 0), [torch.rand(8) for _ in range(5)], models.vae()
+    vgg, heads, teacher = VGG(3, (8, 8, 8, 8, 8), 0), [torch.rand(8) for _ in range(5)], load_teacher(str(tiny_teacher))
+    vae = teacher.vae
     LatentLPIPS(vgg, heads).save_pretrained(tmp_path)
     a, b = torch.randn(2, 2, 4, 16, 16)
-    distance = distance_of(Recipe(loss="pixel_lpips", perceptual=str(tmp_path)), CPU, vae)
+    distance = distance_of(Recipe(loss="pixel_lpips", perceptual=str(tmp_path)), CPU, teacher)
     assert torch.equal(distance(a, b, rng()), PixelLPIPS(vgg, heads, vae)(a, b))
     vae.register_to_config(scaling_factor=2 * vae.config.scaling_factor)
     assert not torch.equal(distance(a, b, rng()), PixelLPIPS(vgg, heads, models.vae())(a, b))

@@ -179,6 +179,32 @@ def test_models_that_cannot_teach_are_refused_by_name(family_folder: Folder, tmp
         load_teacher(str(zero_snr))
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("StableDiffusionInpaintPipeline", "an inpainting pipeline; give a text-to-image StableDiffusionPipeline"),
+        ("StableDiffusion3Img2ImgPipeline", "an image-to-image pipeline"),
+        ("FluxKontextPipeline", "an editing pipeline"),
+        ("AuraFlowPipeline", "not supported; supported: StableDiffusionPipeline"),
+    ],
+)
+def test_other_pipelines_are_refused_with_what_to_give(kind: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(UserError, match=told) as error:
+        load_teacher(str(tmp_path))
+    assert "CONTRIBUTING.md" in str(error.value)
+
+
+def test_a_missing_third_text_encoder_is_said(family_folder: Folder, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(family_folder("sd3"), tmp_path / "sd3")
+    shutil.rmtree(tmp_path / "sd3" / "text_encoder_3")
+    with pytest.raises(UserError, match="text_encoder_3") as error:
+        load_teacher(str(tmp_path / "sd3"))
+    assert "[null, null]" in str(error.value)
+
+
 def test_an_inpainting_model_is_refused(tmp_path: Path) -> None:
     from tiny_families import sd15, unet
 

@@ -30,7 +30,7 @@ def make_pictures(
     pictures: dict[str, list[Image.Image]] = {}
     with Bar(what, len(systems) * len(prompts)) as bar:
         for name, system in systems.items():
-            told = told or warn_truncated(system.pipeline.tokenizer, prompts)
+            told = told or warn_truncated(system.tokenizer, prompts, system.num_tokens)
             pictures[name] = []
             for start in range(0, len(prompts), BATCH):
                 made = _batch(system, prompts[start : start + BATCH], range(start, start + BATCH), seed, cache)
@@ -73,9 +73,9 @@ def parse_systems(texts: Sequence[str]) -> dict[str, System]:
     return {name: system_of(path) for name, path in named.items()}
 
 
-def system_of(path: str) -> System:
-    """A system by its path, or `PATH@STEPS` for that many steps."""
+def system_of(path: str, resolution: int | None = None) -> System:
+    """A system by its path, or `PATH@STEPS` for that many steps. `resolution` as in `load_system`."""
     base, at, steps = path.rpartition("@")
     if at and steps.isdecimal() and int(steps) > 0 and not Path(path).exists():
-        return load_system(base, int(steps))
-    return load_system(path)
+        return load_system(base, int(steps), resolution=resolution)
+    return load_system(path, resolution=resolution)

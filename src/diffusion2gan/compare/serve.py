@@ -30,8 +30,9 @@ def serve_student(student: str, teacher: str | None, *, host: str, port: int, hi
     with gradio_ready(host, port) as (_, place):
         from diffusion2gan.compare.pages import student_page
 
-        painters = [Painter(system_of(path)) for path in (student, teacher) if path is not None]
-        launch(student_page(painters[0], painters[1] if teacher else None, history), host, place)
+        shown = system_of(student)
+        beside = None if teacher is None else Painter(system_of(teacher, shown.pixels[0]))  # from the same noise
+        launch(student_page(Painter(shown), beside, history), host, place)
 
 
 def serve_vote(

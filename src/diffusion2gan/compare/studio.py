@@ -54,8 +54,8 @@ class Painter:
 
     def reads(self, prompt: str) -> str:
         """What the tokenizer leaves out of a prompt, in words; empty where it reads all."""
-        tokenizer = self.system.pipeline.tokenizer
-        length, limit = len(tokenizer(prompt, truncation=False, verbose=False).input_ids), tokenizer.model_max_length
+        tokenizer, limit = self.system.tokenizer, self.system.num_tokens
+        length = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
         return f"only the first {limit} of {length} tokens are read" if length > limit else ""
 
 

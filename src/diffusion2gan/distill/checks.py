@@ -25,11 +25,16 @@ def device_of(recipe: Recipe) -> torch.device:
 
 
 def check_ranks(recipe: Recipe, world: int) -> None:
-    """Raises UserError where the batch cannot be cut evenly over the ranks and their parts, or fsdp has one rank."""
+    """Raises UserError where the batch cannot be cut evenly over the ranks and their parts, or fsdp cannot be."""
     if recipe.strategy == "fsdp" and world == 1:
         raise UserError(
             "strategy=fsdp cuts both players over several ranks, and this is one process. Start it under torchrun "
             "--nproc-per-node N, or set strategy=ddp (to go on with a run: and --allow-change strategy)."
+        )
+    if recipe.strategy == "fsdp" and recipe.optimizer != "adamw":
+        raise UserError(
+            f"strategy=fsdp with optimizer={recipe.optimizer}: averages of 8 bits are not cut over ranks. Set "
+            "optimizer=adamw, or strategy=ddp."
         )
     share = recipe.batch_size // recipe.accumulate
     if share % world:

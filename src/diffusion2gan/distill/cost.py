@@ -26,6 +26,14 @@ def count_of(module: nn.Module | None) -> int:
     return 0 if module is None else sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
+def adam_size(recipe: Recipe, module: nn.Module | None) -> int:
+    """Bytes of Adam's two averages. In 8 bits: of tensors of 4 096 numbers or more, a scale for every 256."""
+    if module is None or recipe.optimizer == "adamw":
+        return 2 * size_of(module)
+    sizes = [p.numel() for p in module.parameters() if p.requires_grad]
+    return sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in sizes)
+
+
 def memory_of(run: Run) -> dict[str, int]:
     """Bytes on the device while training, by part; activations come on top and are measured, not counted."""
     teacher, recipe = run.teacher, run.recipe
@@ -33,9 +41,9 @@ def memory_of(run: Run) -> dict[str, int]:
     texts = [part for name, part in teacher.pipeline.components.items() if name.startswith("text_encoder")]
     return {
         "student_weights": student,
-        "student_gradients_adam_average": 4 * student,
-        "teacher_weights": size_of(teacher.network) if recipe.lora_rank or teacher.device.type == "cpu" else 0,
-        "discriminator_weights_gradients_adam": 4 * discriminator,
+        "student_gradients_adam_average": 2 * student + adam_size(run.recipe, run.student.trained),
+        "teacher_weights": size_of(teacher.network) if recipe.needs_teacher or teacher.device.type == "cpu" else 0,
+        "discriminator_weights_gradients_adam": 2 * discriminator + adam_size(run.recipe, run.discriminator),
         "text_encoders": 0 if recipe.prompt_embeds == "kept" else size_of(*texts),
         "vae": size_of(teacher.vae) if recipe.loss == "pixel_lpips" or teacher.device.type == "cpu" else 0,
     }
@@ -51,7 +59,8 @@ def cost_of(run: Run, step: Callable[[], object], num_prompts: int, price_per_gp
     steps = -(-recipe.pairs_seen // recipe.batch_size)
     hours = (alone * alone_s + (recipe.pairs_seen - alone) * step_s) / recipe.batch_size / 3600
     checkpoints = 1 + recipe.keep_checkpoints + recipe.keep_best  # the new one is written before an old one goes
-    checkpoint = 4 * size_of(run.student.trained) + 3 * size_of(run.discriminator)
+    checkpoint = 2 * size_of(run.student.trained) + adam_size(recipe, run.student.trained)
+    checkpoint += size_of(run.discriminator) + adam_size(recipe, run.discriminator)
     cost: Cost = {
         "student_parameters": count_of(run.student.trained), "discriminator_parameters": count_of(run.discriminator),
         **{f"{part}_mib": round(bytes_ / MIB, 1) for part, bytes_ in memory.items()},

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, PixelLPIPS
+from diffusion2gan.perceptual.of_teacher import ensembled_distance, plain_distance
+from diffusion2gan.perceptual.weights import check_fits
 from diffusion2gan.recipe import Recipe
+from diffusion2gan.teacher.autoencoder import spatial_factor
+from diffusion2gan.teacher.pipeline import Teacher
 
 
 class Distance(Protocol):
@@ -29,11 +33,18 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     return (mse(a, b) + c**2).sqrt() - c
 
 
-def distance_of(recipe: Recipe, device: torch.device, vae: nn.Module | None = None) -> Distance:
+def distance_of(recipe: Recipe, device: torch.device, teacher: Teacher | None = None) -> Distance:
     """The recipe's loss as one function of (student's latents, teacher's latents, generator).
 
-    `vae`, the teacher's own, decodes for pixel_lpips; the others do without.
+    The `teacher` decodes for pixel_lpips and lends its features to perceptual = "teacher"; the others do without.
+    Raises UserError where there is no such network, or it reads other latents than the teacher's.
     """
+    if recipe.perceptual == "teacher" and recipe.loss in ("latent_lpips", "e_latent_lpips"):
+        assert teacher is not None, "its features are asked for: give the teacher"
+        return _of_teacher(recipe, teacher)
+    if teacher is not None and "lpips" in recipe.loss:
+        factor = 1 if recipe.loss == "pixel_lpips" else spatial_factor(teacher.vae)
+        check_fits(recipe.perceptual, 3 if factor == 1 else teacher.latent_shape[0], factor, teacher.name)
     match recipe.loss:
         case "mse":
             return lambda a, b, generator, part=None: mse(a, b)
@@ -48,6 +59,14 @@ def distance_of(recipe: Recipe, device: torch.device, vae: nn.Module | None = No
             ).to(device)
             return lambda a, b, generator, part=None: ensembled(a, b, generator, part)
         case "pixel_lpips":
-            assert vae is not None, "pixel_lpips decodes: give the teacher's vae"
-            pixels: PixelLPIPS = PixelLPIPS.from_pretrained(recipe.perceptual, vae=vae).to(device)
+            assert teacher is not None, "pixel_lpips decodes: give the teacher"
+            pixels: PixelLPIPS = PixelLPIPS.from_pretrained(recipe.perceptual, vae=teacher.vae).to(device)
             return lambda a, b, generator, part=None: pixels(a, b)
+
+
+def _of_teacher(recipe: Recipe, teacher: Teacher) -> Distance:
+    bfloat16 = recipe.precision == "bfloat16"
+    if recipe.loss == "latent_lpips":
+        plain = plain_distance(teacher, bfloat16=bfloat16)
+        return lambda a, b, generator, part=None: plain(a, b)
+    return ensembled_distance(teacher, recipe.transforms, recipe.num_draws, bfloat16=bfloat16)

@@ -16,6 +16,7 @@ from diffusion2gan.adversarial.discriminator import discriminator_of
 from diffusion2gan.distill import checkpoints
 from diffusion2gan.distill.checkpoints import CHECKPOINT
 from diffusion2gan.distill.health import Health
+from diffusion2gan.distill.optimizer import discriminator_optimizer, student_optimizer
 from diffusion2gan.distill.student import Student
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.store import PairsSpec
@@ -26,7 +27,6 @@ from diffusion2gan.runtime.files import read_json, whole, write_json
 from diffusion2gan.runtime.ranks import Group, Ranks
 from diffusion2gan.teacher.pipeline import Teacher, load_teacher
 
-BETAS, DISCRIMINATOR_BETAS = (0.9, 0.99), (0.0, 0.99)  # Adam's; no momentum where the target moves
 # Settings that may change between stopping and going on: they do not alter a single update.
 FREE_ON_RESUME = {"checkpoint_every_s", "keep_best", "keep_checkpoints", "sample_every"}
 # Settings that change an update by rounding alone: allowed where they are named with --allow-change.
@@ -45,16 +45,14 @@ class Run:
         self.cut = recipe.strategy == "fsdp" and self.group.ranks.world > 1
         if self.cut and recipe.lora_rank == 0:
             fsdp.cut(self.student.trained, teacher.device)
-        self.optimizer = torch.optim.AdamW(
-            self.student.trained.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=recipe.weight_decay
-        )
+        self.optimizer = student_optimizer(recipe, self.student.trained)
         self.ema = checkpoint.EMA(self.student.trained, recipe.ema_decay)
         self.discriminator = discriminator_of(recipe, teacher).train() if recipe.adversarial_weight > 0 else None
         if self.cut and self.discriminator is not None:
             fsdp.cut(self.discriminator, teacher.device)
-        self.discriminator_optimizer = None if self.discriminator is None else torch.optim.Adam(
-            self.discriminator.parameters(), lr=recipe.discriminator_learning_rate, betas=DISCRIMINATOR_BETAS
-        )  # fmt: skip
+        self.discriminator_optimizer = (
+            None if self.discriminator is None else discriminator_optimizer(recipe, self.discriminator)
+        )
         self.health = Health()
         self.pairs_seen = 0
         self._saving = Background()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError, nearest
 from diffusion2gan.recipe import Recipe
-from diffusion2gan.teacher.pipeline import Conditioning, Teacher
+from diffusion2gan.teacher.pipeline import Conditioning, Teacher, sharing_weights
 
 OUTPUT_LAYERS = ("conv_out", "proj_out")  # a UNet's and a transformer's last
 
@@ -75,11 +75,6 @@ class Student(nn.Module):
         from peft.utils import get_peft_model_state_dict
 
         return dict(get_peft_model_state_dict(self.network))
-
-
-def sharing_weights(network: Any) -> Any:
-    """A copy of the modules around the very same tensors: what is put into it leaves the original alone."""
-    return copy.deepcopy(network, {id(x): x for x in (*network.parameters(), *network.buffers())})
 
 
 def with_lora(network: Any, rank: int, targets: Sequence[str]) -> Any:

@@ -61,7 +61,7 @@ def distill(recipe: Recipe, pairs: Place, out: Path, allow_change: Sequence[str]
     reader = PairReader(pairs, recipe.seed)
     check_pairs(reader.spec, teacher, pairs)
     check_prompts(recipe, reader, pairs)
-    distance = distance_of(recipe, teacher.device, teacher.vae)
+    distance = distance_of(recipe, teacher.device, teacher)
     with claimed(out / CHECKPOINT) if here.first else nullcontext(), ranks_connected(device) as group:
         run = Run(recipe, teacher, group)
         open_run(run, out, reader.spec, allow_change)
@@ -104,7 +104,7 @@ def free_memory(run: Run, folder: Place, spec: PairsSpec) -> None:
             raise UserError(f"prompt_embeds=kept keeps them beside the pairs, and {folder} is no folder; set encoded")
         prompts = [p for shard in range(spec.num_shards) for p in read_shard(folder, shard).prompts]
         teacher.remember_prompts(PromptStore(folder / f"prompts-{teacher.revision}", prompts, teacher.encode))
-    teacher.rest(network=recipe.lora_rank == 0, vae=recipe.loss != "pixel_lpips")
+    teacher.rest(network=not recipe.needs_teacher, vae=recipe.loss != "pixel_lpips")
 
 
 def leave(number: int | None) -> NoReturn:
@@ -351,7 +351,7 @@ def dry_run(recipe: Recipe, pairs: Place, price_per_gpu_hour: float | None = Non
     reader = PairReader(pairs, recipe.seed)
     check_pairs(reader.spec, teacher, pairs)
     check_prompts(recipe, reader, pairs)
-    run, distance = Run(recipe, teacher), distance_of(recipe, teacher.device, teacher.vae)
-    teacher.rest(network=recipe.lora_rank == 0, vae=recipe.loss != "pixel_lpips")
+    run, distance = Run(recipe, teacher), distance_of(recipe, teacher.device, teacher)
+    teacher.rest(network=not recipe.needs_teacher, vae=recipe.loss != "pixel_lpips")
     batches = reader.batches(recipe.batch_size)
     return cost_of(run, lambda: step(run, next(batches), distance), reader.spec.count, price_per_gpu_hour)

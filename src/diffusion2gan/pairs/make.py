@@ -23,6 +23,7 @@ from diffusion2gan.runtime.progress import Bar
 from diffusion2gan.runtime.ranks import ranks
 from diffusion2gan.teacher.ode import solve_ode
 from diffusion2gan.teacher.pipeline import Conditioning, Teacher
+from diffusion2gan.teacher.suspicion import warn_suspicious
 
 WAIT_S = 0.5  # between looks at what other ranks have made
 PromptsOf = Callable[[Sequence[int]], list[str]]
@@ -63,6 +64,9 @@ def make_pairs(
     wanted, here = list(check_range(shards, spec)), ranks()
     start_set(folder, spec)
     uncond = teacher.unconditional()
+    if here.first and made(folder, spec, wanted) < pairs_in(spec, wanted):
+        first = noise_of([pair_seed(spec.seed, 0)], spec.latent_shape).to(teacher.device)
+        warn_suspicious(teacher, first, uncond)
     with Bar("pairs", pairs_in(spec, wanted), made(folder, spec, wanted)) as bar:
         for shard in wanted[here.rank :: here.world]:
             if shard not in present_shards(folder, spec):

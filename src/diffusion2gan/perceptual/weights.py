@@ -13,7 +13,9 @@ from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.pocket import shipped
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import read_json, whole, write_json
+from diffusion2gan.runtime.progress import console
 
+POCKET_FACTOR = 4  # how many times smaller the pocket VAE's latents are
 FORMULA = ("eps", "eps_inside")  # config.json holds these beside the network's own settings
 CARD = """---
 library_name: diffusion2gan
@@ -53,6 +55,29 @@ def load_network(source: str | Path, shipped_name: str) -> tuple[VGG, list[Tenso
         raise UserError(f"the weights in {folder} are not those its config.json describes: {difference}")
     vgg.load_state_dict(checkpoint.unpack("vgg", tensors))
     return vgg, [tensors[f"heads/{level}"] for level in range(len(config["widths"]))], formula
+
+
+def check_fits(source: str, channels: int, factor: int, whose: str) -> None:
+    """Raises UserError where `source` is no network, or none for latents of so many `channels` (`factor` 1: pictures).
+
+    Says so where it is the pocket's, which was fitted to another VAE of as many channels.
+    """
+    pixels = factor == 1
+    remedy = (
+        f"Fit one: diffusion2gan perceptual fit --images LABELLED_PICTURES {'--pixels' if pixels else '--vae VAE'} "
+        "--out NAME, then perceptual calibrate, and set perceptual=NAME."
+    ) + ("" if pixels else " Or set perceptual=teacher: a distance on the teacher's own features, which needs neither.")
+    folder = Path(source) if source != "pocket" else shipped.folder("pixel_vgg" if pixels else "latent_vgg")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"perceptual = {source!r}: there is no network (no config.json). {remedy}")
+    reads = read_json(folder / "config.json").get("in_channels")
+    if reads != channels:
+        what = "pictures" if pixels else "latents"
+        raise UserError(f"perceptual = {source!r} reads {reads} channels; {whose}'s {what} have {channels}. {remedy}")
+    if source == "pocket" and factor not in (1, POCKET_FACTOR):
+        console.print(
+            f"warning: perceptual = 'pocket' was fitted to another VAE than {whose}'s. {remedy}", soft_wrap=True
+        )
 
 
 def shapes_of(vgg: VGG) -> dict[str, tuple[int, ...]]:

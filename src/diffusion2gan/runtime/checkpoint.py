@@ -53,15 +53,24 @@ def unpack(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def pack_optimizer(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Adam's tensors, by the parameter's place: `name/12/exp_avg`. Settings are the recipe's to restore."""
-    state = optimizer.state_dict()["state"]
-    return {f"{name}/{i}/{key}": torch.as_tensor(value) for i, entry in state.items() for key, value in entry.items()}
+    packed: dict[str, Tensor] = {}
+    for place, entry in optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, dict):  # bitsandbytes' own; some share memory, which safetensors does not take
+                packed |= {f"{name}/{place}/{inner}": tensor.clone() for inner, tensor in value.items()}
+            else:
+                packed[f"{name}/{place}/{key}"] = torch.as_tensor(value)
+    return packed
 
 
 def unpack_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Tensor | int]] = {}
     for key, value in unpack(name, tensors).items():
         place, field = key.split("/")
+        if value.dtype == torch.int64:
+            state.setdefault(int(place), {})[field] = int(value)
+            continue
         same = value.shape == parameters[int(place)].shape and value.ndim > 0
         state.setdefault(int(place), {})[field] = fsdp.like(value, parameters[int(place)]) if same else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

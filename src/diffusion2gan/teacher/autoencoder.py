@@ -11,10 +11,11 @@ from torch import Tensor
 from diffusion2gan.errors import UserError
 from diffusion2gan.pocket import shipped
 from diffusion2gan.runtime.files import read_json, sha256
+from diffusion2gan.teacher.hub import find
 
 
 def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
-    """`pocket`, the folder of an AutoencoderKL or AutoencoderDC, or of a pipeline with one: frozen, float32.
+    """`pocket`, the folder of an AutoencoderKL or AutoencoderDC, or a pipeline's (or its hub id): frozen, float32.
 
     Safetensors only. Raises UserError where there is none, or it does not load.
     """
@@ -42,7 +43,7 @@ def vae_revision(name: str | Path) -> str:
 
 
 def _folder(name: str | Path) -> Path:
-    folder = shipped.folder("teacher") if str(name) == "pocket" else Path(name)
+    folder = shipped.folder("teacher") if str(name) == "pocket" else find(str(name))[0]
     return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
 
 

@@ -187,6 +187,10 @@ FAMILIES = {
 REFUSED = {
     "StableDiffusionXLImg2ImgPipeline": "the SDXL refiner, or an image-to-image pipeline, both of which start from a "
     "picture; give the base model's text-to-image pipeline",
+    "StableDiffusionInpaintPipeline": "an inpainting pipeline; give a text-to-image StableDiffusionPipeline",
+    "StableDiffusionXLInpaintPipeline": "an inpainting pipeline; give a text-to-image StableDiffusionXLPipeline",
+    "StableDiffusionImg2ImgPipeline": "an image-to-image pipeline; give the same model's StableDiffusionPipeline",
+    "StableDiffusion3Img2ImgPipeline": "an image-to-image pipeline; give the same model's StableDiffusion3Pipeline",
     "LatentConsistencyModelPipeline": "already distilled; give the model it was distilled from",
     "FluxKontextPipeline": "an editing pipeline, which starts from a picture; give a text-to-image FluxPipeline",
     "FluxFillPipeline": "an inpainting pipeline; give a text-to-image FluxPipeline",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from diffusion2gan.errors import UserError
 from diffusion2gan.pocket import shipped
 from diffusion2gan.runtime.progress import console
-from diffusion2gan.teacher import autoencoder, variants
+from diffusion2gan.teacher import autoencoder, hub, variants
 from diffusion2gan.teacher.conditioning import Conditioning as Conditioning
 from diffusion2gan.teacher.families import FAMILIES, REFUSED
 from diffusion2gan.teacher.remember import PromptStore
@@ -179,6 +180,11 @@ class Teacher:
         return images
 
 
+def sharing_weights(network: Any) -> Any:
+    """A copy of the modules around the very same tensors: what is put into it leaves the original alone."""
+    return copy.deepcopy(network, {id(x): x for x in (*network.parameters(), *network.buffers())})
+
+
 def warn_truncated(tokenizer: Any, prompts: Sequence[str], limit: int | None = None) -> bool:
     """Says how many prompts are cut, if any, at the tokenizer's own limit or `limit`; returns whether it said so."""
     limit = limit or tokenizer.model_max_length
@@ -213,16 +219,21 @@ def load_teacher(
     name: str = "pocket", device: str | torch.device = "cpu", resolution: int | None = None, *,
     config: str | None = None, loras: str | None = None, vae: str | None = None,
 ) -> Teacher:  # fmt: skip
-    """`pocket`, the folder of a supported diffusers pipeline, or a .safetensors of one's weights, in float32.
+    """`pocket`, the folder of a supported diffusers pipeline, a .safetensors of one's weights, or a hub's id: float32.
 
     `resolution`, the pictures' side in pixels, is the model's own if not given. `config` is a single file's pipeline
     folder; `loras`, `PATH[@SCALE]` with commas between, are merged into the weights; `vae` takes the VAE's place.
+    An id, `org/name` or `org/name@revision`, is looked up in the hub's cache on this machine; nothing is downloaded.
     Raises UserError where something is not there, is not supported, or does not fit.
     """
-    source = shipped.folder("teacher") if name == "pocket" else Path(name)
-    if variants.is_single_file(name):
-        family = check_pipeline_folder(Path(config)) if config is not None else None
-        pipeline = variants.load_single_file(source, Path(config) if config is not None else None, family)
+    single, base = variants.is_single_file(name), hub.find(config)[0] if config is not None else None
+    if name == "pocket":
+        source, told = shipped.folder("teacher"), name
+    else:
+        source, told = (Path(name), Path(name).name) if single else hub.find(name)
+    if single:
+        family = check_pipeline_folder(base) if base is not None else None
+        pipeline = variants.load_single_file(source, base, family)
         pipeline.set_progress_bar_config(disable=True)
     else:
         check_pipeline_folder(source)
@@ -232,8 +243,8 @@ def load_teacher(
         variants.merge_loras(pipeline, loras)
     if vae:
         variants.replace_vae(pipeline, vae)
-    revision = variants.revision_of(source, Path(config) if config else None, loras, vae)
-    teacher = Teacher(pipeline.to(device), name if name == "pocket" else source.name, revision, resolution, source)
+    revision = variants.revision_of(source, base, loras, vae)
+    teacher = Teacher(pipeline.to(device), told, revision, resolution, source)
     check_resolution(teacher)
     return teacher
 
@@ -245,19 +256,20 @@ def check_pipeline_folder(folder: Path) -> str:
         what = "is not a folder" if not folder.is_dir() else "has no model_index.json"
         raise UserError(
             f"{folder} is no diffusers pipeline: it {what}. Give `pocket` or a folder that "
-            "`DiffusionPipeline.save_pretrained` wrote; models of a hub are downloaded first, nothing here does it."
+            "`DiffusionPipeline.save_pretrained` wrote, or the id of a model in the hub's cache, such as org/name."
         )
     try:
         name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{index} does not name a pipeline class ({error}); save the pipeline again.") from error
-    if name not in FAMILIES:
+    hub.check_no_code(folder)
+    if (name := str(name)) not in FAMILIES:
         what = f" ({REFUSED[name]})" if name in REFUSED else ""
         raise UserError(
             f"{folder} is a {name}{what}, which is not supported; supported: {', '.join(FAMILIES)}. Convert it, choose "
             "another teacher, or add its family: CONTRIBUTING.md shows how."
         )
-    return str(name)
+    return name
 
 
 def load_pipeline(folder: Path) -> DiffusionPipeline:
@@ -265,10 +277,12 @@ def load_pipeline(folder: Path) -> DiffusionPipeline:
 
     `folder` has a `model_index.json`; which classes may teach is `check_pipeline_folder`'s to say.
     """
+    hub.check_no_code(folder)
     options: dict[str, Any] = absent_parts(folder)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     if index["_class_name"] == "StableDiffusionPipeline":
         options |= {"safety_checker": None, "requires_safety_checker": False}
+    check_whole(folder, index, options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -279,6 +293,21 @@ def load_pipeline(folder: Path) -> DiffusionPipeline:
             raise UserError(f"the pipeline in {folder} does not load: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def check_whole(folder: Path, index: dict[str, Any], without: dict[str, Any]) -> None:
+    """Raises UserError where a part that `index` names has no folder."""
+    parts = [name for name, kind in index.items() if isinstance(kind, list) and name not in without]
+    missing = [name for name in parts if not name.startswith("_") and not (folder / name).is_dir()]
+    if not missing:
+        return
+    optional = (
+        " Stable Diffusion 3 runs without its third encoder: write text_encoder_3 and tokenizer_3 as [null, null]"
+    )
+    raise UserError(
+        f"{folder} has no {missing[0]}, which its model_index.json names: it was not copied or downloaded whole."
+        + (f"{optional} there." if missing[0].endswith("_3") else "")
+    )
 
 
 def absent_parts(folder: Path) -> dict[str, None]:

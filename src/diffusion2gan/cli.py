@@ -137,6 +137,9 @@ def evaluate(
     inception: Annotated[Path | None, typer.Option(help="COCO: the FID network's weights.")] = None,
     clip: Annotated[str | None, typer.Option(help="COCO: a CLIP, folder or id.")] = None,
     dinov2: Annotated[str | None, typer.Option(help="COCO: a DINOv2, folder or id.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="COCO: whose pictures of the same noises to hold against.")
+    ] = None,
     device: Annotated[str, typer.Option(help="COCO: cpu, cuda, …")] = "cpu",
     precision: Annotated[
         Literal["float32", "float16", "bfloat16"], typer.Option(help="COCO: the system's.")
@@ -145,9 +148,10 @@ def evaluate(
 ) -> None:
     """Measure a system: on the pocket world's held-out captions, or by a COCO protocol with your own files."""
     from diffusion2gan.evaluate import evaluate as job
+    from diffusion2gan.evaluate.protocols import protocol_of
 
     kept = cache or out.parent / "pictures"
-    if protocol == "pocket":
+    if protocol_of(protocol).count is None:
         metrics = job.evaluate(
             system, count=count, seed=seed, cache=kept, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, num_noises=num_noises, num_resamples=num_resamples,
@@ -159,7 +163,7 @@ def evaluate(
             system, protocol, captions=captions, captions_sha256=captions_sha256, reference=reference, cache=kept,
             inception=inception, clip=clip, dinov2=dinov2, seed=seed, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, device=device, precision=precision, batch_size=batch_size,
-            num_resamples=num_resamples,
+            num_resamples=num_resamples, teacher=teacher, num_noises=num_noises,
         )  # fmt: skip
     job.save_metrics(out, metrics)
     for key, value in metrics.items():

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,8 @@ app.add_typer(pairs_app, name="pairs")
 app.add_typer(perceptual_app, name="perceptual")
 app.add_typer(pocket_app, name="pocket")
 
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …")]
+PrecisionOption = Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="The systems'.")]
 PriceOption = Annotated[float | None, typer.Option(min=0.0, help="With --dry-run: money, in whatever it is in.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A recipe's setting, key=value; repeatable.")]
 
@@ -172,11 +174,16 @@ def evaluate(
 
 @app.command()
 def compare(
-    system: Annotated[list[str], typer.Option(help="NAME=PATH or NAME=PATH@STEPS; repeatable, one column each.")],
+    system: Annotated[
+        list[str],
+        typer.Option(help="NAME=PATH, NAME=PATH@STEPS, NAME=ROW=FOLDER (as evaluate's) or NAME=PICTURES; repeatable."),
+    ],
     prompts: Annotated[Path, typer.Option(help="A text file, one prompt a line, one row each.")],
     out: Annotated[Path, typer.Option(help="The report's folder.")],
     metrics: Annotated[list[str] | None, typer.Option(help="NAME=metrics.json, from evaluate; repeatable.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=255)] = 255,
+    device: DeviceOption = "cpu",
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Write a page with several systems' pictures of the same prompts from the same noises; run again to continue."""
     from diffusion2gan.compare import compare as job
@@ -186,7 +193,7 @@ def compare(
     lines = read_prompts(prompts)
     named = parse_names(metrics or [], "--metrics")
     measured = job.read_metrics(named, [text.partition("=")[0] for text in system])
-    job.compare(parse_systems(system), lines, out, seed=seed, metrics=measured)
+    job.compare(parse_systems(system, device, precision), lines, out, seed=seed, metrics=measured)
     typer.echo(f"{out / 'index.html'}")
 
 
@@ -201,6 +208,8 @@ def serve(
     seed: Annotated[int, typer.Option(min=0, max=255, help="With --vote: the noises' set.")] = 255,
     host: Annotated[str, typer.Option(help="Another address than this lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
+    device: DeviceOption = "cpu",
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Show a student's picture as its prompt is typed, or take blind votes, in a browser (needs the demo extra)."""
     if (student is None) == (vote is None):
@@ -210,10 +219,11 @@ def serve(
     from diffusion2gan.compare import serve as job
     from diffusion2gan.pairs.make import read_prompts
 
+    place: dict[str, Any] = {"host": host, "port": port, "device": device, "precision": precision}
     if vote is not None and prompts is not None:
-        job.serve_vote(vote, read_prompts(prompts), votes, host=host, port=port, seed=seed)
+        job.serve_vote(vote, read_prompts(prompts), votes, seed=seed, **place)
     elif student is not None:
-        job.serve_student(student, teacher, host=host, port=port, history=history)
+        job.serve_student(student, teacher, history=history, **place)
 
 
 @app.command()

@@ -324,7 +324,7 @@ def test_same_noise_and_diversity_by_a_coco_protocol(
 
 def test_unknown_names_tell_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (["pocket-studnt"], "no folder pocket-studnt; did you mean 'pocket-student'"),
+        (["pocket-studnt"], "pocket-studnt is not a folder; did you mean 'pocket-student'"),
         (["pocket-student", "--protocol", "coco2014"], "no such protocol: 'coco2014'; did you mean 'coco2014-30k'"),
         (["pocket-student", "--protocol", "coco2017-5k"], "needs --captions FILE and --reference FOLDER"),
     ):

@@ -112,8 +112,11 @@ def load_system(
     row is unknown, or a system is asked for steps it is not made for.
     """
     row, equals, path = name.partition("=")
-    if near := "" if equals or Path(name).exists() else nearest(name, POCKET):
-        raise UserError(f"there is no folder {name}{near}")
+    if near := "" if equals or name in POCKET or Path(name).exists() else nearest(name, POCKET):
+        raise UserError(
+            f"{name} is not a folder{near}. Or give a folder that `DiffusionPipeline.save_pretrained` wrote; models of "
+            "a hub are downloaded first, nothing here does it."
+        )
     if equals and ROW.fullmatch(row):
         system = _published(name, row, path, num_inference_steps, guidance_scale)
     else:

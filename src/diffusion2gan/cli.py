@@ -152,6 +152,8 @@ def evaluate(
     from diffusion2gan.evaluate import evaluate as job
     from diffusion2gan.evaluate.protocols import protocol_of
 
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name the JSON file to write, such as {out / 'metrics.json'}")
     kept = cache or out.parent / "pictures"
     if protocol_of(protocol).count is None:
         metrics = job.evaluate(

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import io
 import json
+import re
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from diffusion2gan.cli import app
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluate import backbones, evaluate, metrics, protocols
 from diffusion2gan.evaluate.coco import evaluate_coco
-from diffusion2gan.evaluate.pictures import fitted, middle, noise_seeds, open_images, read_image
+from diffusion2gan.evaluate.pictures import fitted, middle, noise_seeds, open_images, read_image, warn_few
 from diffusion2gan.evaluate.protocols import COCO2014, POCKET, captions_digest, check_same, describe, read_captions
 from diffusion2gan.evaluate.systems import load_system
 from diffusion2gan.pocket import models
@@ -266,7 +267,9 @@ def test_cocos_own_layout_by_the_command(
         app(list(map(str, arguments)), standalone_mode=False)
         return json.loads((coco / "metrics.json").read_text())
 
-    told = measured("--clip", tiny_clip, "--dinov2", tiny_dinov2, "--teacher", coco / "made")
+    save_pictures(coco / "made_more", 9, 12, (512, 512))
+    told = measured("--clip", tiny_clip, "--dinov2", tiny_dinov2, "--teacher", coco / "made_more")
+    assert "made_more: 9 pictures, and those of 7 captions are taken" in " ".join(capsys.readouterr().err.split())
     captions = [f"a ring {i}, told 0" for i in range(7)]
     clip, dinov2 = backbones.clip(str(tiny_clip)), backbones.dinov2(str(tiny_dinov2))
     made = np.stack([by_pillow(path) for path in sorted((coco / "made").iterdir())])
@@ -320,6 +323,19 @@ def test_same_noise_and_diversity_by_a_coco_protocol(
     with pytest.raises(UserError, match="held against different teachers"):
         check_same({"a": told, "b": other})
     check_same({"a": told, "b": {k: v for k, v in told.items() if k != "same_noise_teacher"}})
+
+
+def test_few_pictures_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    warn_few(2049, 2048, "more")
+    assert not capsys.readouterr().err
+    warn_few(2048, 2048, "take more")
+    told = "2048 pictures for features of 2048 numbers: their covariance is singular, .* they are; take more"
+    assert re.search(told, " ".join(capsys.readouterr().err.split()))
+
+
+def test_an_out_that_is_a_folder_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is a folder; name the JSON file to write, such as .*metrics\.json"):
+        app(["evaluate", "pocket-student", "--out", str(tmp_path)], standalone_mode=False)
 
 
 def test_unknown_names_tell_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from diffusion2gan.evaluate.pictures import (
     image_files,
     middle,
     read_image,
+    warn_few,
 )
 from diffusion2gan.evaluate.protocols import Protocol, describe
 from diffusion2gan.evaluate.systems import System
@@ -51,10 +52,14 @@ def evaluate_coco(
     told: dict[str, Any] = {"system": system.name}
     by_caption, more = similarity(system, teacher, num_noises, dinov2 or clip, looks)
     kernels: dict[str, Any] = {}
+
+    def seen(space: Space) -> tuple[metrics.Features, metrics.Features]:
+        return all_cached(space, looks.of(system), folder), all_cached(space, real(files, side), folder)
+
     if inception is not None:
-        a = all_cached(inception, looks.of(system), folder)
-        b = all_cached(inception, real(files, side), folder)
+        a, b = seen(inception)
         told["frechet_distance"] = _distance(a, b)
+        warn_few(len(b), b.shape[1], f"give all of the split's pictures with --reference {reference}")
         kernels["kernel_distance"] = (metrics.kernel_distances, a, b)
         by_caption |= vars(metrics.manifold(a, b))
         patches = [
@@ -63,13 +68,11 @@ def evaluate_coco(
         ]
         told["patch_frechet_distance"] = _distance(*patches)
     if clip is not None:
-        a, b = all_cached(clip, looks.of(system), folder), all_cached(clip, real(files, side), folder)
+        a, b = seen(clip)
         by_caption["clip_score"] = metrics.cosine(a, clip.texts(captions))
         kernels["cmmd"] = (metrics.cmmds, a, b)
     if dinov2 is not None:
-        told["frechet_distance_dinov2"] = _distance(
-            all_cached(dinov2, looks.of(system), folder), all_cached(dinov2, real(files, side), folder)
-        )
+        told["frechet_distance_dinov2"] = _distance(*seen(dinov2))
     numbers, found = intervals.of_kernels(kernels, paired=False, num_resamples=num_resamples)
     told |= numbers | {key: float(values.mean()) for key, values in by_caption.items()} | more
     if num_resamples:

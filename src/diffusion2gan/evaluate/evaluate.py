@@ -33,6 +33,7 @@ from diffusion2gan.evaluate.pictures import (
     middle,
     noise_seeds,
     open_system,
+    warn_few,
 )
 from diffusion2gan.evaluate.protocols import POCKET, describe, protocol_of, read_captions
 from diffusion2gan.evaluate.systems import System, load_system
@@ -40,7 +41,6 @@ from diffusion2gan.pairs.store import noise_of
 from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.images import to_uint8
-from diffusion2gan.runtime.progress import console
 
 HELD_OUT_WORLD = 1000  # + seed: captions and pictures that no training stage has seen
 PATCH = scenes.IMAGE_SIZE // 2  # pixels
@@ -154,7 +154,7 @@ def measure(
     seen, there = pairs["frechet_distance"]
     metrics.check_features(seen, "probe")
     metrics.check_features(ours.image_embeds, "CLIP")
-    warn_few(len(pictures), seen.shape[1])
+    warn_few(len(pictures), seen.shape[1], f"take --count {seen.shape[1] + 1} or more")
     right, by_caption = _attributes(attributes_of_each(probe, pictures, prompts))
     texts = clip.texts(prompts)
     told: dict[str, Any] = {
@@ -225,15 +225,6 @@ def _patches_of(clip: PocketClip, several: Pictures) -> metrics.Features:
     num, each = several.shape[:2]
     found: ClipFeatures = clip.images(several.reshape(num * each, *several.shape[2:]))
     return found.patches.reshape(num, each, *found.patches.shape[1:])
-
-
-def warn_few(count: int, dimension: int) -> None:
-    """Says so where there are fewer pictures than features have numbers."""
-    if count <= dimension:
-        console.print(
-            f"warning: {count} pictures for features of {dimension} numbers: their covariance is singular, and the "
-            f"Fréchet distance mostly tells how few they are. Take --count {dimension + 1} or more.", soft_wrap=True,
-        )  # fmt: skip
 
 
 def real_pictures(count: int, seed: int) -> Pictures:

@@ -18,7 +18,7 @@ from diffusion2gan.evaluate.systems import System, load_system
 from diffusion2gan.pairs.store import noise_of, pair_seed
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256
-from diffusion2gan.runtime.progress import Bar
+from diffusion2gan.runtime.progress import Bar, console
 from diffusion2gan.runtime.stop import stop_signal
 
 NOISE_SET = 128  # + seed: noises that no set of pairs with a seed below 128 has
@@ -131,6 +131,15 @@ def middle(pictures: Pictures, side: int) -> Pictures:
     return pictures[:, top : top + side, left : left + side]
 
 
+def warn_few(count: int, dimension: int, remedy: str) -> None:
+    """Says so where there are fewer pictures than features have numbers."""
+    if count <= dimension:
+        console.print(
+            f"warning: {count} pictures for features of {dimension} numbers: their covariance is singular, and the "
+            f"Fréchet distance mostly tells how few they are; {remedy}.", soft_wrap=True,
+        )  # fmt: skip
+
+
 def noise_seeds(seed: int, indices: Sequence[int], nth: int = 0) -> list[int]:
     """The seed of each caption's `nth` noise: depends on the caption's index alone."""
     return [pair_seed(NOISE_SET + seed, nth * NOISE_STRIDE + i) for i in indices]
@@ -148,6 +157,10 @@ def chunks(
     starts = range(0, len(prompts), CHUNK)[share[0] :: share[1]]
     if isinstance(system, ImageFolder):
         system.check(range(len(prompts)))  # before an hour of features, not after
+        if len(system.files) > len(prompts):
+            console.print(
+                f"{system.name}: {len(system.files)} pictures, and those of {len(prompts)} captions are taken"
+            )
     total = sum(len(prompts[start : start + CHUNK]) for start in starts)
     with stop_signal() as stopped, Bar(f"pictures of {system.name}", total) as bar:
         for start in starts:

@@ -46,11 +46,10 @@ def evaluate_coco(
     """
     if inception is None and clip is None and dinov2 is None:
         raise UserError("no feature network given: name one of --inception, --clip, --dinov2")
-    folder, side = cache / "features", protocol.side
+    folder, side, files = cache / "features", protocol.side, image_files(reference)
     looks = Looks(captions, seed, cache, side, batch_size)
-    files = image_files(reference)
-    told: dict[str, Any] = {"system": system.name}
     by_caption, more = similarity(system, teacher, num_noises, dinov2 or clip, looks)
+    told: dict[str, Any] = {"system": system.name}
     kernels: dict[str, Any] = {}
 
     def seen(space: Space) -> tuple[metrics.Features, metrics.Features]:
@@ -77,12 +76,12 @@ def evaluate_coco(
     told |= numbers | {key: float(values.mean()) for key, values in by_caption.items()} | more
     if num_resamples:
         found |= {key: intervals.bootstrap_mean(x, num_resamples=num_resamples) for key, x in by_caption.items()}
-        told |= {"intervals": {key: list(pair) for key, pair in found.items()}, "num_resamples": num_resamples}
-        told["interval_level"] = intervals.LEVEL
+        told["intervals"] = {key: list(pair) for key, pair in found.items()}
+        told |= {"interval_level": intervals.LEVEL, "num_resamples": num_resamples}
     weights = {space.name: space.revision for space in (inception, clip, dinov2) if space is not None}
     contents = hashlib.sha256("".join(f"{path.name}:{sha256(path)}\n" for path in files).encode()).hexdigest()
-    told |= {"count": len(captions), "reference_count": len(files), "seed": seed}
-    return told | describe(protocol, captions=captions, seed=seed, weights=weights, reference=contents)
+    about = describe(protocol, captions=captions, seed=seed, weights=weights, reference=contents)
+    return told | {"count": len(captions), "reference_count": len(files), "seed": seed} | about
 
 
 @dataclass(frozen=True)

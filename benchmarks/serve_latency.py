@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -134,7 +135,7 @@ def main() -> None:
         found = in_the_browser(args.system, args.count, Path(folder))
     pace = by_evaluate(args.system)
     result = {
-        "command": " ".join(["python", "benchmarks/serve_latency.py", *sys.argv[1:]]), "system": args.system,
+        "command": shlex.join(["python", "benchmarks/serve_latency.py", *sys.argv[1:]]), "system": args.system,
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}", "threads": torch.get_num_threads(),
         "torch": torch.__version__, "gradio": gradio.__version__, "load_before": list(before),
         "load_after": list(os.getloadavg()), "niceness": os.nice(0), "note": args.note, "serve": found,

@@ -30,7 +30,7 @@ from typing import Any
 import gradio
 import numpy as np
 import torch
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
 from diffusion2gan.evaluate.systems import load_system
 from diffusion2gan.pairs.store import noise_of
@@ -39,7 +39,7 @@ from diffusion2gan.runtime.files import write_json
 
 OUT = Path(__file__).parents[1] / "docs" / "results" / "serve_latency.json"
 WORLD = 3000  # captions that nothing was trained or measured on
-WAIT_MS = 120_000
+WAIT_MS = 300_000  # at most, on a machine that is busy with other things
 TOLD = "text => document.querySelector('#student-note').innerText.trim().endsWith(text)"
 # Remembers when a key arrived and when, after it, another picture was shown and decoded.
 CLOCK = """() => {
@@ -59,12 +59,15 @@ CLOCK = """() => {
 
 
 @contextmanager
-def served(system: str, folder: Path) -> Iterator[tuple[str, float]]:
-    """`diffusion2gan serve SYSTEM`: its address, and the seconds from the command to the page's being there."""
-    command = [sys.executable, "-m", "diffusion2gan", "serve", system, "--port", "0", "--history", str(folder / "kept")]
+def served(folder: Path, *argv: str) -> Iterator[tuple[str, float]]:
+    """`diffusion2gan serve ARGV…` in `folder`: its address, and the seconds from the command to the page's being there.
+
+    What it makes lies in `folder`.
+    """
+    command = [sys.executable, "-m", "diffusion2gan", "serve", *argv, "--port", "0"]
     log, start = folder / "serve.log", time.perf_counter()
     with log.open("w") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "200"})
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder)
     try:
         while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
             if process.poll() is not None or time.perf_counter() - start > WAIT_MS / 1000:
@@ -74,6 +77,12 @@ def served(system: str, folder: Path) -> Iterator[tuple[str, float]]:
     finally:
         process.terminate()
         process.wait(60)
+
+
+def chromium(driver: Playwright) -> Browser:
+    """The installed one."""
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return driver.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
 
 
 def one(page: Page, text: str) -> dict[str, float]:
@@ -94,10 +103,9 @@ def one(page: Page, text: str) -> dict[str, float]:
 
 
 def in_the_browser(system: str, count: int, folder: Path) -> dict[str, Any]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     captions = scenes.captions(range(count + 1), WORLD)
-    with served(system, folder) as (url, start_s), sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+    with served(folder, system) as (url, start_s), sync_playwright() as driver:
+        browser = chromium(driver)
         page = browser.new_page()
         page.set_default_timeout(WAIT_MS)
         page.goto(url)

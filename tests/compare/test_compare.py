@@ -71,6 +71,19 @@ def test_metrics_by_name(tmp_path: Path) -> None:
     assert job.read_metrics({"a": str(tmp_path / "m.json")}, ["a", "b"]) == {"a": {"clip_score": 0.3}}
 
 
+def test_mistakes_are_told_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file; name the folder of the report"):
+        job.compare({}, PROMPTS, tmp_path / "file", seed=1)
+    for held in ([1], {"systems": {"teacher": {"frechet_distance": 1.0}}}):
+        (tmp_path / "m.json").write_text(json.dumps(held))
+        with pytest.raises(UserError, match="holds no metrics of one system"):
+            job.read_metrics({"a": str(tmp_path / "m.json")}, ["a"])
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {device} cannot be used here"):
+            system_of("pocket-student", device)
+
+
 def test_a_folder_of_pictures_is_a_column_by_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`--system NAME=PICTURES` beside a student; a folder with too few, a damaged or an empty one is refused."""
     folder = tmp_path / "gigagan"

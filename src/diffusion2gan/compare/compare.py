@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusion2gan.compare.pictures import make_pictures
 from diffusion2gan.compare.report import write_report
-from diffusion2gan.compare.table import Column
+from diffusion2gan.compare.table import METRICS, Column
 from diffusion2gan.errors import UserError, nearest
 from diffusion2gan.evaluate.pictures import ImageFolder
 from diffusion2gan.evaluate.protocols import check_same
@@ -28,6 +28,8 @@ def compare(
     `metrics`: what `evaluate` measured, by system name. Finished pictures are kept in `out/pictures`. Raises UserError
     with no system, too many prompts, or numbers of different protocols.
     """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; name the folder of the report")
     if len(prompts) > MAX_PROMPTS:
         raise UserError(f"{len(prompts)} prompts: a page holds at most {MAX_PROMPTS}; give a shorter file")
     measured = metrics or {}
@@ -56,6 +58,8 @@ def read_metrics(named: Mapping[str, str], systems: Sequence[str]) -> dict[str, 
             raise UserError(f"--metrics {name}: no --system has this name{nearest(name, systems)}")
     found = {name: read_json(Path(path)) for name, path in named.items()}
     for name, metrics in found.items():
-        if not isinstance(metrics, dict):
-            raise UserError(f"{named[name]} holds no metrics; `diffusion2gan evaluate` writes such a file")
+        if not isinstance(metrics, dict) or not any(metric.key in metrics for metric in METRICS):
+            raise UserError(
+                f"{named[name]} holds no metrics of one system; `diffusion2gan evaluate` writes such a file"
+            )
     return found

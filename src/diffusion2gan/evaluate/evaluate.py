@@ -36,7 +36,7 @@ from diffusion2gan.evaluate.pictures import (
     warn_few,
 )
 from diffusion2gan.evaluate.protocols import POCKET, describe, protocol_of, read_captions
-from diffusion2gan.evaluate.systems import System, load_system
+from diffusion2gan.evaluate.systems import System, check_device, load_system
 from diffusion2gan.pairs.store import noise_of
 from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime.files import write_json
@@ -92,6 +92,7 @@ def evaluate_published(
     if chosen.count is None:
         raise UserError(f"--protocol {protocol} makes its own captions; evaluate it without --captions")
     prompts = read_captions(captions, chosen.count, captions_sha256)
+    check_device(device)
     spaces = {
         "inception": backbones.inception(inception, device=device) if inception else None,
         "clip": backbones.clip(clip, device) if clip else None,

@@ -111,6 +111,7 @@ def load_system(
     ROW=FOLDER+FILE: its base pipeline and the file. Raises UserError where the folder is no supported pipeline, the
     row is unknown, or a system is asked for steps it is not made for.
     """
+    check_device(device)
     row, equals, path = name.partition("=")
     if near := "" if equals or name in POCKET or Path(name).exists() else nearest(name, POCKET):
         raise UserError(
@@ -141,6 +142,17 @@ def _own(name: str, num_inference_steps: int | None, guidance_scale: float | Non
     steps = shipped.NUM_INFERENCE_STEPS if num_inference_steps is None else num_inference_steps
     guidance = shipped.GUIDANCE_SCALE if guidance_scale is None else guidance_scale
     return System(name, pipeline, steps, guidance, revision)
+
+
+def check_device(name: str) -> None:
+    """Raises UserError where torch knows no such device, or this machine has none."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"--device {name} cannot be used here ({why}); name cpu, or one that this torch finds"
+        ) from error
 
 
 def _published(name: str, row_name: str, path: str, steps: int | None, guidance_scale: float | None) -> System:

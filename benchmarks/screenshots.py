@@ -3,7 +3,7 @@
     python benchmarks/screenshots.py --report demo/index.html     # needs the extra [demo], playwright and a Chromium
 
 Writes docs/images/serve.png, vote.png and, where a report is given (`make demo` makes one), report.png,
-report_phone.png and report_slider.png, in at most 128 colours: look at them before you keep them. The times that the
+report_phone.png and report_slider.png, in at most 256 colours: look at them before you keep them. The times that the
 served page shows are this machine's, as busy as it is.
 """
 
@@ -34,7 +34,7 @@ def keep(page: Page, name: str, *, whole: bool = False) -> None:
     page.wait_for_timeout(1000)  # whatever fades in
     picture = Image.open(io.BytesIO(page.screenshot(full_page=whole))).convert("RGB")
     picture.thumbnail((PIXELS, 10_000), Image.Resampling.LANCZOS)
-    picture.quantize(128, dither=Image.Dither.NONE).save(OUT / name, optimize=True)
+    picture.quantize(256, dither=Image.Dither.NONE).save(OUT / name, optimize=True)
     print(f"{name}: {picture.width}×{picture.height}, {(OUT / name).stat().st_size / 1000:.0f} kB")
 
 

@@ -9,6 +9,7 @@ on PATH, `python` each in a process of its own. A comment on the line above a bl
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -16,8 +17,14 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+from diffusion2gan.cli import app
+from diffusion2gan.errors import UserError
+from diffusion2gan.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 NAMED = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")]
@@ -129,6 +136,90 @@ def test_snippet_runs(block: Block, readers: dict[Path, Reader]) -> None:
         assert block.not_run, f"{block}: say why it is not run: <!-- not run: REASON -->"
         pytest.skip(block.not_run)
     readers[block.document].reach(block)
+
+
+USAGE = typer.BadParameter.__mro__[1]  # what the command line raises at words it does not know
+STUB = """#!{python}
+import json, os, sys
+name, *argv = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+with open(os.environ["SAID"], "a") as file:
+    print(json.dumps([name, *argv]), file=file)
+"""
+
+
+def said(document: Path, folder: Path) -> list[list[str]]:
+    """The commands of a document's blocks that are not run, as bash calls them: nothing but their words is kept."""
+    names = ("diffusion2gan", "torchrun", "python", "make", "git", "pip", "open", "cp", "mkdir", ".venv/bin/python")
+    for name in names:
+        stub = folder / "bin" / Path(name).name
+        stub.parent.mkdir(exist_ok=True)
+        stub.write_text(STUB.format(python=sys.executable))
+        stub.chmod(0o755)
+    (folder / "said").touch()
+    blocks = [b for b in BLOCKS if b.document == document and b.not_run is not None and b.language in SHELL]
+    environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "SAID": str(folder / "said")}
+    script = "\n".join(commands(b) for b in blocks)
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, f"{document}: {done.stderr}"
+    return [json.loads(line) for line in (folder / "said").read_text().splitlines()]
+
+
+def check_command(argv: list[str]) -> None:
+    """The verb, every option and its value, a recipe and its settings, or a benchmark's: all exist. Nothing runs."""
+    if argv[0] == "torchrun":
+        argv = ["diffusion2gan", *argv[argv.index("diffusion2gan") + 1 :]]
+    if argv[0] == "python" and argv[1].endswith(".py"):
+        told = (ROOT / argv[1]).read_text("utf-8")
+        missing = [word for word in argv[2:] if word.startswith("--") and f'"{word}"' not in told]
+        assert not missing, f"{argv}: no {missing}"
+    if argv[0] != "diffusion2gan":
+        return
+    command: Any = typer.main.get_command(app)
+    words, name = argv[1:], ""
+    while words and words[0] in getattr(command, "commands", {}):
+        command, name, words = command.commands[words[0]], words[0], words[1:]
+    assert name, f"{argv}: no such command"
+    parsed = command.make_context(name, list(words)).params
+    if name in ("distill", "plan"):
+        load_recipe(parsed["recipe"], parsed["set_"] or [])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_that_are_not_run_exist(document: Path, tmp_path: Path) -> None:
+    for argv in said(document, tmp_path):
+        try:
+            check_command(argv)
+        except (USAGE, UserError) as error:
+            raise AssertionError(f"{document.name}: {' '.join(argv)}: {error}") from error
+
+
+def test_reproduce_measures_every_row_of_its_tables(tmp_path: Path) -> None:
+    """As many systems are measured as rows wait for a number of ours, the benchmarks' five aside."""
+    document = ROOT / "docs" / "reproduce.md"
+    waiting = document.read_text("utf-8").count("| not measured here |")
+    made = {tuple(argv) for argv in said(document, tmp_path) if argv[1] == "evaluate"}
+    assert len(made) == waiting - 5 == 22
+
+
+def test_commands_that_do_not_exist_are_found() -> None:
+    check_command(["diffusion2gan", "evaluate", "x", "--seed", "3"])
+    for wrong, told in (
+        ("diffusion2gan evalute x", AssertionError), ("diffusion2gan evaluate x --sede 3", USAGE),
+        ("diffusion2gan evaluate x --seed three", USAGE), ("diffusion2gan compare", USAGE),
+        ("diffusion2gan distill sd16 --pairs p --out o", UserError),
+        ("diffusion2gan distill sd15 --pairs p --out o --set los=mse", UserError),
+        ("python benchmarks/loss_cost.py --sise sd15", AssertionError),
+        ("torchrun --nproc-per-node 8 -m diffusion2gan pairs --cont 3", USAGE),
+    ):  # fmt: skip
+        with pytest.raises(told):
+            check_command(wrong.split())
 
 
 def test_there_is_a_readme() -> None:

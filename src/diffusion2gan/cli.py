@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,8 @@ app.add_typer(pairs_app, name="pairs")
 app.add_typer(perceptual_app, name="perceptual")
 app.add_typer(pocket_app, name="pocket")
 
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …")]
+PrecisionOption = Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="The systems'.")]
 PriceOption = Annotated[float | None, typer.Option(min=0.0, help="With --dry-run: money, in whatever it is in.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A recipe's setting, key=value; repeatable.")]
 
@@ -137,6 +139,9 @@ def evaluate(
     inception: Annotated[Path | None, typer.Option(help="COCO: the FID network's weights.")] = None,
     clip: Annotated[str | None, typer.Option(help="COCO: a CLIP, folder or id.")] = None,
     dinov2: Annotated[str | None, typer.Option(help="COCO: a DINOv2, folder or id.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="COCO: whose pictures of the same noises to hold against.")
+    ] = None,
     device: Annotated[str, typer.Option(help="COCO: cpu, cuda, …")] = "cpu",
     precision: Annotated[
         Literal["float32", "float16", "bfloat16"], typer.Option(help="COCO: the system's.")
@@ -145,9 +150,12 @@ def evaluate(
 ) -> None:
     """Measure a system: on the pocket world's held-out captions, or by a COCO protocol with your own files."""
     from diffusion2gan.evaluate import evaluate as job
+    from diffusion2gan.evaluate.protocols import protocol_of
 
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name the JSON file to write, such as {out / 'metrics.json'}")
     kept = cache or out.parent / "pictures"
-    if protocol == "pocket":
+    if protocol_of(protocol).count is None:
         metrics = job.evaluate(
             system, count=count, seed=seed, cache=kept, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, num_noises=num_noises, num_resamples=num_resamples,
@@ -159,7 +167,7 @@ def evaluate(
             system, protocol, captions=captions, captions_sha256=captions_sha256, reference=reference, cache=kept,
             inception=inception, clip=clip, dinov2=dinov2, seed=seed, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, device=device, precision=precision, batch_size=batch_size,
-            num_resamples=num_resamples,
+            num_resamples=num_resamples, teacher=teacher, num_noises=num_noises,
         )  # fmt: skip
     if not metrics:  # under torchrun: another rank than the first, which measures
         return
@@ -170,11 +178,16 @@ def evaluate(
 
 @app.command()
 def compare(
-    system: Annotated[list[str], typer.Option(help="NAME=PATH or NAME=PATH@STEPS; repeatable, one column each.")],
+    system: Annotated[
+        list[str],
+        typer.Option(help="NAME=PATH, NAME=PATH@STEPS, NAME=ROW=FOLDER (as evaluate's) or NAME=PICTURES; repeatable."),
+    ],
     prompts: Annotated[Path, typer.Option(help="A text file, one prompt a line, one row each.")],
     out: Annotated[Path, typer.Option(help="The report's folder.")],
     metrics: Annotated[list[str] | None, typer.Option(help="NAME=metrics.json, from evaluate; repeatable.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=255)] = 255,
+    device: DeviceOption = "cpu",
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Write a page with several systems' pictures of the same prompts from the same noises; run again to continue."""
     from diffusion2gan.compare import compare as job
@@ -184,7 +197,7 @@ def compare(
     lines = read_prompts(prompts)
     named = parse_names(metrics or [], "--metrics")
     measured = job.read_metrics(named, [text.partition("=")[0] for text in system])
-    job.compare(parse_systems(system), lines, out, seed=seed, metrics=measured)
+    job.compare(parse_systems(system, device, precision), lines, out, seed=seed, metrics=measured)
     typer.echo(f"{out / 'index.html'}")
 
 
@@ -199,6 +212,8 @@ def serve(
     seed: Annotated[int, typer.Option(min=0, max=255, help="With --vote: the noises' set.")] = 255,
     host: Annotated[str, typer.Option(help="Another address than this lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
+    device: DeviceOption = "cpu",
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Show a student's picture as its prompt is typed, or take blind votes, in a browser (needs the demo extra)."""
     if (student is None) == (vote is None):
@@ -208,10 +223,11 @@ def serve(
     from diffusion2gan.compare import serve as job
     from diffusion2gan.pairs.make import read_prompts
 
+    place: dict[str, Any] = {"host": host, "port": port, "device": device, "precision": precision}
     if vote is not None and prompts is not None:
-        job.serve_vote(vote, read_prompts(prompts), votes, host=host, port=port, seed=seed)
+        job.serve_vote(vote, read_prompts(prompts), votes, seed=seed, **place)
     elif student is not None:
-        job.serve_student(student, teacher, host=host, port=port, history=history)
+        job.serve_student(student, teacher, history=history, **place)
 
 
 @app.command()

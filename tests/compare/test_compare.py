@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from diffusion2gan.cli import app
 from diffusion2gan.compare import compare as job
 from diffusion2gan.compare.pictures import make_pictures, parse_systems, system_of
+from diffusion2gan.compare.report import data_uri
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluate.systems import System
 from diffusion2gan.pairs.store import noise_of, pair_seed
@@ -66,3 +69,56 @@ def test_the_report_holds_the_numbers_given(systems: dict[str, System], tmp_path
 def test_metrics_by_name(tmp_path: Path) -> None:
     (tmp_path / "m.json").write_text(json.dumps({"clip_score": 0.3}))
     assert job.read_metrics({"a": str(tmp_path / "m.json")}, ["a", "b"]) == {"a": {"clip_score": 0.3}}
+
+
+def test_mistakes_are_told_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file; name the folder of the report"):
+        job.compare({}, PROMPTS, tmp_path / "file", seed=1)
+    for held in ([1], {"systems": {"teacher": {"frechet_distance": 1.0}}}):
+        (tmp_path / "m.json").write_text(json.dumps(held))
+        with pytest.raises(UserError, match="holds no metrics of one system"):
+            job.read_metrics({"a": str(tmp_path / "m.json")}, ["a"])
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {device} cannot be used here"):
+            system_of("pocket-student", device)
+
+
+def test_a_folder_of_pictures_is_a_column_by_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--system NAME=PICTURES` beside a student; a folder with too few, a damaged or an empty one is refused."""
+    folder = tmp_path / "gigagan"
+    folder.mkdir()
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    made = np.random.default_rng(0).integers(0, 255, (len(PROMPTS), 48, 40, 3), np.uint8)
+    for i, picture in enumerate(made):
+        Image.fromarray(picture).save(folder / f"gigagan_{i}.png")
+
+    def run() -> None:
+        arguments = ["compare", "--system", "student=pocket-student", "--system", f"gigagan={folder}"]
+        app([*arguments, "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "report")])
+
+    with pytest.raises(SystemExit) as ended:
+        run()
+    assert ended.value.code == 0
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert page.index(data_uri(Image.fromarray(made[0]))) < page.index(data_uri(Image.fromarray(made[17])))
+    assert "gigagan: 18 png pictures as they are" in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+    (folder / "gigagan_17.png").rename(folder / "gigagan_18.png")
+    with pytest.raises(UserError, match=r"no picture of caption 17; .* has 18 pictures, and 18 are asked for"):
+        run()
+    (folder / "gigagan_18.png").rename(folder / "gigagan_17.png")
+    (folder / "gigagan_3.png").write_bytes((folder / "gigagan_3.png").read_bytes()[:300])
+    with pytest.raises(UserError, match=r"gigagan_3\.png cannot be read as a picture"):
+        run()
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="gigagan holds no pictures"):
+        run()
+
+
+def test_a_published_system_is_a_column(sd_style_teacher: Path) -> None:
+    (system,) = parse_systems([f"sd=sd15={sd_style_teacher}@2"]).values()
+    assert isinstance(system, System)
+    assert (system.num_inference_steps, system.guidance_scale) == (2, 3.0)
+    with pytest.raises(UserError, match="no published system 'sd16' is known here; did you mean 'sd15'"):
+        parse_systems([f"sd=sd16={sd_style_teacher}"])

@@ -110,6 +110,13 @@ def test_systems_that_do_not_differ_and_too_many_prompts(tmp_path: Path) -> None
         serve.serve_vote(("a", "b"), ["x"] * 2001, tmp_path / "v", **options)
 
 
+def test_a_folder_of_pictures_makes_none_to_serve(tmp_path: Path) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'diffusion2gan[demo]'")
+    Image.new("RGB", (8, 8)).save(tmp_path / "000000.png")
+    with pytest.raises(UserError, match="is a folder of pictures and makes no new ones"):
+        serve.serve_student(str(tmp_path), None, host="127.0.0.1", port=0, history=tmp_path / "history")
+
+
 def test_pictures_of_two_sizes_are_shown_at_one() -> None:
     pages = pytest.importorskip("diffusion2gan.compare.pages", reason="gradio is not installed")
     small, large = Image.new("RGB", (64, 64)), Image.new("RGB", (512, 512))

@@ -61,7 +61,7 @@ def test_unknown_keys_are_shown_whatever_they_are() -> None:
 
 def test_the_protocol_in_words() -> None:
     assert table.protocol([column("a"), column("b", protocol="pocket", count=64, seed=0)]) == "pocket, count 64, seed 0"
-    assert table.protocol([column("a", protocol="pocket", interval_level=0.95)]) == "pocket, 95% intervals"
+    assert table.protocol([column("a", protocol="pocket", interval_level=0.95)]) == "pocket, 95 % intervals"
     settings = column("c", protocol={"name": "coco2014-30k", "resize": "lanczos"})
     assert table.protocol([settings]) == "coco2014-30k"
     assert ("protocol.resize", ["lanczos"]) in table.other_rows([settings])

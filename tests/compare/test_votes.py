@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import multiprocessing
+import os
+import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scipy import stats
@@ -76,6 +80,31 @@ def test_two_voters_at_once_lose_nothing(tmp_path: Path) -> None:
         (name, index) for name in ("one", "two", "three") for index in range(150)
     }
     assert votes.voted(path, "two") == set(range(150)) and votes.voted(path, "nobody") == set()
+
+
+def and_tell(path: Path, told: Any) -> None:
+    """Votes without end, and says of each when `append_vote` has returned."""
+    for index in range(10**6):
+        votes.append_vote(path, vote("one", index))
+        told.send(index)
+
+
+def test_a_server_that_is_killed_loses_no_vote_that_was_given(tmp_path: Path) -> None:
+    path, context = tmp_path / "votes.jsonl", multiprocessing.get_context("fork")
+    for round_ in range(3):
+        here, there = context.Pipe(duplex=False)
+        process = context.Process(target=and_tell, args=(path, there))
+        process.start()
+        there.close()
+        told = [here.recv() for _ in range(5 + 7 * round_)]
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(60)
+        with contextlib.suppress(EOFError):
+            while True:
+                told.append(here.recv())
+        assert votes.voted(path, "one") >= set(told)
+    votes.append_vote(path, vote("two", 0))  # the killed one's lock is gone
+    assert votes.voted(path, "two") == {0}
 
 
 def test_a_line_that_was_cut_off_costs_no_other(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ import hashlib
 import importlib
 import io
 import json
+import re
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +18,11 @@ import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config, Dinov2Model
 
+from diffusion2gan.cli import app
 from diffusion2gan.errors import UserError
-from diffusion2gan.evaluate import backbones, evaluate, metrics
+from diffusion2gan.evaluate import backbones, evaluate, metrics, protocols
 from diffusion2gan.evaluate.coco import evaluate_coco
-from diffusion2gan.evaluate.pictures import fitted, middle, noise_seeds, open_images, read_image
+from diffusion2gan.evaluate.pictures import fitted, middle, noise_seeds, open_images, read_image, warn_few
 from diffusion2gan.evaluate.protocols import COCO2014, POCKET, captions_digest, check_same, describe, read_captions
 from diffusion2gan.evaluate.systems import load_system
 from diffusion2gan.pocket import models
@@ -222,6 +226,126 @@ def test_a_coco_protocol_in_miniature_twice(
     assert first["clip_score"] == pytest.approx(metrics.clip_score(clip.features(ours), clip.texts(CAPTIONS)), abs=1e-6)
     with pytest.raises(UserError, match="no feature network given"):
         evaluate_coco(system, SMALL, CAPTIONS, reference, tmp_path)
+
+
+@pytest.fixture
+def coco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """COCO's own layout with seven pictures, the protocol being pinned to seven captions: everything else is COCO's."""
+    monkeypatch.setitem(protocols.PROTOCOLS, "coco2014-30k", dataclasses.replace(COCO2014, count=7))
+    rng = np.random.default_rng(11)
+    folder = tmp_path / "coco"
+    (folder / "val2014").mkdir(parents=True)
+    (folder / "annotations").mkdir()
+    rows = []
+    for i in range(8):  # one picture more than captions: all of val2014 is the reference
+        rough = Image.fromarray(rng.integers(0, 255, (9, 12, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+        rough.save(folder / "val2014" / f"COCO_val2014_{42 + i:012d}.jpg", quality=95)
+        rows += [{"image_id": 42 + i, "id": 900 - 10 * i + k, "caption": f"a ring {i}, told {k}\n"} for k in range(2)]
+    (folder / "annotations" / "captions_val2014.json").write_text(json.dumps({"images": [], "annotations": rows[::-1]}))
+    save_pictures(folder / "made", 7, 12, (512, 512))
+    return folder
+
+
+def by_pillow(path: Path) -> np.ndarray:
+    """The protocol's 256 pixels by Pillow alone: its own centre crop, its own Lanczos."""
+    picture = Image.open(path).convert("RGB")
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((256, 256), Image.Resampling.LANCZOS))
+
+
+def test_cocos_own_layout_by_the_command(
+    coco: Path, tiny_clip: Path, tiny_dinov2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    def measured(*options: object) -> dict[str, object]:
+        arguments = [
+            "evaluate", f"gigagan={coco / 'made'}", "--protocol", "coco2014-30k", "--captions",
+            coco / "annotations" / "captions_val2014.json", "--reference", coco / "val2014", "--out",
+            coco / "metrics.json", "--num-resamples", 40, *options,
+        ]  # fmt: skip
+        app(list(map(str, arguments)), standalone_mode=False)
+        return json.loads((coco / "metrics.json").read_text())
+
+    save_pictures(coco / "made_more", 9, 12, (512, 512))
+    told = measured("--clip", tiny_clip, "--dinov2", tiny_dinov2, "--teacher", coco / "made_more")
+    assert "made_more: 9 pictures, and those of 7 captions are taken" in " ".join(capsys.readouterr().err.split())
+    captions = [f"a ring {i}, told 0" for i in range(7)]
+    clip, dinov2 = backbones.clip(str(tiny_clip)), backbones.dinov2(str(tiny_dinov2))
+    made = np.stack([by_pillow(path) for path in sorted((coco / "made").iterdir())])
+    real = np.stack([by_pillow(path) for path in sorted((coco / "val2014").iterdir())])
+    assert np.array_equal(made, np.stack([fitted(read_image(path), 256) for path in sorted((coco / "made").iterdir())]))
+    assert told["clip_score"] == pytest.approx(metrics.clip_score(clip.features(made), clip.texts(captions)), abs=1e-6)
+    assert told["cmmd"] == pytest.approx(metrics.cmmd(clip.features(made), clip.features(real)), abs=1e-6)
+    expected = metrics.frechet_distance(dinov2.features(made), dinov2.features(real))
+    assert told["frechet_distance_dinov2"] == pytest.approx(expected, rel=1e-4)
+    assert told["same_noise_distance"] == pytest.approx(0, abs=1e-6)  # to itself
+    assert told["count"] == 7 and told["reference_count"] == 8 and told["picture_format"] == "png"
+    low, high = told["intervals"]["cmmd"]  # type: ignore[index]
+    assert low < told["cmmd"] < high
+    settings = told["protocol_settings"]
+    assert settings["captions_sha256"] == captions_digest(captions)  # type: ignore[index]
+    with pytest.raises(UserError, match="it is another list"):
+        measured("--clip", tiny_clip, "--captions-sha256", "0" * 64)
+    (coco / "val2014" / "COCO_val2014_000000000043.jpg").write_bytes(b"\xff\xd8 cut off")
+    with pytest.raises(UserError, match=r"000000000043.jpg cannot be read as a picture"):
+        measured("--clip", tiny_clip)
+    (coco / "made" / "000005.png").unlink()
+    with pytest.raises(UserError, match=r"no picture of caption 5; .* It has 6 pictures, and 7 are asked for"):
+        measured("--clip", tiny_clip)
+
+
+def test_same_noise_and_diversity_by_a_coco_protocol(
+    tiny_teacher: Path, sd_style_teacher: Path, tiny_clip: Path, tiny_dinov2: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    reference, dinov2 = save_pictures(tmp_path / "real", 6, 7), backbones.dinov2(str(tiny_dinov2))
+    system, teacher = load_system(str(tiny_teacher), 1), load_system(str(tiny_teacher), 2)
+
+    def measured(**more: object) -> dict[str, Any]:
+        return evaluate_coco(system, SMALL, CAPTIONS, reference, tmp_path / "cache", num_resamples=20, **more)  # type: ignore[arg-type]
+
+    told = measured(dinov2=dinov2, teacher=teacher, num_noises=3)
+    seen = [
+        dinov2.features(np.stack([fitted(p, 32) for p in evaluate.render_any(one, CAPTIONS, 0, tmp_path, nth)]))
+        for one, nth in ((system, 0), (system, 1), (system, 2), (teacher, 0))
+    ]
+    apart = [
+        1 - (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1) for a, b in combinations(seen, 2)
+    ]
+    assert told["same_noise_distance"] == pytest.approx(apart[2].mean(), abs=1e-5)  # the first and the teacher's
+    assert told["diversity"] == pytest.approx(np.mean([apart[0], apart[1], apart[3]]), abs=1e-5)
+    assert (told["num_noises"], told["diversity_count"]) == (3, 7) and "dinov2" in told["similarity"]
+    assert set(told["intervals"]) >= {"same_noise_distance", "diversity"}
+    stand_in = backbones.Space("inception", "1", lambda p: p.astype(np.float32).mean((1, 2)))
+    with pytest.raises(UserError, match="name --dinov2 or --clip for it"):
+        measured(inception=stand_in, teacher=teacher)
+    other = told | {"same_noise_teacher": "another"}
+    with pytest.raises(UserError, match="held against different teachers"):
+        check_same({"a": told, "b": other})
+    check_same({"a": told, "b": {k: v for k, v in told.items() if k != "same_noise_teacher"}})
+
+
+def test_few_pictures_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    warn_few(2049, 2048, "more")
+    assert not capsys.readouterr().err
+    warn_few(2048, 2048, "take more")
+    told = "2048 pictures for features of 2048 numbers: their covariance is singular, .* they are; take more"
+    assert re.search(told, " ".join(capsys.readouterr().err.split()))
+
+
+def test_an_out_that_is_a_folder_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is a folder; name the JSON file to write, such as .*metrics\.json"):
+        app(["evaluate", "pocket-student", "--out", str(tmp_path)], standalone_mode=False)
+
+
+def test_unknown_names_tell_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["pocket-studnt"], "pocket-studnt is not a folder; did you mean 'pocket-student'"),
+        (["pocket-student", "--protocol", "coco2014"], "no such protocol: 'coco2014'; did you mean 'coco2014-30k'"),
+        (["pocket-student", "--protocol", "coco2017-5k"], "needs --captions FILE and --reference FOLDER"),
+    ):
+        with pytest.raises(UserError, match=message):
+            app(["evaluate", *arguments, "--out", str(tmp_path / "m.json")], standalone_mode=False)
 
 
 def test_inception_refuses_other_weights_and_is_torch_fidelitys(tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ CSS = """
 .words { font-size: 1.25rem; line-height: 1.4; overflow-wrap: anywhere; unicode-bidi: isolate; }
 .note { min-height: 1.5rem; opacity: 0.75; font-size: 0.875rem; overflow-wrap: anywhere; }
 .picture img { width: 100%; object-fit: contain; }
+.pictures .grid-container {
+  grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)) !important; padding-top: 1.75rem;
+}
 footer { display: none !important; }
 """
 
@@ -110,7 +113,7 @@ def picture(name: str, label: str) -> gr.Image:
 def gallery(name: str, label: str) -> gr.Gallery:
     return gr.Gallery(
         label=label, format="png", columns=6, interactive=False, object_fit="contain", elem_id=name,
-        buttons=["download", "fullscreen"],
+        elem_classes="pictures", buttons=["download", "fullscreen"],
     )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import from_numpy
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.evaluate.systems import System, load_system
+from diffusion2gan.evaluate.pictures import ImageFolder, open_system
+from diffusion2gan.evaluate.systems import System
 from diffusion2gan.pairs.store import noise_of, pair_seed
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.progress import Bar
@@ -20,17 +21,21 @@ BATCH = 16
 
 
 def make_pictures(
-    systems: Mapping[str, System], prompts: Sequence[str], seed: int, cache: Path, what: str = "compare"
+    systems: Mapping[str, System | ImageFolder], prompts: Sequence[str], seed: int, cache: Path, what: str = "compare"
 ) -> dict[str, list[Image.Image]]:
     """One picture a prompt of every system, by name. Picture i's noise depends on `seed` and i alone.
 
-    Each batch is kept in `cache` and not made twice; another system, setting, prompt or seed has another place there.
+    Of a folder of pictures, picture i is prompt i's. Each batch is kept in `cache` and not made twice; another system,
+    setting, prompt or seed has another place there.
     """
     told = False
+    for system in systems.values():
+        if isinstance(system, ImageFolder):
+            system.check(range(len(prompts)))
     pictures: dict[str, list[Image.Image]] = {}
     with Bar(what, len(systems) * len(prompts)) as bar:
         for name, system in systems.items():
-            told = told or warn_truncated(system.tokenizer, prompts, system.num_tokens)
+            told = told or (isinstance(system, System) and warn_truncated(system.tokenizer, prompts, system.num_tokens))
             pictures[name] = []
             for start in range(0, len(prompts), BATCH):
                 made = _batch(system, prompts[start : start + BATCH], range(start, start + BATCH), seed, cache)
@@ -39,7 +44,11 @@ def make_pictures(
     return pictures
 
 
-def _batch(system: System, prompts: Sequence[str], indices: range, seed: int, cache: Path) -> list[Image.Image]:
+def _batch(
+    system: System | ImageFolder, prompts: Sequence[str], indices: range, seed: int, cache: Path
+) -> list[Image.Image]:  # fmt: skip
+    if isinstance(system, ImageFolder):
+        return [Image.fromarray(picture) for picture in system.read(indices[: len(prompts)])]
     seeds = [pair_seed(seed, i) for i, _ in zip(indices, prompts, strict=False)]
     path = cache / system.key / f"{digest(prompts)}-{seeds[0]}.safetensors"
     if not path.exists():
@@ -65,17 +74,24 @@ def parse_names(texts: Sequence[str], option: str) -> dict[str, str]:
     return named
 
 
-def parse_systems(texts: Sequence[str]) -> dict[str, System]:
+def parse_systems(
+    texts: Sequence[str], device: str = "cpu", precision: str = "float32"
+) -> dict[str, System | ImageFolder]:  # fmt: skip
     """`NAME=PATH` or `NAME=PATH@STEPS` … → systems. Raises UserError as `parse_names` does, or with none at all."""
     named = parse_names(texts, "--system")
     if not named:
         raise UserError("no --system given; name at least one as NAME=PATH")
-    return {name: system_of(path) for name, path in named.items()}
+    return {name: system_of(path, device, precision) for name, path in named.items()}
 
 
-def system_of(path: str, resolution: int | None = None) -> System:
-    """A system by its path, or `PATH@STEPS` for that many steps. `resolution` as in `load_system`."""
+def system_of(
+    path: str, device: str = "cpu", precision: str = "float32", resolution: int | None = None
+) -> System | ImageFolder:
+    """A system by its path or as ROW=FOLDER, `…@STEPS` for that many steps; or a folder of pictures.
+
+    `resolution` as in `load_system`.
+    """
     base, at, steps = path.rpartition("@")
     if at and steps.isdecimal() and int(steps) > 0 and not Path(path).exists():
-        return load_system(base, int(steps), resolution=resolution)
-    return load_system(path, resolution=resolution)
+        return open_system(base, int(steps), device=device, precision=precision, resolution=resolution)
+    return open_system(path, device=device, precision=precision, resolution=resolution)

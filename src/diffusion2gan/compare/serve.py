@@ -19,24 +19,42 @@ from diffusion2gan.compare.pictures import digest, make_pictures, system_of
 from diffusion2gan.compare.studio import Painter
 from diffusion2gan.compare.votes import Study, check_study
 from diffusion2gan.errors import UserError
+from diffusion2gan.evaluate.pictures import ImageFolder
+from diffusion2gan.evaluate.systems import System
 from diffusion2gan.runtime.progress import console
 
 LOOPBACK = "127.0.0.1"
 MAX_PROMPTS = 2000
 
 
-def serve_student(student: str, teacher: str | None, *, host: str, port: int, history: Path) -> None:
-    """Serves the student's page until it is interrupted. Raises UserError where gradio is missing or the port taken."""
+def serve_student(
+    student: str, teacher: str | None, *, host: str, port: int, history: Path, device: str = "cpu",
+    precision: str = "float32",
+) -> None:  # fmt: skip
+    """Serves the student's page until it is interrupted.
+
+    Raises UserError where gradio is missing, the port taken, or a folder of pictures is named, which makes none.
+    """
     with gradio_ready(host, port) as (_, place):
         from diffusion2gan.compare.pages import student_page
 
-        shown = system_of(student)
-        beside = None if teacher is None else Painter(system_of(teacher, shown.pixels[0]))  # from the same noise
-        launch(student_page(Painter(shown), beside, history), host, place)
+        shown = _maker(student, device, precision)
+        beside = None if teacher is None else Painter(_maker(teacher, device, precision, shown.pixels[0]))
+        launch(student_page(Painter(shown), beside, history), host, place)  # both from the same noise
+
+
+def _maker(path: str, device: str, precision: str, resolution: int | None = None) -> System:
+    system = system_of(path, device, precision, resolution)
+    if isinstance(system, ImageFolder):
+        raise UserError(
+            f"{path} is a folder of pictures and makes no new ones; name a pipeline (--vote takes pictures)"
+        )
+    return system
 
 
 def serve_vote(
-    pair: tuple[str, str], prompts: Sequence[str], votes: Path, *, host: str, port: int, seed: int
+    pair: tuple[str, str], prompts: Sequence[str], votes: Path, *, host: str, port: int, seed: int,
+    device: str = "cpu", precision: str = "float32",
 ) -> None:  # fmt: skip
     """Makes both systems' pictures of the prompts, then serves blind pairs; a vote is one line in `votes`.
 
@@ -49,7 +67,7 @@ def serve_vote(
     with gradio_ready(host, port) as (_, place):
         from diffusion2gan.compare.pages import vote_page
 
-        systems = {name: system_of(name) for name in pair}
+        systems = {name: system_of(name, device, precision) for name in pair}
         study = Study(*pair, digest([*(system.key for system in systems.values()), str(seed), *prompts]))
         check_study(votes, study)
         cache = votes.with_name(votes.name + ".pictures")

@@ -134,7 +134,7 @@ def protocol(columns: Sequence[Column]) -> str:
     name = told.get("name", _plain(told)) if isinstance(told, Mapping) else str(told)
     parts = [name, *(f"{key} {metrics[key]}" for key in ("count", "seed") if key in metrics)]
     level = metrics.get("interval_level")
-    parts += [f"{level:.0%} intervals"] if isinstance(level, float) else []
+    parts += [f"{100 * level:.3g} % intervals"] if isinstance(level, float) else []
     return ", ".join(part for part in parts if part)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusion2gan.errors import UserError, nearest
+from diffusion2gan.errors import UserError
 from diffusion2gan.evaluate import backbones, intervals, metrics
 from diffusion2gan.evaluate.coco import evaluate_coco
 from diffusion2gan.evaluate.features import (
@@ -25,6 +25,7 @@ from diffusion2gan.evaluate.features import (
 )
 from diffusion2gan.evaluate.pictures import (
     CHUNK,
+    MAX_DIVERSITY,
     MAX_NOISES,
     NOISE_SET,
     ImageFolder,
@@ -32,21 +33,19 @@ from diffusion2gan.evaluate.pictures import (
     make_by_ranks,
     middle,
     noise_seeds,
-    open_images,
+    open_system,
+    warn_few,
 )
-from diffusion2gan.evaluate.protocols import POCKET, PROTOCOLS, describe, read_captions
-from diffusion2gan.evaluate.systems import System, load_system
+from diffusion2gan.evaluate.protocols import POCKET, describe, protocol_of, read_captions
+from diffusion2gan.evaluate.systems import System, check_device, load_system
 from diffusion2gan.pairs.store import noise_of
 from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.images import to_uint8
-from diffusion2gan.runtime.progress import console
 from diffusion2gan.runtime.ranks import own_device, ranks
 
 HELD_OUT_WORLD = 1000  # + seed: captions and pictures that no training stage has seen
 PATCH = scenes.IMAGE_SIZE // 2  # pixels
-MAX_DISTANCE_RESAMPLES = 200  # of a Fréchet distance, which costs a thousand times what a mean does
-MAX_DIVERSITY = 256  # captions whose further noises are looked at
 
 Pictures = NDArray[np.uint8]
 
@@ -66,11 +65,8 @@ def evaluate(
         raise UserError(f"--count {count}: at least 2 pictures are needed")
     if not 0 <= seed < NOISE_SET:
         raise UserError(f"--seed {seed}: 0 to {NOISE_SET - 1}")
-    if not 1 <= num_noises <= MAX_NOISES:
-        raise UserError(f"--num-noises {num_noises}: 1 to {MAX_NOISES}")
     system = open_system(name, num_inference_steps, guidance_scale)
-    if num_noises > 1 and isinstance(system, ImageFolder):
-        raise UserError(f"{name} is a folder with one picture a caption; leave --num-noises out")
+    _check_noises(system, num_noises)
     teacher = load_system("pocket-teacher")
     prompts = scenes.captions(range(count), HELD_OUT_WORLD + seed)
     more = [(system, prompts[:MAX_DIVERSITY], nth) for nth in range(1, num_noises)]
@@ -92,28 +88,34 @@ def evaluate_published(
     inception: Path | None = None, clip: str | None = None, dinov2: str | None = None, seed: int = 0,
     num_inference_steps: int | None = None, guidance_scale: float | None = None, device: str = "cpu",
     precision: str = "float32", batch_size: int = 1, num_resamples: int = intervals.NUM_RESAMPLES,
+    teacher: str | None = None, num_noises: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """A system's numbers by a COCO protocol; see `coco.evaluate_coco` for what each feature network tells.
 
     Under torchrun the ranks share the pictures, each on its own GPU, and all but the first then return nothing. Raises
     UserError at an unknown protocol, another captions list, or files that are missing.
     """
-    if protocol not in PROTOCOLS or protocol == POCKET.name:
-        raise UserError(f"no such protocol: {protocol!r}{nearest(protocol, PROTOCOLS)}")
-    chosen = PROTOCOLS[protocol]
-    assert chosen.count is not None
+    chosen = protocol_of(protocol)
+    if chosen.count is None:
+        raise UserError(f"--protocol {protocol} makes its own captions; evaluate it without --captions")
     prompts = read_captions(captions, chosen.count, captions_sha256)
     device = device if ranks().first else own_device(device)
+    check_device(device)
     spaces = {
         "inception": backbones.inception(inception, device=device) if inception else None,
         "clip": backbones.clip(clip, device) if clip else None,
         "dinov2": backbones.dinov2(dinov2, device) if dinov2 else None,
     }
     system = open_system(name, num_inference_steps, guidance_scale, device, precision)
-    if not make_by_ranks([(system, prompts, 0)], seed, cache, batch_size):
+    _check_noises(system, num_noises)
+    beside = open_system(teacher, device=device, precision=precision) if teacher else None
+    orders = [(system, prompts, 0), *([(beside, prompts, 0)] if beside else [])]
+    orders += [(system, prompts[:MAX_DIVERSITY], nth) for nth in range(1, num_noises)]
+    if not make_by_ranks(orders, seed, cache, batch_size):
         return {}
     measured = evaluate_coco(
         system, chosen, prompts, reference, cache, seed=seed, batch_size=batch_size, num_resamples=num_resamples,
+        teacher=beside, num_noises=num_noises,
         **spaces,  # type: ignore[arg-type]
     )  # fmt: skip
     return measured | _settings(system, prompts, seed)
@@ -122,18 +124,11 @@ def evaluate_published(
 WEIGHTS = ("clip_weights_sha256", "probe_weights_sha256")
 
 
-def open_system(
-    name: str, num_inference_steps: int | None = None, guidance_scale: float | None = None, device: str = "cpu",
-    precision: str = "float32",
-) -> System | ImageFolder:  # fmt: skip
-    """A system by `load_system`, or a folder of pictures: FOLDER or NAME=FOLDER without a model_index.json."""
-    label, equals, path = name.partition("=")
-    folder = Path(path if equals else name)
-    if folder.is_dir() and not (folder / "model_index.json").exists() and "+" not in name:
-        if (num_inference_steps, guidance_scale) != (None, None):
-            raise UserError(f"{folder} is a folder of pictures: it takes neither steps nor guidance")
-        return open_images(label, folder)
-    return load_system(name, num_inference_steps, guidance_scale, device, precision)
+def _check_noises(system: System | ImageFolder, num_noises: int) -> None:
+    if not 1 <= num_noises <= MAX_NOISES:
+        raise UserError(f"--num-noises {num_noises}: 1 to {MAX_NOISES}")
+    if num_noises > 1 and isinstance(system, ImageFolder):
+        raise UserError(f"{system.name} is a folder with one picture a caption; leave --num-noises out")
 
 
 def _settings(system: System | ImageFolder, prompts: Sequence[str], seed: int) -> dict[str, Any]:
@@ -173,7 +168,7 @@ def measure(
     seen, there = pairs["frechet_distance"]
     metrics.check_features(seen, "probe")
     metrics.check_features(ours.image_embeds, "CLIP")
-    warn_few(len(pictures), seen.shape[1])
+    warn_few(len(pictures), seen.shape[1], f"take --count {seen.shape[1] + 1} or more")
     right, by_caption = _attributes(attributes_of_each(probe, pictures, prompts))
     texts = clip.texts(prompts)
     told: dict[str, Any] = {
@@ -181,9 +176,13 @@ def measure(
         "clip_score": metrics.clip_score(ours.image_embeds, texts),
         **right,
         "same_noise_distance": metrics.same_noise_distance(ours.patches, theirs.patches),
-        "kernel_distance": metrics.kernel_distance(seen, there),
-        "cmmd": metrics.cmmd(ours.image_embeds, truth.image_embeds),
     }
+    kernels = {
+        "kernel_distance": (metrics.kernel_distances, seen, there),
+        "cmmd": (metrics.cmmds, ours.image_embeds, truth.image_embeds),
+    }
+    numbers, spans = intervals.of_kernels(kernels, paired=True, num_resamples=num_resamples)
+    told |= numbers
     by_caption["clip_score"] = (metrics.cosine(ours.image_embeds, texts), None)
     by_caption["same_noise_distance"] = (metrics.patch_distance(ours.patches, theirs.patches), None)
     if len(pictures) > metrics.NEAREST_DENSITY:
@@ -195,7 +194,7 @@ def measure(
         told |= {"diversity": float(spread.mean()), "diversity_count": len(several), "num_noises": several.shape[1]}
         by_caption["diversity"] = (spread, None)
     if num_resamples:
-        told |= intervals_of(pairs, by_caption, num_resamples)
+        told |= intervals_of(pairs, by_caption, spans, num_resamples)
     return told | {"clip_weights_sha256": clip.sha256, "probe_weights_sha256": probe_sha256()}
 
 
@@ -213,19 +212,19 @@ def _attributes(rows: list[dict[str, list[bool]]]) -> tuple[dict[str, Any], dict
 
 def intervals_of(
     pairs: dict[str, tuple[metrics.Features, metrics.Features]], by_caption: dict[str, tuple[Any, Any]],
-    num_resamples: int,
+    found: dict[str, intervals.Interval], num_resamples: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """`intervals`: name → [low, high] of Fréchet distances between `pairs` and of means over captions."""
+    """`intervals`: name → [low, high] of Fréchet distances between `pairs`, of means over captions, and `found`."""
 
     def distance(a: metrics.Features, b: metrics.Features) -> intervals.Interval:
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         point = metrics.frechet_distance(a, b)
         return intervals.bootstrap(
             lambda rows: metrics.frechet_distance_of_moments(metrics.Moments.of(a[rows]), metrics.Moments.of(b[rows])),
-            len(a), num_resamples=min(num_resamples, MAX_DISTANCE_RESAMPLES), point=point,
+            len(a), num_resamples=min(num_resamples, intervals.MAX_DISTANCE_RESAMPLES), point=point,
         )  # fmt: skip
 
-    found = {key: distance(a, b) for key, (a, b) in pairs.items()}
+    found = {key: distance(a, b) for key, (a, b) in pairs.items()} | found
     for key, (values, weights) in by_caption.items():
         found[key] = intervals.bootstrap_mean(values, weights, num_resamples=num_resamples)
     return {
@@ -240,15 +239,6 @@ def _patches_of(clip: PocketClip, several: Pictures) -> metrics.Features:
     num, each = several.shape[:2]
     found: ClipFeatures = clip.images(several.reshape(num * each, *several.shape[2:]))
     return found.patches.reshape(num, each, *found.patches.shape[1:])
-
-
-def warn_few(count: int, dimension: int) -> None:
-    """Says so where there are fewer pictures than features have numbers."""
-    if count <= dimension:
-        console.print(
-            f"warning: {count} pictures for features of {dimension} numbers: their covariance is singular, and the "
-            f"Fréchet distance mostly tells how few they are. Take --count {dimension + 1} or more.", soft_wrap=True,
-        )  # fmt: skip
 
 
 def real_pictures(count: int, seed: int) -> Pictures:

@@ -105,13 +105,25 @@ def kernel_distance(a: Features, b: Features) -> float:
     Over all rows at once, where others average over random subsets of 1 000: the same expectation with less variance
     and no randomness. May be slightly negative. Raises UserError with fewer than two rows a side.
     """
+    return float(kernel_distances(a, b, np.ones((1, len(a))), np.ones((1, len(b))))[0])
+
+
+def kernel_distances(a: Features, b: Features, times_a: Features, times_b: Features) -> Features:
+    """[R]: KIDs of R resamples, in which row i of `a` counts times_a[r, i] times ([R, N]), of `b` times_b ([R, M]).
+
+    One pass over the kernel's table, whatever R is; R may be 1 on one side. No picture is compared with itself, nor
+    with its own repeats.
+    """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if min(len(a), len(b)) < 2:
         raise UserError(f"the kernel distance needs two pictures a side, got {len(a)} and {len(b)}; raise --count")
-    within = [
-        (_sum(_cubic(x, x)) - _sum(_cubic_diagonal(x))) / (len(x) * (len(x) - 1)) for x in (a, b)
-    ]  # a picture is not compared with itself
-    return float(sum(within) - 2 * _sum(_cubic(a, b)) / (len(a) * len(b)))
+    within = []
+    for x, times in ((a, times_a), (b, times_b)):
+        alone = np.square(times) @ (np.square(x).sum(1) / x.shape[1] + 1) ** 3
+        num_pairs = np.square(times.sum(1)) - np.square(times).sum(1)  # 0 where one row is all that was drawn
+        within.append((_weighted(_cubic(x, x), times, times) - alone) / np.maximum(num_pairs, 1))
+    across = _weighted(_cubic(a, b), times_a, times_b) / (times_a.sum(1) * times_b.sum(1))
+    return np.asarray(sum(within) - 2 * across)
 
 
 def cmmd(a: Features, b: Features) -> float:
@@ -119,21 +131,31 @@ def cmmd(a: Features, b: Features) -> float:
 
     `a` [N, D], `b` [M, D]: CLIP embeddings; they are brought to unit length here, as its authors do.
     """
+    return float(cmmds(a, b, np.ones((1, len(a))), np.ones((1, len(b))))[0])
+
+
+def cmmds(a: Features, b: Features, times_a: Features, times_b: Features) -> Features:
+    """[R]: CMMDs of R resamples, as `kernel_distances`."""
     a, b = (_unit(np.asarray(x, np.float64)) for x in (a, b))
-    within = [_sum(_gaussian(x, x)) / len(x) ** 2 for x in (a, b)]
-    return float(1000 * (sum(within) - 2 * _sum(_gaussian(a, b)) / (len(a) * len(b))))
+    parts = [
+        _weighted(_gaussian(x, y), s, t) / (s.sum(1) * t.sum(1))
+        for x, y, s, t in ((a, a, times_a, times_a), (b, b, times_b, times_b), (a, b, times_a, times_b))
+    ]
+    return np.asarray(1000 * (parts[0] + parts[1] - 2 * parts[2]))
 
 
-def _sum(blocks: Iterator[Features]) -> float:
-    return float(sum(float(block.sum()) for block in blocks))
+def _weighted(blocks: Iterator[Features], times_a: Features, times_b: Features) -> Features:
+    """[R]: Σ times_a[r, i] · table[i, j] · times_b[r, j], the table given in blocks of its rows."""
+    total, start = np.zeros(len(times_a)), 0
+    for block in blocks:
+        rows = times_a[:, start : start + len(block)]
+        total += (rows @ block * times_b).sum(1)
+        start += len(block)
+    return total
 
 
 def _cubic(a: Features, b: Features) -> Iterator[Features]:
     yield from ((a[i : i + BLOCK] @ b.T / a.shape[1] + 1) ** 3 for i in range(0, len(a), BLOCK))
-
-
-def _cubic_diagonal(a: Features) -> Iterator[Features]:
-    yield (np.square(a).sum(1) / a.shape[1] + 1) ** 3
 
 
 def _gaussian(a: Features, b: Features, sigma: float = 10.0) -> Iterator[Features]:
@@ -226,6 +248,11 @@ def clip_score(image_embeds: Features, text_embeds: Features) -> float:
 def patch_distance(a: Features, b: Features) -> Features:
     """[N]: 1 − cosine, averaged over the patches of features [N, P, D]: DreamSim's form, with the features given."""
     return np.asarray(1 - cosine(a, b).mean(-1))
+
+
+def cosine_distance(a: Features, b: Features) -> Features:
+    """[N]: 1 − cosine of corresponding rows [N, D]: DreamSim's distance, with the embeddings given."""
+    return np.asarray(1 - cosine(a, b))
 
 
 def same_noise_distance(a: Features, b: Features) -> float:

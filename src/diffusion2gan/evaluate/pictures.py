@@ -14,17 +14,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.evaluate.systems import System
+from diffusion2gan.evaluate.systems import System, load_system
 from diffusion2gan.pairs.store import noise_of, pair_seed
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256
-from diffusion2gan.runtime.progress import Bar
+from diffusion2gan.runtime.progress import Bar, console
 from diffusion2gan.runtime.ranks import ranks, ranks_connected
 from diffusion2gan.runtime.stop import stop_signal
 
 NOISE_SET = 128  # + seed: noises that no set of pairs with a seed below 128 has
 NOISE_STRIDE = 2**18  # caption i's k-th noise is number i + k · NOISE_STRIDE of its set
 MAX_NOISES = 64
+MAX_DIVERSITY = 256  # captions whose further noises are looked at
 CHUNK = 64
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -47,13 +48,17 @@ class ImageFolder:
 
     def read(self, indices: Sequence[int]) -> list[Pictures]:
         """[H, W, 3] each. Raises UserError where an index has no picture, or it cannot be read."""
+        self.check(indices)
+        return [read_image(self.files[i]) for i in indices]
+
+    def check(self, indices: Sequence[int]) -> None:
+        """Raises UserError where an index has no picture."""
         missing = [i for i in indices if i not in self.files]
         if missing:
             raise UserError(
                 f"{self.name} has no picture of caption {missing[0]}; a file's number is its caption's, from 0: "
-                f"000000.png is caption 0's. It has {len(self.files)} pictures."
+                f"000000.png is caption 0's. It has {len(self.files)} pictures, and {len(indices)} are asked for."
             )
-        return [read_image(self.files[i]) for i in indices]
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -82,6 +87,20 @@ def open_images(name: str, folder: Path) -> ImageFolder:
         found[index] = path
     told = "".join(f"{index}:{sha256(path)}\n" for index, path in sorted(found.items()))
     return ImageFolder(name, found, hashlib.sha256(told.encode()).hexdigest()[:16])
+
+
+def open_system(
+    name: str, num_inference_steps: int | None = None, guidance_scale: float | None = None, device: str = "cpu",
+    precision: str = "float32", resolution: int | None = None,
+) -> System | ImageFolder:  # fmt: skip
+    """A system by `load_system`, or a folder of pictures: FOLDER or NAME=FOLDER without a model_index.json."""
+    label, equals, path = name.partition("=")
+    folder = Path(path if equals else name)
+    if folder.is_dir() and not (folder / "model_index.json").exists() and "+" not in name:
+        if (num_inference_steps, guidance_scale) != (None, None):
+            raise UserError(f"{folder} is a folder of pictures: it takes neither steps nor guidance")
+        return open_images(label, folder)
+    return load_system(name, num_inference_steps, guidance_scale, device, precision, resolution)
 
 
 def read_image(path: Path) -> Pictures:
@@ -113,6 +132,15 @@ def middle(pictures: Pictures, side: int) -> Pictures:
     return pictures[:, top : top + side, left : left + side]
 
 
+def warn_few(count: int, dimension: int, remedy: str) -> None:
+    """Says so where there are fewer pictures than features have numbers."""
+    if count <= dimension:
+        console.print(
+            f"warning: {count} pictures for features of {dimension} numbers: their covariance is singular, and the "
+            f"Fréchet distance mostly tells how few they are; {remedy}.", soft_wrap=True,
+        )  # fmt: skip
+
+
 def noise_seeds(seed: int, indices: Sequence[int], nth: int = 0) -> list[int]:
     """The seed of each caption's `nth` noise: depends on the caption's index alone."""
     return [pair_seed(NOISE_SET + seed, nth * NOISE_STRIDE + i) for i in indices]
@@ -128,6 +156,12 @@ def chunks(
     """
     folder = cache / (f"{system.key}-{seed}" + (f"-noise{nth}" if nth else ""))
     starts = range(0, len(prompts), CHUNK)[share[0] :: share[1]]
+    if isinstance(system, ImageFolder):
+        system.check(range(len(prompts)))  # before an hour of features, not after
+        if len(system.files) > len(prompts):
+            console.print(
+                f"{system.name}: {len(system.files)} pictures, and those of {len(prompts)} captions are taken"
+            )
     total = sum(len(prompts[start : start + CHUNK]) for start in starts)
     with stop_signal() as stopped, Bar(f"pictures of {system.name}", total) as bar:
         for start in starts:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import UserError, nearest
 from diffusion2gan.runtime.files import read_json
 
 
@@ -31,6 +31,7 @@ class Protocol:
     patch: int
 
 
+TEACHER = "same_noise_teacher"  # of metrics.json: the key of the system that same-noise distances are taken to
 PER_CAPTION = "CPU generator per caption, seed (128 + seed)·2^24 + caption index"
 CENTRE_LANCZOS = "largest centre square, Lanczos (Pillow)"
 CLEAN = "Inception: bicubic (Pillow), rounded to 8 bit; CLIP, DINOv2: as their own preprocessor_config.json says"
@@ -43,6 +44,13 @@ COCO2014 = Protocol(
 )
 COCO2017 = Protocol("coco2017-5k", 5_000, 256, CENTRE_LANCZOS, "all of val2017, resized alike", CLEAN, PER_CAPTION, 128)
 PROTOCOLS = {protocol.name: protocol for protocol in (POCKET, COCO2014, COCO2017)}
+
+
+def protocol_of(name: str) -> Protocol:
+    """Raises UserError at an unknown name: it tells the nearest."""
+    if name not in PROTOCOLS:
+        raise UserError(f"no such protocol: {name!r}{nearest(name, PROTOCOLS)}")
+    return PROTOCOLS[name]
 
 
 def read_captions(path: Path, count: int, sha256: str | None = None) -> list[str]:
@@ -121,6 +129,12 @@ def check_same(metrics: Mapping[str, Mapping[str, Any]]) -> None:
     names = list(metrics)
     for name in names[1:]:
         first, other = metrics[names[0]], metrics[name]
+        teachers = [one[TEACHER] for one in (first, other) if TEACHER in one]
+        if len(set(teachers)) > 1:
+            raise UserError(
+                f"{names[0]} and {name} were held against different teachers ({teachers[0]} and {teachers[1]}): their "
+                "same-noise distances do not compare. Measure one of them again with the other's --teacher."
+            )
         if first.get("protocol_sha256") == other.get("protocol_sha256"):
             continue
         a, b = (_flat(m.get("protocol_settings") or {"name": "none"}) for m in (first, other))

@@ -166,7 +166,13 @@ def load_system(
     pixels, its own if not given; a student has that of its pairs. Raises UserError where the folder is no supported
     pipeline, the row is unknown, or a system is asked for steps or a size it is not made for.
     """
+    check_device(device)
     row, equals, path = name.partition("=")
+    if near := "" if equals or name in POCKET or Path(name).exists() else nearest(name, POCKET):
+        raise UserError(
+            f"{name} is not a folder{near}. Or give a folder that `DiffusionPipeline.save_pretrained` wrote; models of "
+            "a hub are downloaded first, nothing here does it."
+        )
     if equals and ROW.fullmatch(row):
         system = _published(name, row, path, num_inference_steps, guidance_scale)
     elif (sized := AT_SIZE.fullmatch(name)) and not Path(name).exists():
@@ -223,6 +229,17 @@ def size_of_pairs(folder: Path) -> tuple[int, int] | None:
         return None
     _, height, width = read_json(path)["pairs"]["latent_shape"]
     return int(height), int(width)
+
+
+def check_device(name: str) -> None:
+    """Raises UserError where torch knows no such device, or this machine has none."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"--device {name} cannot be used here ({why}); name cpu, or one that this torch finds"
+        ) from error
 
 
 def _published(name: str, row_name: str, path: str, steps: int | None, guidance_scale: float | None) -> System:

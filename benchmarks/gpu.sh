@@ -35,7 +35,7 @@ fi
 part_1() { # issue: the distance
   for size in "${sizes[@]}"; do
     bench loss_cost --size "$size" "${device[@]}" "${loss[@]}"
-    bench loss_cost --size "$size" "${device[@]}" "${loss[@]}" "${dtype[@]}" ${TINY:---compile}
+    [ ${#dtype[@]} -eq 0 ] || bench loss_cost --size "$size" "${device[@]}" "${loss[@]}" "${dtype[@]}" --compile
   done
 }
 

@@ -190,7 +190,9 @@ def jobs(base: Path, teacher: Path) -> list[Job]:
     def cut(out: Path) -> list[object]:
         return [*fit(out), "--set", "strategy=fsdp"]
 
-    measure = ("evaluate", teacher, "--count", 8, "--num-inference-steps", 1, "--guidance-scale", 0)
+    measure = (
+        "evaluate", teacher, "--count", 8, "--num-inference-steps", 1, "--guidance-scale", 0, "--num-resamples", 5,
+    )  # fmt: skip
     return [
         Job("pairs", make, other_files), Job("pairs, two ranks", make, other_files, 2),
         Job("distill", fit, other_files), Job("distill, two ranks", fit, other_losses, 2),

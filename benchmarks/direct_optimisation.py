@@ -4,7 +4,8 @@
 
 Residual: pixel LPIPS between the decoded result and the decoded target, by the pocket's pixel network (Kang et al.
 2024 report .016 under LPIPS, .490 under LatentLPIPS, .001 under E-LatentLPIPS, on Stable Diffusion's latents). Writes
-docs/results/direct_optimisation.json and docs/images/direct_optimisation.png: targets above, one row a distance.
+docs/results/direct_optimisation.json, docs/images/direct_optimisation.png (targets above, one row a distance) and
+docs/images/direct_optimisation.svg (residual against step; `--redraw` makes it from the results alone).
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lines
 import torch
 from torch import Tensor
 
 from diffusion2gan.evaluate.evaluate import HELD_OUT_WORLD
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, PixelLPIPS
 from diffusion2gan.pocket import scenes
-from diffusion2gan.runtime.files import write_image, write_json
+from diffusion2gan.runtime.files import read_json, write_image, write_json
 from diffusion2gan.runtime.images import sheet
 from diffusion2gan.runtime.progress import Bar
 from diffusion2gan.teacher.autoencoder import decode, encode, load_vae
 
 DOCS = Path(__file__).parent.parent / "docs"
+RESULTS = DOCS / "results" / "direct_optimisation.json"
+CURVES = DOCS / "images" / "direct_optimisation.svg"
 FAMILIES = ("blit", "geometric", "color", "cutout", "geometric+cutout")
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -62,12 +66,23 @@ def optimise(distance: Distance, target: Tensor, steps: int, peak_lr: float, res
     }  # fmt: skip
 
 
+def draw_curves(rows: dict[str, Any]) -> None:
+    series = {name: row["curve"] for name, row in rows.items()}
+    lines.draw(
+        CURVES, [lines.panel("residual: pixel LPIPS to the target", series, 1e-4, 10, logarithmic=True)], "steps"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--targets", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--peak-lr", type=float, default=0.05)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--peak-lr", type=float, default=0.1)
+    parser.add_argument("--redraw", action="store_true", help="the curves alone, from the results that are there")
     args = parser.parse_args()
+    if args.redraw:
+        draw_curves(read_json(RESULTS)["rows"])
+        return
     vae = load_vae("pocket")
     pixel = PixelLPIPS.from_pretrained("pocket", vae)
     target = encode(vae, scenes.draw(range(args.targets), HELD_OUT_WORLD).images)
@@ -83,7 +98,8 @@ def main() -> None:
         "command": f"python benchmarks/direct_optimisation.py {settings}", "gpu": "not measured",
         "device": f"CPU, {torch.get_num_threads()} threads", "rows": rows,
     }  # fmt: skip
-    write_json(DOCS / "results" / "direct_optimisation.json", result)
+    write_json(RESULTS, result)
+    draw_curves(rows)
     write_image(DOCS / "images" / "direct_optimisation.png", sheet(torch.cat(pictures), args.targets).save)
     for name, row in rows.items():
         print(f"{name:32} residual {row['residual']:.4f}  latent MSE {row['latent_mse']:.4f}  {row['seconds']:.0f} s")

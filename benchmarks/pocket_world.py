@@ -1,8 +1,8 @@
-"""The pocket world measured: scenes a second, VAE, probe on real renderings, teacher at 50 steps and at one.
+"""The pocket world measured: scenes a second, VAE, probe on real renderings, teacher at 50 steps and at one, student.
 
     python benchmarks/pocket_world.py --count 1000 --work work/pocket_world
 
-Writes docs/results/pocket_world.json and the sheets docs/images/{scenes,vae,teacher}.png.
+Writes docs/results/pocket_world.json and the sheets docs/images/{scenes,vae,teacher,student}.png.
 """
 
 from __future__ import annotations
@@ -46,9 +46,14 @@ def vae_psnr(count: int = 256) -> tuple[float, torch.Tensor, torch.Tensor]:
     return float((10 * torch.log10(4 / errors)).mean()), images, decoded
 
 
+def measured(system: str, args: argparse.Namespace) -> dict[str, Any]:
+    return evaluate(system, count=args.count, seed=0, cache=args.work, num_noises=args.num_noises)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--num-noises", type=int, default=8, help="pictures a caption, for the diversity")
     parser.add_argument("--work", type=Path, default=Path("work/pocket_world"))
     args = parser.parse_args()
     pace = scenes_per_second()
@@ -56,14 +61,15 @@ def main() -> None:
     prompts = scenes.captions(range(args.count), HELD_OUT_WORLD)
     right = attributes_right(load_probe(), real_pictures(args.count, 0), prompts)
     result: dict[str, Any] = {
-        "command": f"python benchmarks/pocket_world.py --count {args.count}",
+        "command": f"python benchmarks/pocket_world.py --count {args.count} --num-noises {args.num_noises}",
         "device": f"CPU, {torch.get_num_threads()} threads",
         "gpu": "not measured",
         "scenes_per_second": pace,
         "vae_psnr_db": psnr,
         "probe_accuracy_on_real": share([answer for answers in right.values() for answer in answers]),
         "probe_accuracy_on_real_by_kind": {kind: share(answers) for kind, answers in right.items()},
-        "teacher": evaluate("pocket-teacher", count=args.count, seed=0, cache=args.work),
+        "teacher": measured("pocket-teacher", args),
+        "student": measured("pocket-student", args),
         "teacher_one_step": evaluate(
             "pocket-teacher", count=args.count, seed=0, cache=args.work, num_inference_steps=1
         ),
@@ -72,9 +78,10 @@ def main() -> None:
     write_image(DOCS / "images" / "scenes.png", sheet(images[:32], 8).save)
     pairs = torch.cat([torch.cat([images[i : i + 8], decoded[i : i + 8]]) for i in (0, 8)])
     write_image(DOCS / "images" / "vae.png", sheet(pairs, 8).save)
-    teacher = load_system("pocket-teacher")
-    shown = from_uint8(teacher.generate(prompts[:32], noise_of(range(32), teacher.latent_shape)))
-    write_image(DOCS / "images" / "teacher.png", sheet(shown, 8).save)
+    for name in ("teacher", "student"):  # the same noises
+        system = load_system(f"pocket-{name}")
+        shown = from_uint8(system.generate(prompts[:32], noise_of(range(32), system.latent_shape)))
+        write_image(DOCS / "images" / f"{name}.png", sheet(shown, 8).save)
     for key, value in result.items():
         print(f"{key}: {value}", file=sys.stdout)
 

@@ -84,7 +84,7 @@ def plan(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    run: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
     out: Annotated[Path, typer.Option(help="The pipeline folder to write.")],
     half: Annotated[bool, typer.Option("--half", help="float16 weights.")] = False,
 ) -> None:
@@ -169,6 +169,8 @@ def evaluate(
             guidance_scale=guidance_scale, device=device, precision=precision, batch_size=batch_size,
             num_resamples=num_resamples, teacher=teacher, num_noises=num_noises,
         )  # fmt: skip
+    if not metrics:  # under torchrun: another rank than the first, which measures
+        return
     job.save_metrics(out, metrics)
     for key, value in metrics.items():
         typer.echo(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")

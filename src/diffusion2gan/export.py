@@ -63,7 +63,8 @@ image = pipe("a prompt"{size}, num_inference_steps=1, guidance_scale=0).images[0
 def export(run: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes `out`, whole or not at all: a folder for `DiffusionPipeline.from_pretrained`, one step, no guidance.
 
-    An earlier export there is replaced. Raises UserError where `out` holds anything else.
+    `run`: its folder, or one of its checkpoints. An earlier export there is replaced. Raises UserError where `out`
+    holds anything else.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "diffusion2gan.json").is_file()):
         raise UserError(f"{out} is there already and is no export, so it is not replaced; choose another --out")

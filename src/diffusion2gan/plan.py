@@ -113,17 +113,22 @@ def forwards_per_pair(adversarial: bool) -> float:
 
 
 def _training(model: Model, gpu: Gpu, num_gpus: int, recipe: Recipe) -> dict[str, Any]:
-    """Compute, then one sum of float32 gradients a player, not overlapped with it: what `distill` does."""
+    """Compute, then one sum of float32 gradients a player, not overlapped with it: what `distill` does.
+
+    With strategy=fsdp each player's weights are gathered once a step too: half as much again.
+    """
     batch, adversarial = recipe.batch_size, recipe.adversarial_weight > 0
     flops = 2 * forwards_per_pair(adversarial) * model.forward_gmacs * 1e9 * batch / num_gpus
     compute_s = flops / (gpu.tflops * 1e12 * ASSUMED.utilisation)
     link = gpu.nvlink_gb_s if num_gpus <= GPUS_PER_NODE else gpu.network_gb_s
     rows_bytes = 4 * batch * prod(model.latent_shape)
     sent_bytes = (1 + adversarial) * 4 * model.parameters + rows_bytes
-    communication_s = 2 * (num_gpus - 1) / num_gpus * sent_bytes / (link * 1e9)
+    gathered_bytes = (1 + adversarial) * 4 * model.parameters if recipe.strategy == "fsdp" else 0.0
+    communication_s = (num_gpus - 1) / num_gpus * (2 * sent_bytes + gathered_bytes) / (link * 1e9)
     step_s = compute_s + communication_s
     pace, steps = batch / step_s, recipe.pairs_seen / batch
-    memory = memory_gib(model, batch // (num_gpus * recipe.accumulate), adversarial)
+    holders = num_gpus if recipe.strategy == "fsdp" else 1
+    memory = memory_gib(model, batch // (num_gpus * recipe.accumulate), adversarial, holders)
     return {
         "compute_s": compute_s, "communication_s": communication_s, "step_s": step_s,
         "efficiency": compute_s / step_s, "pairs_per_s": pace, "memory_gib_per_gpu": memory,
@@ -138,10 +143,15 @@ def reads_per_core(model: Model) -> float:
     return ASSUMED.reads_per_core * prod(MODELS["sd15"].latent_shape) / prod(model.latent_shape)
 
 
-def memory_gib(model: Model, rows: int, adversarial: bool) -> float:
-    """Of a replicated run: student with gradient, two moments and average, D with gradient and moments, and the
-    buffer of the sum, in float32; activations of `rows` pairs. The teacher's encoders are not counted."""
-    numbers = 5 + 4 * adversarial + 1
+def memory_gib(model: Model, rows: int, adversarial: bool, holders: int = 1) -> float:
+    """Student with gradient, two moments and average, D with gradient and moments, and the buffer of the sum, in
+    float32; activations of `rows` pairs. The teacher's encoders are not counted.
+
+    Cut over `holders` GPUs: a part of all that, and whole in a step both players, one's gradient, and the buffer.
+    """
+    numbers = 5 + 4 * adversarial + 1.0
+    if holders > 1:
+        numbers = (5 + 4 * adversarial) / holders + 1 + adversarial + 1 + 1
     return numbers * 4 * model.parameters / 2**30 + rows * model.activations_gib
 
 

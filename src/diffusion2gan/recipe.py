@@ -30,7 +30,7 @@ class Recipe(BaseModel):
     lora_targets: str = Field(
         "to_q+to_k+to_v+to_out.0", description="layers that a LoRA adds to, by the end of their names"
     )
-    start: str = Field("teacher", description="the student's weights at birth: the teacher's, or a run's folder")
+    start: str = Field("teacher", description="the student's weights at birth: the teacher's, or a run's")
     perceptual: str = Field("pocket", description="weights of the perceptual distance: `pocket` or a folder")
     loss: LossName = Field("e_latent_lpips", description="the regression loss between student and teacher latents")
     pseudo_huber_c: float = Field(0.03, gt=0, description="pseudo_huber's c, per latent number (iCT: 0.00054·√dims)")
@@ -67,7 +67,12 @@ class Recipe(BaseModel):
     device: str = Field("cpu", description="cpu, cuda, cuda:1, …")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, on cuda alone")
     seed: int = Field(0, ge=0, lt=2**31)
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="every rank holds all of both players; or, to save memory, its part of all weights"
+    )
     checkpoint_every_s: float = Field(60.0, gt=0)
+    keep_checkpoints: int = Field(1, ge=1, description="the newest, and so many less one before it")
+    keep_best: bool = Field(False, description="the checkpoint of the lowest running average of `loss` too")
     sample_every: int = Field(10_000, ge=1, description="pairs seen between sample sheets")
 
     @model_validator(mode="after")

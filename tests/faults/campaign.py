@@ -3,8 +3,9 @@
     python tests/faults/campaign.py --rounds 100        # or: make faults
 
 A round starts the command (in a fork, or two as ranks 0 and 1 of a run), kills it with SIGKILL after a random time
-within one whole run's, and runs the same command again until it is through. Writes docs/results/faults.json: rounds,
-kills that hit before the end, and what was lost: files that differ, largest difference of a loss, temporaries left.
+within one whole run's, and runs the same command again to its end. Writes docs/results/faults.json: rounds, kills that
+hit before the end, and what was lost: files that differ, largest difference of a loss, temporaries left. Other faults
+have tests of their own, named there by what they try.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from diffusion2gan import cli
 from diffusion2gan.distill import train
@@ -35,6 +37,30 @@ from diffusion2gan.pairs import check, store
 from diffusion2gan.pocket import models
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256, write_json
+from diffusion2gan.teacher.pipeline import load_teacher
+
+TIMED = {"seconds_per_image", "seconds_per_image_p90", "images_per_second", "peak_memory_bytes"}
+OTHER_FAULTS = {
+    "disk full": "tests/runtime/test_files.py::test_a_full_disk_is_a_failure, "
+    "test_a_full_disk_leaves_the_old_checkpoint",
+    "clock jumps": "tests/faults/test_faults.py::test_a_clock_that_jumps_changes_nothing",
+    "shard truncated": "tests/pairs/test_store.py::test_a_cut_off_shard_is_a_failure",
+    "shard bit-flipped": "tests/pairs/test_store.py::test_no_flipped_byte_passes_unnoticed",
+    "shard swapped between two sets": "tests/pairs/test_store.py::test_a_shard_of_another_set_is_refused",
+    "shard duplicated": "tests/pairs/test_check.py::test_a_duplicated_shard_is_told",
+    "newest checkpoint or recipe.json missing": "tests/distill/test_checkpoints.py::"
+    "test_going_back_to_an_earlier_one_gives_the_same_run",
+    "checkpoint damaged": "tests/runtime/test_checkpoint.py::test_a_damaged_checkpoint_is_a_failure",
+    "two processes writing one folder": "tests/runtime/test_lock.py, tests/distill/test_ranks.py::"
+    "test_preemption_ends_well_and_a_second_run_is_refused",
+    "a rank that hangs": "tests/distill/test_ranks.py::test_a_rank_that_hangs_is_named, "
+    "tests/evaluate/test_share.py::test_a_rank_that_never_comes_is_named",
+    "a rank killed under torchrun --max-restarts": "tests/distill/test_ranks.py::test_the_loss_of_a_rank_is_survived",
+    "NaN in one rank only": "tests/distill/test_ranks.py::test_any_number_of_ranks_is_the_same_update, "
+    "tests/distill/test_fsdp.py::test_memory_is_shared_and_nan_on_one_rank_skips_on_all",
+    "object store answers 500, or vanishes": "tests/runtime/test_places.py::test_faults_are_waited_out, "
+    "test_a_server_that_vanishes_for_ten_seconds",
+}
 
 LOADED = (cli, train, evaluate, export, check)  # before the forks, which then start at once
 OUT = Path(__file__).parents[2] / "docs" / "results" / "faults.json"
@@ -142,15 +168,16 @@ def other_losses(reference: Path, found: Path) -> list[str]:
 
 def other_metrics(reference: Path, found: Path) -> list[str]:
     a, b = (json.loads((f / "metrics.json").read_text()) for f in (reference, found))
-    return [f"{key} differs" for key in a if not key.startswith("seconds") and a[key] != b.get(key)]
+    return [f"{key} differs" for key in a if key not in TIMED and a[key] != b.get(key)]
 
 
 def jobs(base: Path, teacher: Path) -> list[Job]:
     pairs, run = base / "pairs", base / "run"
     more = ("--num-inference-steps", 2, "--guidance-scale", 1, "--shard-size", 4, "--batch-size", 2)
     settings = {
-        "teacher": teacher, "loss": "mse", "pairs_seen": 40, "batch_size": 4, "checkpoint_every_s": 1e-9,
-        "sample_every": 16,
+        "teacher": teacher, "loss": "mse", "pairs_seen": 32, "batch_size": 4, "checkpoint_every_s": 1e-9,
+        "sample_every": 16, "adversarial_weight": 0.5, "discriminator": "patch", "discriminator_warmup": 8,
+        "r1_every": 3, "keep_checkpoints": 3, "keep_best": "true",
     }  # fmt: skip
     sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
@@ -160,14 +187,29 @@ def jobs(base: Path, teacher: Path) -> list[Job]:
     def fit(out: Path) -> list[object]:
         return ["distill", "pocket", "--pairs", pairs, "--out", out, *sets]
 
-    measure = ("evaluate", teacher, "--count", 2, "--num-inference-steps", 1, "--guidance-scale", 0)
+    def cut(out: Path) -> list[object]:
+        return [*fit(out), "--set", "strategy=fsdp"]
+
+    measure = ("evaluate", teacher, "--count", 8, "--num-inference-steps", 1, "--guidance-scale", 0)
     return [
         Job("pairs", make, other_files), Job("pairs, two ranks", make, other_files, 2),
         Job("distill", fit, other_files), Job("distill, two ranks", fit, other_losses, 2),
+        Job("distill, two ranks, fsdp", cut, other_losses, 2),
         Job("export", lambda out: ["export", run, "--out", out], other_files),
         Job("evaluate", lambda out: [*measure, "--out", out / "metrics.json", "--cache", base / f"cache-{out.name}"],
             other_metrics),
     ]  # fmt: skip
+
+
+def tiny() -> Any:
+    """The pocket world's pipeline with a UNet that costs next to nothing."""
+    pipeline = models.pipeline()
+    pipeline.unet = UNet2DConditionModel(
+        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=96,
+        attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    return pipeline
 
 
 def main(rounds: int, out: Path, seed: int, note: str, only: list[str]) -> dict[str, Any]:
@@ -176,7 +218,8 @@ def main(rounds: int, out: Path, seed: int, note: str, only: list[str]) -> dict[
     with tempfile.TemporaryDirectory() as name:
         base, teacher = Path(name), Path(name) / "teacher"
         torch.manual_seed(0)
-        models.pipeline().save_pretrained(teacher, safe_serialization=True)
+        tiny().save_pretrained(teacher, safe_serialization=True)
+        load_teacher(str(teacher))  # what that imports, the forks then have
         every = jobs(base, teacher)
         for number, job in enumerate(every):
             if only and job.name not in only:
@@ -187,14 +230,23 @@ def main(rounds: int, out: Path, seed: int, note: str, only: list[str]) -> dict[
             campaign(job, place, rounds, random.Random(seed + number))
             told["sigkill"][job.name] = job.row
             lost = sum(len(row["lost"]) for row in told["sigkill"].values())
-            told |= {"lost": lost, "seed": seed, "pairs_format": store.PairsSpec.format, "note": note}
+            told |= {
+                "lost": lost,
+                "seed": seed,
+                "pairs_format": store.PairsSpec.format,
+                "note": note,
+                "other_faults": OTHER_FAULTS,
+            }
             write_json(out, told)
     return told
 
 
 def prepare(job: Job, base: Path, every: list[Job]) -> None:
     """What a job reads, made by the jobs before it."""
-    made_by = (("pairs", "pairs", ("distill", "distill, two ranks", "export")), ("distill", "run", ("export",)))
+    made_by = (
+        ("pairs", "pairs", tuple(job.name for job in every if job.name.startswith(("distill", "export")))),
+        ("distill", "run", ("export",)),
+    )
     for needed, name, users in made_by:
         if job.name in users and not (base / name).exists():
             whole(next(other for other in every if other.name == needed), base / name)

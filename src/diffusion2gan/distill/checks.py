@@ -25,7 +25,12 @@ def device_of(recipe: Recipe) -> torch.device:
 
 
 def check_ranks(recipe: Recipe, world: int) -> None:
-    """Raises UserError where the batch cannot be cut evenly over the ranks and their parts."""
+    """Raises UserError where the batch cannot be cut evenly over the ranks and their parts, or fsdp has one rank."""
+    if recipe.strategy == "fsdp" and world == 1:
+        raise UserError(
+            "strategy=fsdp cuts both players over several ranks, and this is one process. Start it under torchrun "
+            "--nproc-per-node N, or set strategy=ddp (to go on with a run: and --allow-change strategy)."
+        )
     share = recipe.batch_size // recipe.accumulate
     if share % world:
         fit = [str(n) for n in range(1, share + 1) if share % n == 0]

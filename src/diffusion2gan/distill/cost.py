@@ -14,7 +14,6 @@ from diffusion2gan.teacher.pipeline import Teacher
 
 Cost = dict[str, float | int | str]
 MIB = 2**20
-CHECKPOINTS = 2  # the new one is written before the old one goes
 
 
 def size_of(*modules: nn.Module | None) -> int:
@@ -51,12 +50,13 @@ def cost_of(run: Run, step: Callable[[], object], num_prompts: int, price_per_gp
     alone_s = seconds_of(run, step, 0) if alone else 0.0
     steps = -(-recipe.pairs_seen // recipe.batch_size)
     hours = (alone * alone_s + (recipe.pairs_seen - alone) * step_s) / recipe.batch_size / 3600
+    checkpoints = 1 + recipe.keep_checkpoints + recipe.keep_best  # the new one is written before an old one goes
     checkpoint = 4 * size_of(run.student.trained) + 3 * size_of(run.discriminator)
     cost: Cost = {
         "student_parameters": count_of(run.student.trained), "discriminator_parameters": count_of(run.discriminator),
         **{f"{part}_mib": round(bytes_ / MIB, 1) for part, bytes_ in memory.items()},
         "memory_without_activations_mib": round(sum(memory.values()) / MIB, 1),
-        "checkpoint_disk_mib": round(CHECKPOINTS * checkpoint / MIB, 1),
+        "checkpoint_disk_mib": round(checkpoints * checkpoint / MIB, 1),
         "prompts_disk_mib": round(prompts_disk(run.teacher, num_prompts, recipe) / MIB, 2),
         "steps": steps, "seconds_per_step": round(step_s, 3), "pairs_per_second": round(recipe.batch_size / step_s, 2),
         "hours": round(hours, 2),

@@ -13,44 +13,55 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.adversarial.discriminator import discriminator_of
+from diffusion2gan.distill import checkpoints
+from diffusion2gan.distill.checkpoints import CHECKPOINT
 from diffusion2gan.distill.health import Health
 from diffusion2gan.distill.student import Student
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe, parse_recipe
-from diffusion2gan.runtime import checkpoint
-from diffusion2gan.runtime.files import read_json, write_json
+from diffusion2gan.runtime import checkpoint, fsdp
+from diffusion2gan.runtime.background import Background
+from diffusion2gan.runtime.files import read_json, whole, write_json
 from diffusion2gan.runtime.ranks import Group, Ranks
 from diffusion2gan.teacher.pipeline import Teacher, load_teacher
 
-CHECKPOINT = "checkpoint.safetensors"
 BETAS, DISCRIMINATOR_BETAS = (0.9, 0.99), (0.0, 0.99)  # Adam's; no momentum where the target moves
 # Settings that may change between stopping and going on: they do not alter a single update.
-FREE_ON_RESUME = {"checkpoint_every_s", "sample_every"}
+FREE_ON_RESUME = {"checkpoint_every_s", "keep_best", "keep_checkpoints", "sample_every"}
 # Settings that change an update by rounding alone: allowed where they are named with --allow-change.
-HARMLESS = {"accumulate", "device", "gradient_checkpointing", "precision"}
+HARMLESS = {"accumulate", "device", "gradient_checkpointing", "precision", "strategy"}
 
 
 class Run:
-    """Everything a run carries from step to step. Without an adversarial weight there is no discriminator."""
+    """Everything a run carries from step to step. Without an adversarial weight there is no discriminator.
+
+    With strategy=fsdp both players, their optimisers and the average are cut over the ranks, but no LoRA.
+    """
 
     def __init__(self, recipe: Recipe, teacher: Teacher, group: Group | None = None) -> None:
         self.recipe, self.teacher, self.group = recipe, teacher, group or Group(Ranks())
         self.student = Student.of(recipe, teacher).train()
+        self.cut = recipe.strategy == "fsdp" and self.group.ranks.world > 1
+        if self.cut and recipe.lora_rank == 0:
+            fsdp.cut(self.student.trained, teacher.device)
         self.optimizer = torch.optim.AdamW(
             self.student.trained.parameters(), lr=recipe.learning_rate, betas=BETAS, weight_decay=recipe.weight_decay
         )
         self.ema = checkpoint.EMA(self.student.trained, recipe.ema_decay)
         self.discriminator = discriminator_of(recipe, teacher).train() if recipe.adversarial_weight > 0 else None
+        if self.cut and self.discriminator is not None:
+            fsdp.cut(self.discriminator, teacher.device)
         self.discriminator_optimizer = None if self.discriminator is None else torch.optim.Adam(
             self.discriminator.parameters(), lr=recipe.discriminator_learning_rate, betas=DISCRIMINATOR_BETAS
         )  # fmt: skip
         self.health = Health()
         self.pairs_seen = 0
+        self._saving = Background()
 
     def begin(self, weights: dict[str, Tensor]) -> None:
         """Gives the student other weights than the teacher's; its average starts there too."""
-        self.student.trained.load_state_dict(weights)
+        fsdp.load(self.student.trained, weights)
         self.ema = checkpoint.EMA(self.student.trained, self.recipe.ema_decay)
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -58,8 +69,11 @@ class Run:
         return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16")
 
     def save(self, folder: Path) -> None:
-        """Writes the checkpoint, whole or not at all; the first rank alone does, all have the same state."""
-        if not self.group.ranks.first:
+        """Writes a checkpoint, whole or not at all, while the caller goes on; `saved` waits for it.
+
+        The first rank writes, also what others have a part of: all must call.
+        """
+        if not (self.group.ranks.first or self.cut):
             return
         tensors = checkpoint.pack("student", self.student.trained) | checkpoint.pack_optimizer("adam", self.optimizer)
         tensors |= {f"ema/{key}": value for key, value in self.ema.shadow.items()}
@@ -67,16 +81,22 @@ class Run:
             tensors |= checkpoint.pack("discriminator", self.discriminator)
             tensors |= checkpoint.pack_optimizer("discriminator_adam", self.discriminator_optimizer)
         meta = {"pairs_seen": self.pairs_seen, "num_updates": self.ema.num_updates, "health": self.health.state()}
-        checkpoint.save(folder / CHECKPOINT, tensors, meta)
+        copied = fsdp.collected(tensors, self.group.ranks.first)
+        if self.group.ranks.first:
+            self._saving.start(lambda: checkpoints.write(folder, copied, meta, self.recipe))
+
+    def saved(self) -> None:
+        """Waits until the last checkpoint is written; raises what went wrong with it."""
+        self._saving.wait()
 
     def load(self, folder: Path) -> None:
         tensors, meta = checkpoint.load(folder / CHECKPOINT)
-        self.student.trained.load_state_dict(checkpoint.unpack("student", tensors))
+        fsdp.load(self.student.trained, checkpoint.unpack("student", tensors))
         checkpoint.unpack_optimizer("adam", self.optimizer, tensors)
-        shadow = checkpoint.unpack("ema", tensors)
-        self.ema.shadow = {key: value.to(self.teacher.device) for key, value in shadow.items()}
+        for key, value in checkpoint.unpack("ema", tensors).items():
+            self.ema.shadow[key] = fsdp.like(value.to(self.teacher.device), self.ema.shadow[key])
         if self.discriminator is not None and self.discriminator_optimizer is not None:
-            self.discriminator.load_state_dict(checkpoint.unpack("discriminator", tensors))
+            fsdp.load(self.discriminator, checkpoint.unpack("discriminator", tensors))
             checkpoint.unpack_optimizer("discriminator_adam", self.discriminator_optimizer, tensors)
         self.ema.num_updates, self.pairs_seen = meta["num_updates"], meta["pairs_seen"]
         if "health" in meta:  # runs of before it was kept have none
@@ -101,6 +121,7 @@ def open_run(run: Run, out: Path, spec: PairsSpec, allow_change: Sequence[str] =
     if wrong := [key for key in allow_change if key not in HARMLESS]:
         raise UserError(f"--allow-change {wrong[0]}: only {', '.join(sorted(HARMLESS))} may change in a run")
     path = out / "recipe.json"
+    checkpoints.check_lost(out)
     if run.recipe.start != "teacher" and not (out / CHECKPOINT).exists():
         run.begin(start_weights(run.recipe, run.teacher))
     described = {"recipe": run.recipe.model_dump(), "pairs": asdict(spec) | {"latent_shape": list(spec.latent_shape)}}
@@ -122,6 +143,8 @@ def open_run(run: Run, out: Path, spec: PairsSpec, allow_change: Sequence[str] =
     if (out / CHECKPOINT).exists():
         run.load(out)
     if run.group.ranks.first:
+        if run.pairs_seen:
+            checkpoints.keep(out, run.recipe)  # a kill may have come between the file and its other names
         _cut_log(out, run.pairs_seen)
 
 
@@ -131,7 +154,8 @@ def _cut_log(out: Path, pairs_seen: int) -> None:
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
         kept = [line for line in lines if json.loads(line)["pairs_seen"] <= pairs_seen]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        with whole(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept))
 
 
 def start_weights(recipe: Recipe, teacher: Teacher) -> dict[str, Tensor]:
@@ -164,14 +188,14 @@ def teacher_of(recipe: Recipe, device: str | torch.device = "cpu") -> Teacher:
     )
 
 
-def load_student(run_folder: Path) -> tuple[Teacher, dict[str, Tensor], dict[str, Any]]:
-    """The teacher, the student's averaged weights and the run's description. Raises UserError where there is no run."""
-    if not (run_folder / "recipe.json").is_file():
-        raise UserError(f"{run_folder} holds no run (recipe.json is missing); make one with diffusion2gan distill")
-    if not (run_folder / CHECKPOINT).is_file():
-        raise UserError(f"{run_folder} has no checkpoint yet; run its distill command until the first one is written")
+def load_student(run: Path) -> tuple[Teacher, dict[str, Tensor], dict[str, Any]]:
+    """The teacher, the student's averaged weights and the run's description, of a run's folder or one checkpoint in it.
+
+    Raises UserError where there is no run.
+    """
+    run_folder, file = checkpoints.find(run)
     described = read_json(run_folder / "recipe.json")
-    tensors, meta = checkpoint.load(run_folder / CHECKPOINT)
+    tensors, meta = checkpoint.load(file)
     recipe = parse_recipe(described["recipe"], str(run_folder))  # settings newer than the run have their defaults
     teacher = teacher_of(recipe)
     if teacher.revision != described["pairs"]["revision"]:

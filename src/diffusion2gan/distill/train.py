@@ -25,15 +25,17 @@ from diffusion2gan.adversarial.losses import (
     r1_penalty,
     student_loss,
 )
+from diffusion2gan.distill.checkpoints import CHECKPOINT
 from diffusion2gan.distill.checks import check_pairs, check_prompts, check_ranks, device_of
 from diffusion2gan.distill.cost import Cost, cost_of
 from diffusion2gan.distill.health import MAX_SKIPPED_IN_A_ROW, accuracy, latent_statistics, logit_means
 from diffusion2gan.distill.losses import Distance, distance_of
-from diffusion2gan.distill.run import CHECKPOINT, Run, open_run, teacher_of
+from diffusion2gan.distill.run import Run, open_run, teacher_of
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, read_shard
 from diffusion2gan.recipe import Recipe
+from diffusion2gan.runtime import fsdp
 from diffusion2gan.runtime.files import write_image
 from diffusion2gan.runtime.images import sheet
 from diffusion2gan.runtime.lock import claimed
@@ -64,7 +66,10 @@ def distill(recipe: Recipe, pairs: Place, out: Path, allow_change: Sequence[str]
         run = Run(recipe, teacher, group)
         open_run(run, out, reader.spec, allow_change)
         free_memory(run, pairs, reader.spec)
-        train(run, reader, distance, out)
+        try:
+            train(run, reader, distance, out)
+        finally:
+            run.saved()
 
 
 def train(run: Run, reader: PairReader, distance: Distance, out: Path) -> None:
@@ -127,6 +132,7 @@ def discriminator_step(run: Run, parts: list[Part]) -> dict[str, Any]:
     """One update of D on real latents and fakes, some of them mismatched; every `r1_every` steps with the penalty."""
     recipe, discriminator, optimizer = run.recipe, run.discriminator, run.discriminator_optimizer
     assert discriminator is not None and optimizer is not None
+    run.group.gather(run.student.trained, discriminator)
     generator = torch.Generator("cpu").manual_seed(step_seed(recipe.seed, run.pairs_seen, DISCRIMINATOR))
     fake, mixed = fakes(run, parts, generator)
     discriminator.requires_grad_(True)
@@ -185,6 +191,7 @@ def student_step(run: Run, parts: list[Part], distance: Distance) -> dict[str, A
     recipe = run.recipe
     felt_from = recipe.adversarial_from + recipe.discriminator_warmup
     weight = recipe.adversarial_weight if run.pairs_seen >= felt_from else 0.0
+    run.group.gather(run.student.trained, run.discriminator if weight > 0 else None)
     run.optimizer.zero_grad(set_to_none=True)
     total, gan, answers = torch.zeros(()), torch.zeros(()), []
     for part in parts:
@@ -264,7 +271,7 @@ def update(optimizer: Optimizer, parameters: Iterable[nn.Parameter], rate: float
     """Clips and steps; a gradient that is not finite changes nothing. Returns the norm before clipping."""
     for settings in optimizer.param_groups:
         settings["lr"] = rate
-    grad_norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    grad_norm = float(fsdp.whole(nn.utils.clip_grad_norm_(parameters, max_grad_norm)))
     if math.isfinite(grad_norm):
         optimizer.step()
     return grad_norm
@@ -324,12 +331,15 @@ def finite(value: Any) -> Any:
 @torch.no_grad()
 def write_samples(run: Run, out: Path, reader: PairReader) -> None:
     """A sheet of the averaged student above the teacher, same noises: out/samples/PAIRS_SEEN.png."""
-    if not run.group.ranks.first:
+    if not (run.group.ranks.first or run.cut):
         return
     pairs = reader.first(NUM_SAMPLES)
     noise = noise_of(pairs.seed, run.teacher.latent_shape).to(run.teacher.device)
     cond = run.teacher.encode(pairs.prompts)
-    ours = run.teacher.decode(run.with_ema(lambda: run.student(noise, cond)))
+    latents = run.with_ema(lambda: run.student(noise, cond))
+    if not run.group.ranks.first:
+        return
+    ours = run.teacher.decode(latents)
     theirs = run.teacher.decode(pairs.latents.to(run.teacher.device))
     picture: Image.Image = sheet(torch.cat([ours, theirs]), columns=len(pairs.prompts) // 2)
     write_image(out / "samples" / f"{run.pairs_seen:09d}.png", picture.save)

@@ -30,6 +30,7 @@ from diffusion2gan.evaluate.pictures import (
     NOISE_SET,
     ImageFolder,
     chunks,
+    make_by_ranks,
     middle,
     noise_seeds,
     open_system,
@@ -41,6 +42,7 @@ from diffusion2gan.pairs.store import noise_of
 from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.images import to_uint8
+from diffusion2gan.runtime.ranks import own_device, ranks
 
 HELD_OUT_WORLD = 1000  # + seed: captions and pictures that no training stage has seen
 PATCH = scenes.IMAGE_SIZE // 2  # pixels
@@ -55,8 +57,9 @@ def evaluate(
     """All metrics of system `name` on `count` held-out captions; pictures are kept in `cache` and reused.
 
     `name` may be a folder of pictures by caption index. With `num_noises` above 1 the first 256 captions get so many
-    pictures each, and `diversity` is told too. `num_resamples` = 0 leaves the intervals out. Raises UserError where the
-    system's pictures are not of the pocket world's size.
+    pictures each, and `diversity` is told too. `num_resamples` = 0 leaves the intervals out. Under torchrun the ranks
+    share the pictures, and all but the first then return nothing. Raises UserError where the system's pictures are not
+    of the pocket world's size.
     """
     if count < 2:
         raise UserError(f"--count {count}: at least 2 pictures are needed")
@@ -66,6 +69,9 @@ def evaluate(
     _check_noises(system, num_noises)
     teacher = load_system("pocket-teacher")
     prompts = scenes.captions(range(count), HELD_OUT_WORLD + seed)
+    more = [(system, prompts[:MAX_DIVERSITY], nth) for nth in range(1, num_noises)]
+    if not make_by_ranks([(system, prompts, 0), (teacher, prompts, 0), *more], seed, cache):
+        return {}
     pictures = render(system, prompts, seed, cache)
     reference = pictures if system.key == teacher.key else render(teacher, prompts, seed, cache)
     several = render_several(system, prompts[:MAX_DIVERSITY], seed, cache, num_noises) if num_noises > 1 else None
@@ -86,12 +92,14 @@ def evaluate_published(
 ) -> dict[str, Any]:  # fmt: skip
     """A system's numbers by a COCO protocol; see `coco.evaluate_coco` for what each feature network tells.
 
-    Raises UserError at an unknown protocol, another captions list, or files that are missing.
+    Under torchrun the ranks share the pictures, each on its own GPU, and all but the first then return nothing. Raises
+    UserError at an unknown protocol, another captions list, or files that are missing.
     """
     chosen = protocol_of(protocol)
     if chosen.count is None:
         raise UserError(f"--protocol {protocol} makes its own captions; evaluate it without --captions")
     prompts = read_captions(captions, chosen.count, captions_sha256)
+    device = device if ranks().first else own_device(device)
     check_device(device)
     spaces = {
         "inception": backbones.inception(inception, device=device) if inception else None,
@@ -100,9 +108,14 @@ def evaluate_published(
     }
     system = open_system(name, num_inference_steps, guidance_scale, device, precision)
     _check_noises(system, num_noises)
+    taught = open_system(teacher, device=device, precision=precision) if teacher else None
+    more = [(system, prompts[:MAX_DIVERSITY], nth) for nth in range(1, num_noises)]
+    orders = [(system, prompts, 0), *([(taught, prompts, 0)] if taught else []), *more]
+    if not make_by_ranks(orders, seed, cache, batch_size):
+        return {}
     measured = evaluate_coco(
         system, chosen, prompts, reference, cache, seed=seed, batch_size=batch_size, num_resamples=num_resamples,
-        teacher=open_system(teacher, device=device, precision=precision) if teacher else None, num_noises=num_noises,
+        teacher=taught, num_noises=num_noises,
         **spaces,  # type: ignore[arg-type]
     )  # fmt: skip
     return measured | _settings(system, prompts, seed)

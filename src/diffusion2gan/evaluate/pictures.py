@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import from_numpy
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluate.systems import System, load_system
@@ -19,6 +19,7 @@ from diffusion2gan.pairs.store import noise_of, pair_seed
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256
 from diffusion2gan.runtime.progress import Bar, console
+from diffusion2gan.runtime.ranks import ranks, ranks_connected
 from diffusion2gan.runtime.stop import stop_signal
 
 NOISE_SET = 128  # + seed: noises that no set of pairs with a seed below 128 has
@@ -175,6 +176,26 @@ def chunks(
             bar.advance(len(some))
 
 
+def make_by_ranks(
+    orders: Sequence[tuple[System | ImageFolder, Sequence[str], int]], seed: int, cache: Path, batch_size: int = CHUNK
+) -> bool:
+    """Under torchrun every rank makes its share of each order, (system, prompts, nth noise), and waits for the others.
+
+    Whether this process goes on to measure: the first rank alone, which then finds all pictures in `cache`.
+    """
+    here = ranks()
+    if here.world == 1:
+        return True
+    with ranks_connected(torch.device("cpu")) as group:
+        for system, prompts, nth in orders:
+            if isinstance(system, System):
+                share = (here.rank, here.world)
+                for _ in chunks(system, prompts, seed, cache, nth=nth, batch_size=batch_size, share=share):
+                    pass
+        group.meet()
+    return here.first
+
+
 def _made(system: System, prompts: list[str], seeds: list[int], path: Path, batch_size: int) -> Pictures:
     """The pictures in `path`; made and written first where there are none, or of other prompts."""
     if path.exists():
@@ -186,5 +207,5 @@ def _made(system: System, prompts: list[str], seeds: list[int], path: Path, batc
         for i in range(0, len(prompts), batch_size)
     ]
     pictures = np.concatenate(parts)
-    checkpoint.save(path, {"pictures": from_numpy(pictures)}, {"prompts": prompts})
+    checkpoint.save(path, {"pictures": torch.from_numpy(pictures)}, {"prompts": prompts})
     return pictures

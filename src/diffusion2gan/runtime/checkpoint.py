@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion2gan.errors import Failure, UserError
+from diffusion2gan.runtime import fsdp
 from diffusion2gan.runtime.files import whole
 
 
@@ -21,12 +22,21 @@ def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, {"meta": json.dumps(meta)})
 
 
+def meta(path: Path) -> dict[str, Any]:
+    """What `save` was given beside the tensors, without reading those; errors as `load`'s."""
+    return _read(path, tensors=False)[1]
+
+
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The reverse of `save`. Raises UserError where there is no such file, Failure where it is damaged."""
+    return _read(path, tensors=True)
+
+
+def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
-            meta = json.loads((file.metadata() or {}).get("meta", "{}"))
-            return {key: file.get_tensor(key) for key in file.keys()}, meta  # noqa: SIM118 (not a dict)
+            said = json.loads((file.metadata() or {}).get("meta", "{}"))
+            return {key: file.get_tensor(key) for key in file.keys() if tensors}, said  # noqa: SIM118 (not a dict)
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except (SafetensorError, ValueError) as error:
@@ -48,10 +58,12 @@ def pack_optimizer(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Ten
 
 
 def unpack_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in unpack(name, tensors).items():
         place, field = key.split("/")
-        state.setdefault(int(place), {})[field] = value
+        same = value.shape == parameters[int(place)].shape and value.ndim > 0
+        state.setdefault(int(place), {})[field] = fsdp.like(value, parameters[int(place)]) if same else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -1,7 +1,7 @@
 """Several processes under torchrun: which one this is, and the one thing they say to each other, a sum.
 
-Every rank holds the whole state and reads the same global batches; a step is each rank's rows of one, and the sum of
-the gradients. So a run does not depend on how many ranks there are.
+Every rank reads the same global batches; a step is each rank's rows of one, and the sum of the gradients. So a run does
+not depend on how many ranks there are, nor on whether each holds the whole state or a part of it (`runtime/fsdp.py`).
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from diffusion2gan.errors import Failure
+from diffusion2gan.runtime import fsdp
 
 TIMEOUT_S = float(os.environ.get("DIFFUSION2GAN_RANK_TIMEOUT_S", "600"))  # how long a rank may be late
+PATIENCE_S = 6 * TIMEOUT_S  # and with a share that nobody else waits for in between
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def own_device(name: str) -> str:
 
 
 class Group:
-    """The ranks of a run. `sum` is their only communication, once an optimiser step.
+    """The ranks of a run. `sum` is their only communication, once an optimiser step; with fsdp, `gather` before it.
 
     `wishes()` → (stop?, save?) is asked at every sum; `agreed` is true where any rank wished, on all ranks alike.
     """
@@ -66,32 +70,59 @@ class Group:
     def sum(self, module: nn.Module, extras: Sequence[Tensor]) -> list[Tensor]:
         """Adds up the gradients of `module` over the ranks, in place, and `extras`; returns the sums of those.
 
-        All travel in one float32 buffer. A gradient that no rank has stays None.
+        All travel in one float32 buffer. A gradient that no rank has stays None. A module that is cut over the ranks
+        is let go of, and each rank's part has its part of the sum.
         """
         if self.ranks.world == 1:
             return list(extras)
-        parameters = [p for p in module.parameters() if p.requires_grad]
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        parameters = list(named.values())
         device = parameters[0].device
         there = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
         wishes = torch.tensor([float(wish) for wish in self.wishes()], device=device)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         tensors = [there, wishes, *extras, *gradients]
         flat = torch.cat([x.detach().to(device, torch.float32).flatten() for x in tensors])
-        self._all_reduce(flat)
+        self._together(lambda: dist.all_reduce(flat))
         sums = [part.view(x.shape) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)]
-        for parameter, has, gradient in zip(parameters, sums[0].tolist(), sums[len(extras) + 2 :], strict=True):
-            parameter.grad = gradient.to(parameter.dtype) if has else None
+        for parameter in parameters:
+            parameter.grad = None
+        fsdp.let_go(module)
+        held = dict(module.named_parameters())
+        for name, has, gradient in zip(named, sums[0].tolist(), sums[len(extras) + 2 :], strict=True):
+            held[name].grad = fsdp.like(gradient.to(held[name].dtype), held[name]) if has else None
         stop, save = sums[1].tolist()
         self._agreed = (stop > 0, save > 0)
         return sums[2 : len(extras) + 2]
 
-    def _all_reduce(self, flat: Tensor) -> None:
+    def meet(self) -> None:
+        """Waits until every rank is here. Raises Failure, naming those that are not, after PATIENCE_S."""
+        if self.ranks.world == 1:
+            return
+        self._store.set(f"met/{self.ranks.rank}", "")
+        names = [f"met/{rank}" for rank in range(self.ranks.world)]
+        try:
+            self._store.wait(names, timedelta(seconds=PATIENCE_S))
+        except RuntimeError as error:
+            late = [name.removeprefix("met/") for name in names if not self._store.check([name])]
+            raise Failure(
+                f"rank {', '.join(late) or '?'} did not finish its share within {PATIENCE_S:.0f} s of this one. Look "
+                "at its machine; what is made is kept, the same command continues."
+            ) from error
+
+    def gather(self, *modules: nn.Module | None) -> None:
+        """Makes modules that are cut over the ranks whole, until `sum` has their gradients; others are so anyway."""
+        for module in modules:
+            if fsdp.is_cut(module):
+                self._together(partial(fsdp.gather, module))
+
+    def _together(self, exchange: Callable[[], object]) -> None:
         """Raises Failure, naming the ranks that did not come, after TIMEOUT_S."""
         self._count += 1
         self._store.set(f"sum/{self.ranks.rank}", str(self._count))
         start = time.monotonic()
         try:
-            dist.all_reduce(flat)
+            exchange()
         except RuntimeError as error:
             waited = f"after {time.monotonic() - start:.0f} s"
             counts = {rank: self._count_of(rank) for rank in range(self.ranks.world)}
@@ -114,7 +145,12 @@ def ranks_connected(device: torch.device) -> Iterator[Group]:
         yield Group(here)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT_S))
+    timeout = timedelta(seconds=TIMEOUT_S)
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    # torchrun keeps one store for all its restarts: without a prefix, ranks find the addresses of dead ones
+    # (https://github.com/pytorch/pytorch/issues/135712).
+    store = dist.distributed_c10d.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     try:
         yield Group(here, dist.distributed_c10d._get_default_store())
     finally:

@@ -18,6 +18,7 @@ import platform
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,11 @@ CLOCK = """() => {
 }"""  # noqa: E501
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextmanager
 def served(folder: Path, *argv: str) -> Iterator[tuple[str, float]]:
     """`diffusion2gan serve ARGV…` in `folder`: its address, and the seconds from the command to the page's being there.
@@ -69,7 +75,7 @@ def served(folder: Path, *argv: str) -> Iterator[tuple[str, float]]:
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder)
     try:
-        while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
+        while not ((found := re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text())) and listens(int(found[1]))):
             if process.poll() is not None or time.perf_counter() - start > WAIT_MS / 1000:
                 raise SystemExit(f"serve did not start:\n{log.read_text()}")
             time.sleep(0.05)

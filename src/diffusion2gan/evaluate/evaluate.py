@@ -108,14 +108,14 @@ def evaluate_published(
     }
     system = open_system(name, num_inference_steps, guidance_scale, device, precision)
     _check_noises(system, num_noises)
-    beside = open_system(teacher, device=device, precision=precision) if teacher else None
-    orders = [(system, prompts, 0), *([(beside, prompts, 0)] if beside else [])]
-    orders += [(system, prompts[:MAX_DIVERSITY], nth) for nth in range(1, num_noises)]
+    taught = open_system(teacher, device=device, precision=precision) if teacher else None
+    more = [(system, prompts[:MAX_DIVERSITY], nth) for nth in range(1, num_noises)]
+    orders = [(system, prompts, 0), *([(taught, prompts, 0)] if taught else []), *more]
     if not make_by_ranks(orders, seed, cache, batch_size):
         return {}
     measured = evaluate_coco(
         system, chosen, prompts, reference, cache, seed=seed, batch_size=batch_size, num_resamples=num_resamples,
-        teacher=beside, num_noises=num_noises,
+        teacher=taught, num_noises=num_noises,
         **spaces,  # type: ignore[arg-type]
     )  # fmt: skip
     return measured | _settings(system, prompts, seed)

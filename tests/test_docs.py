@@ -182,7 +182,7 @@ def check_command(argv: list[str]) -> None:
     if argv[0] != "diffusion2gan":
         return
     command: Any = typer.main.get_command(app)
-    words, name = argv[1:], ""
+    words, name = [word for word in argv[1:] if word != "…"], ""  # an ellipsis stands for options told elsewhere
     while words and words[0] in getattr(command, "commands", {}):
         command, name, words = command.commands[words[0]], words[0], words[1:]
     assert name, f"{argv}: no such command"

@@ -168,17 +168,17 @@ def load_system(
     """
     check_device(device)
     row, equals, path = name.partition("=")
-    if near := "" if equals or name in POCKET or Path(name).exists() else nearest(name, POCKET):
+    sized = None if Path(name).exists() else AT_SIZE.fullmatch(name)
+    folder = sized[1] if sized else name
+    if not (equals or "/" in folder or folder in POCKET or Path(folder).exists()):
         raise UserError(
-            f"{name} is not a folder{near}. Or give a folder that `DiffusionPipeline.save_pretrained` wrote; models of "
-            "a hub are downloaded first, nothing here does it."
+            f"{folder} is not a folder{nearest(folder, POCKET)}. Or give a folder that "
+            "`DiffusionPipeline.save_pretrained` wrote; models of a hub are downloaded first, nothing here does it."
         )
     if equals and ROW.fullmatch(row):
         system = _published(name, row, path, num_inference_steps, guidance_scale)
-    elif (sized := AT_SIZE.fullmatch(name)) and not Path(name).exists():
-        system = _own(sized[1], num_inference_steps, guidance_scale, int(sized[2]))
     else:
-        system = _own(name, num_inference_steps, guidance_scale, resolution)
+        system = _own(folder, num_inference_steps, guidance_scale, int(sized[2]) if sized else resolution)
     if (device, precision) != ("cpu", "float32"):
         system.pipeline.to(device, getattr(torch, precision))
     return system

@@ -50,7 +50,14 @@ def test_a_row_that_fails_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_all_that_waits_for_a_gpu_in_miniature(tmp_path: Path) -> None:
-    told = run(["bash", "benchmarks/gpu.sh"], tmp_path, TINY="1", PYTHON=sys.executable, OUT=str(tmp_path))
+    told = run(
+        ["bash", "benchmarks/gpu.sh"],
+        tmp_path,
+        TINY="1",
+        PYTHON=sys.executable,
+        OUT=str(tmp_path),
+        SECONDS_A_PART="3600",
+    )
     assert [f"=== part {n}" in told for n in (1, 2, 3)] == [True] * 3 and "failed" not in told
     assert {path.name for path in tmp_path.iterdir()} >= {"loss_cost.json", "train_step.json", "one_step.json"}
 

@@ -21,6 +21,7 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_training_step(tmp_path: Path) -> None:
     """The row with the discriminator and its penalty; the others are less."""
     out = tmp_path / "train_step.json"
@@ -42,6 +43,7 @@ def test_one_step_against_many(tmp_path: Path) -> None:
     assert entry["rows"].keys() == {"one step", "4 steps"} and entry["times_faster"] > 1.5
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
     options = ["--rows", "mse", "--recipe", "no-such-recipe", "--repeats", "1"]
     told = run([sys.executable, "benchmarks/train_step.py", *FLAGS, *options], tmp_path)

@@ -97,7 +97,7 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", [*ONE_EACH, "sd21_zero_snr", "sd3_without_t5", "flux_schnell"])
 def test_stock_diffusers_runs_it_exactly(name: str, kind: str, family_folder: Folder, tmp_path: Path) -> None:
     settings: dict[str, Any] = {}

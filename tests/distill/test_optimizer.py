@@ -38,7 +38,7 @@ def test_the_default_is_torchs_own() -> None:
 
 @pytest.mark.parametrize("make", [student_optimizer, discriminator_optimizer])
 def test_its_steps_are_nearly_adams(make: Callable[[Recipe, nn.Module], Any]) -> None:
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="needs the extra [adam8bit]; it slows every start of diffusers")
     weights, states, losses = {}, {}, {}
     data = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     for name in ("adamw", "adamw8bit"):
@@ -70,7 +70,7 @@ def test_its_steps_are_nearly_adams(make: Callable[[Recipe, nn.Module], Any]) ->
 def test_a_run_stops_and_resumes_exactly(
     family_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("bitsandbytes", reason="needs the extra [adam8bit]; it slows every start of diffusers")
     folder = family_folder("sdxl")
     teacher = load_teacher(str(folder))
     spec = PairsSpec(teacher.name, teacher.revision, "words", 4, 0, 2, 3.0, teacher.latent_shape, 4)

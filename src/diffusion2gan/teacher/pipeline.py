@@ -28,6 +28,7 @@ from diffusion2gan.teacher.schedule import PREDICTIONS, Level, Step, to_x0
 
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 

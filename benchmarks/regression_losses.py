@@ -57,7 +57,7 @@ def main() -> None:
     result: dict[str, Any] = read_json(path) if path.exists() else {"rows": {}}
     result |= {
         "command": f"python benchmarks/regression_losses.py --recipe {args.recipe} --name {args.name} "
-        f"--count {args.count}" + (f" --set {' '.join(args.set)}" if args.set else ""),
+        f"--losses {' '.join(args.losses)} --count {args.count}" + (f" --set {' '.join(args.set)}" if args.set else ""),
         "device": f"CPU, {torch.get_num_threads()} threads",
         "gpu": "not measured",
         "pairs": vars(open_set(args.pairs)) | {"latent_shape": list(open_set(args.pairs).latent_shape)},

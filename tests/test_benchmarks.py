@@ -33,6 +33,7 @@ def test_a_training_step(tmp_path: Path) -> None:
     assert "with_d_and_r1" in told and "failed" not in told
 
 
+@pytest.mark.slow
 def test_one_step_against_many(tmp_path: Path) -> None:
     out = tmp_path / "one_step.json"
     run(

@@ -97,8 +97,15 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("kind", ["full", pytest.param("lora", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [*ONE_EACH, "sd21_zero_snr", "sd3_without_t5", "flux_schnell"])
+QUICK = (("sd15", "full"), ("sd3", "full"))  # a UNet and a transformer; all the others are slow tests
+CASES = [
+    pytest.param(name, kind, id=f"{name}-{kind}", marks=[] if (name, kind) in QUICK else [pytest.mark.slow])
+    for name in (*ONE_EACH, "sd21_zero_snr", "sd3_without_t5", "flux_schnell")
+    for kind in ("full", "lora")
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_stock_diffusers_runs_it_exactly(name: str, kind: str, family_folder: Folder, tmp_path: Path) -> None:
     settings: dict[str, Any] = {}
     if kind == "lora":

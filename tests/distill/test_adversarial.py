@@ -262,6 +262,7 @@ def test_without_a_weight_no_discriminator_is_built(recipe: Recipe, pairs: Path)
     assert not {key for key in step(run, batch, distance) if key.startswith(("d_", "gan", "accuracy", "logits", "r1"))}
 
 
+@pytest.mark.slow
 def test_the_discriminator_learns_to_tell(recipe: Recipe, pairs: Path) -> None:
     """A student that stands still is found out, and so are real latents of another prompt."""
     run, batch, distance = begin(

@@ -15,6 +15,7 @@ import argparse
 import json
 import platform
 import resource
+import shlex
 import statistics
 import subprocess
 import sys
@@ -137,6 +138,7 @@ def main() -> None:
     rows = {row: in_a_fresh_process(row) for row in ROWS}
     hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}"
     entry = {
+        "command": shlex.join(["python", "benchmarks/loss_cost.py", *sys.argv[1:]]),
         "hardware": hardware, "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": args.dtype,
         "batch": args.batch, "repeats": args.repeats, "compile": args.compile, "rows": rows,
     }  # fmt: skip

@@ -16,6 +16,8 @@ import json
 import os
 import platform
 import resource
+import shlex
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -181,6 +183,7 @@ def main() -> None:
     def keep(name: str, row: dict[str, Any]) -> None:
         systems[name] = row
         write_json(args.out, {
+            "command": shlex.join(["python", "benchmarks/pair_store.py", *sys.argv[1:]]),
             "count": count, "latent_shape": SHAPE, "batch_size": BATCH, "workers": WORKERS, "systems": systems,
             "machine": f"{platform.machine()}, {os.cpu_count()} cores", "load_average": os.getloadavg()[1],
             "note": args.note,

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -241,6 +242,7 @@ def main(rounds: int, out: Path, seed: int, note: str, only: list[str]) -> dict[
             told["sigkill"][job.name] = job.row
             lost = sum(len(row["lost"]) for row in told["sigkill"].values())
             told |= {
+                "command": shlex.join(["python", "tests/faults/campaign.py", *sys.argv[1:]]),
                 "lost": lost,
                 "seed": seed,
                 "pairs_format": store.PairsSpec.format,

@@ -54,12 +54,13 @@ def number_of(path: Path) -> int:
 
 
 def link(newest: Path, path: Path) -> None:
-    """The same file under another name; a copy where the disk has no links."""
-    path.unlink(missing_ok=True)
-    try:
-        os.link(newest, path)
-    except OSError:
-        with whole(path) as temporary:
+    """The same file under another name, which names the old one until then; a copy where the disk has no links."""
+    if path.exists() and path.samefile(newest):
+        return
+    with whole(path) as temporary:
+        try:
+            os.link(newest, temporary)
+        except OSError:
             shutil.copyfile(newest, temporary)
 
 

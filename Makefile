@@ -2,6 +2,7 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 OUT ?= demo
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -27,8 +28,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## the whole corridor on the embedded teacher, with a report (OUT=demo)
 	$(BIN)/diffusion2gan demo --out $(OUT)
 
-test: $(STAMP) ## the tests, without the slow ones
-	$(BIN)/pytest -m "not slow"
+test: $(STAMP) ## the tests, without the slow ones (JOBS=2 processes)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not slow"
 
 check: $(STAMP) ## lint, format and types, changing nothing
 	$(BIN)/ruff check .

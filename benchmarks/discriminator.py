@@ -30,6 +30,7 @@ from diffusion2gan.runtime.images import from_uint8, sheet
 
 DOCS = Path(__file__).parent.parent / "docs"
 SHOWN = 8
+FROM_BIRTH = ["adversarial_from=0"]  # D plays all along; --set start=RUN gives every row the same student to begin with
 OFF = {
     "noise_input": "false", "r1_weight": "0", "multi_scale_input": "false", "multi_scale_output": "false",
     "mix_share": "0",
@@ -63,7 +64,7 @@ def train(args: argparse.Namespace, name: str, seed: int) -> Path:
 def recipe_of(args: argparse.Namespace, name: str, seed: int) -> Recipe:
     """--set comes first: no row may be switched on again by it. At equal compute, a row sees fewer pairs."""
     pairs_seen = int(args.pairs_seen * args.shares.get(name, 1.0))
-    return load_recipe(args.recipe, [*args.set, *rows()[name], f"pairs_seen={pairs_seen}", f"seed={seed}"])
+    return load_recipe(args.recipe, [*FROM_BIRTH, *args.set, *rows()[name], f"pairs_seen={pairs_seen}", f"seed={seed}"])
 
 
 def measure(args: argparse.Namespace, name: str, folder: Path, seed: int) -> dict[str, Any]:
@@ -100,7 +101,7 @@ def figure(args: argparse.Namespace, folders: list[Path]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, default=Path("work/pairs"))
-    parser.add_argument("--recipe", default="pocket-gan")
+    parser.add_argument("--recipe", default="pocket")
     parser.add_argument("--rows", nargs="+", default=list(rows()), choices=list(rows()))
     parser.add_argument("--pairs-seen", type=int, default=20_000)
     parser.add_argument("--count", type=int, default=1000)
@@ -125,7 +126,7 @@ def main() -> None:
         + (f" --set {' '.join(args.set)}" if args.set else ""),
         "device": f"CPU, {torch.get_num_threads()} threads",
         "pairs": vars(open_set(args.pairs)) | {"latent_shape": list(open_set(args.pairs).latent_shape)},
-        "recipe": load_recipe(args.recipe, args.set).model_dump(),
+        "recipe": load_recipe(args.recipe, [*FROM_BIRTH, *args.set]).model_dump(),
         "settings": rows(),
         "compute_shares": args.shares,
     }  # fmt: skip

@@ -44,7 +44,7 @@ def student(args: argparse.Namespace, loss: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=Path, default=Path("work/pairs"))
-    parser.add_argument("--recipe", default="pocket")
+    parser.add_argument("--recipe", default="pocket-regression")
     parser.add_argument("--losses", nargs="+", default=["mse", "e_latent_lpips"], choices=get_args(LossName))
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--work", type=Path, default=Path("work/regression_losses"))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
+NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"))
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

@@ -81,7 +81,7 @@ def pairs_args(teacher: Path, out: Path, *more: object) -> list[object]:
 
 def distill_args(teacher: Path, pairs: Path, out: Path, *settings: str) -> list[object]:
     tiny = (f"teacher={teacher}", "loss=mse", "pairs_seen=8", "batch_size=4", *settings)
-    return ["distill", "pocket", "--pairs", pairs, "--out", out, *[x for s in tiny for x in ("--set", s)]]
+    return ["distill", "pocket-regression", "--pairs", pairs, "--out", out, *[x for s in tiny for x in ("--set", s)]]
 
 
 def leftovers(folder: Path) -> list[str]:

@@ -52,7 +52,7 @@ def test_the_corridor(tiny_teacher: Path, tmp_path: Path) -> None:
     assert "made: 24 of 24 pairs, 3 of 3 shards" in run("pairs", "info", pairs)
 
     settings = (f"teacher={tiny_teacher}", "loss=mse", "pairs_seen=96", "batch_size=16", "sample_every=48")
-    settings += ("ema_decay=0.5", "learning_rate=0.0003")
+    settings += ("ema_decay=0.5", "learning_rate=0.0003", "adversarial_from=32", "discriminator_warmup=16")
     sets = [word for setting in settings for word in ("--set", setting)]
     assert "96 pairs seen" in run("distill", "pocket", "--pairs", pairs, "--out", folder, *sets)
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

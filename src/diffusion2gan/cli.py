@@ -32,7 +32,7 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="A recipe's s
 
 @app.command()
 def distill(
-    recipe: Annotated[str, typer.Argument(help="A .toml file or a shipped recipe: pocket, pocket-gan, pocket-demo.")],
+    recipe: Annotated[str, typer.Argument(help="A .toml file or a shipped recipe: pocket, pocket-demo, sd15, …")],
     pairs: Annotated[str, typer.Option(help="The pairs to learn from: a folder or a URL.")],
     out: Annotated[Path, typer.Option(help="The run's folder.")],
     set_: SetOption = None,

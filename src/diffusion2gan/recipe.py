@@ -50,7 +50,7 @@ class Recipe(BaseModel):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
-    adversarial_weight: float = Field(0.0, ge=0, description="λ: the GAN loss beside the regression; 0 builds no D")
+    adversarial_weight: float = Field(0.5, ge=0, description="λ: the GAN loss beside the regression; 0 builds no D")
     discriminator: DiscriminatorName = Field(
         "diffusion", description="grown from the teacher; the same from random weights; plain convolutions"
     )

@@ -42,6 +42,7 @@ def recipe(tiny_teacher: Path) -> Recipe:
     return Recipe(
         teacher=str(tiny_teacher), loss="mse", pairs_seen=2 * STEPS, batch_size=2, learning_rate=3e-3, warmup=0.5,
         checkpoint_every_s=1e-9, sample_every=10**6, keep_checkpoints=3, keep_best=True,
+        adversarial_weight=0,
     )  # fmt: skip
 
 

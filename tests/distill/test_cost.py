@@ -80,7 +80,8 @@ def test_a_run_on_kept_prompts_is_nearly_the_other(sdxl: Path, pairs: Path, tmp_
 
     losses = {}
     for kind in ("encoded", "kept"):
-        recipe = Recipe(teacher=str(sdxl), loss="mse", pairs_seen=4, batch_size=2, prompt_embeds=kind)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"loss": "mse", "pairs_seen": 4, "batch_size": 2, "adversarial_weight": 0}
+        recipe = Recipe(teacher=str(sdxl), prompt_embeds=kind, **options)
         train.distill(recipe, pairs, tmp_path / kind)
         lines = (tmp_path / kind / "log.jsonl").read_text().splitlines()
         losses[kind] = [json.loads(line)["loss"] for line in lines]

@@ -37,7 +37,7 @@ def command(folder: Path, out: Path, *settings: str) -> list[object]:  # noqa: F
     values = json.loads((folder / "recipe.json").read_text())
     given = [f"{key}={value}" for key, value in values.items() if value is not None]
     sets = [word for setting in (*given, *settings) for word in ("--set", setting)]
-    return ["-m", "diffusion2gan", "distill", "pocket", "--pairs", folder / "pairs", "--out", out, *sets]
+    return ["-m", "diffusion2gan", "distill", "pocket-regression", "--pairs", folder / "pairs", "--out", out, *sets]
 
 
 def alone(folder: Path, out: Path, *settings: str) -> None:  # noqa: F811

@@ -50,7 +50,7 @@ def recipe(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Reci
         LatentLPIPS(VGG(4, (8, 8, 8, 8, 8), 2), [torch.rand(8) for _ in range(5)]).save_pretrained(folder)
     return Recipe(
         teacher=str(tiny_teacher), perceptual=str(folder), pairs_seen=STEPS * BATCH, batch_size=BATCH, warmup=0.2,
-        ema_decay=0.9, checkpoint_every_s=1e-9, sample_every=10**6,
+        ema_decay=0.9, checkpoint_every_s=1e-9, sample_every=10**6, adversarial_weight=0,
     )  # fmt: skip
 
 

@@ -194,7 +194,7 @@ def jobs(base: Path, teacher: Path) -> list[Job]:
         return ["pairs", "--teacher", teacher, "--count", 24, *more, "--out", out]
 
     def fit(out: Path) -> list[object]:
-        return ["distill", "pocket", "--pairs", pairs, "--out", out, *sets]
+        return ["distill", "pocket-regression", "--pairs", pairs, "--out", out, *sets]
 
     def cut(out: Path) -> list[object]:
         return [*fit(out), "--set", "strategy=fsdp"]

@@ -3,14 +3,15 @@
     python benchmarks/discriminator.py --pairs-seen 20000 --seeds 0 1 2
 
 Rows, cumulative as in the paper: regression only, + diffusion D, + noise, + R1, + multi-scale, + mix-and-match; and two
-alternatives to the last: the same D from random weights, and a plain patch D. Pairs: the shipped set, completed as
-`demo` does, or those of --pairs. Writes docs/results/NAME.json (rows are added to those there) and
-docs/images/NAME.png. Run it again to continue.
+alternatives to the last: the same D from random weights, and a plain patch D. A row named key=value is the whole method
+with that setting: a sweep. Pairs: the shipped set, completed as `demo` does, or those of --pairs. Writes
+docs/results/NAME.json (rows are added to those there) and docs/images/NAME.png. Run it again to continue.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -52,6 +53,13 @@ def rows() -> dict[str, list[str]]:
     return table | {"random weights": ["discriminator=random"], "patch": ["discriminator=patch"]}
 
 
+def row(name: str) -> str:
+    """A row's name, as argparse takes it."""
+    if name not in rows() and "=" not in name:
+        raise argparse.ArgumentTypeError(f"{name!r} is neither key=value nor one of {', '.join(rows())}")
+    return name
+
+
 def train(args: argparse.Namespace, name: str, seed: int) -> Path:
     """Trains and exports one student; returns the folder, `export` and `run` in it."""
     folder: Path = args.work / name.replace(" ", "_") / str(seed)
@@ -64,7 +72,8 @@ def train(args: argparse.Namespace, name: str, seed: int) -> Path:
 def recipe_of(args: argparse.Namespace, name: str, seed: int) -> Recipe:
     """--set comes first: no row may be switched on again by it. At equal compute, a row sees fewer pairs."""
     pairs_seen = int(args.pairs_seen * args.shares.get(name, 1.0))
-    return load_recipe(args.recipe, [*FROM_BIRTH, *args.set, *rows()[name], f"pairs_seen={pairs_seen}", f"seed={seed}"])
+    settings = [name] if "=" in name else rows()[name]
+    return load_recipe(args.recipe, [*FROM_BIRTH, *args.set, *settings, f"pairs_seen={pairs_seen}", f"seed={seed}"])
 
 
 def measure(args: argparse.Namespace, name: str, folder: Path, seed: int) -> dict[str, Any]:
@@ -102,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, default=Path("work/pairs"))
     parser.add_argument("--recipe", default="pocket")
-    parser.add_argument("--rows", nargs="+", default=list(rows()), choices=list(rows()))
+    parser.add_argument("--rows", nargs="+", default=list(rows()), type=row, metavar="ROW")
     parser.add_argument("--pairs-seen", type=int, default=20_000)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -123,6 +132,7 @@ def main() -> None:
     result |= {
         "command": f"python benchmarks/discriminator.py --recipe {args.recipe} --name {args.name} --pairs-seen "
         f"{args.pairs_seen} --count {args.count}" + " --equal-compute" * args.equal_compute
+        + ("" if args.rows == list(rows()) else f" --rows {shlex.join(args.rows)}")
         + (f" --set {' '.join(args.set)}" if args.set else ""),
         "device": f"CPU, {torch.get_num_threads()} threads",
         "pairs": vars(open_set(args.pairs)) | {"latent_shape": list(open_set(args.pairs).latent_shape)},
@@ -134,9 +144,9 @@ def main() -> None:
     for seed in args.seeds:  # seed by seed: one whole table first
         for name in args.rows:
             folder = train(args, name, seed)
-            row = result["rows"].setdefault(name, {"seeds": {}})
-            row["seeds"][str(seed)] = measure(args, name, folder, seed)
-            row |= summary(row["seeds"])
+            found = result["rows"].setdefault(name, {"seeds": {}})
+            found["seeds"][str(seed)] = measure(args, name, folder, seed)
+            found |= summary(found["seeds"])
             write_json(path, result)
     result["rows"]["teacher"] = evaluate("pocket-teacher", count=args.count, seed=0, cache=args.work / "pictures")
     write_json(path, result)

@@ -54,7 +54,11 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         spec = PairsSpec(teacher.name, teacher.revision, "words", 4, 0, 1, 1.0, teacher.latent_shape, 4)
         make_pairs(teacher, lambda indices: ["a star"] * len(indices), spec, root / style / "pairs")
         recipe = Recipe(
-            teacher=str(request.getfixturevalue(style)), loss="mse", pairs_seen=6, batch_size=2, learning_rate=1e-3,
+            teacher=str(request.getfixturevalue(style)),
+            loss="mse",
+            pairs_seen=6,
+            batch_size=2,
+            learning_rate=1e-3,
             adversarial_weight=0,
         )
         distill(recipe, root / style / "pairs", root / style / "run")

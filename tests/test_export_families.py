@@ -64,7 +64,13 @@ def run_of(name: str, folder: Path, root: Path, **settings: Any) -> Path:
     guidance = 3.0 if teacher.guidance == "between" else 0.0
     spec = PairsSpec(teacher.name, teacher.revision, "words", 4, 0, 2, guidance, teacher.latent_shape, 4)
     make_pairs(teacher, lambda indices: ["a star"] * len(indices), spec, root / "pairs")
-    options = {"loss": "mse", "pairs_seen": 6, "batch_size": 2, "learning_rate": 1e-2, "adversarial_weight": 0} | settings
+    options = {
+        "loss": "mse",
+        "pairs_seen": 6,
+        "batch_size": 2,
+        "learning_rate": 1e-2,
+        "adversarial_weight": 0,
+    } | settings
     recipe = Recipe(teacher=str(folder), resolution=RESOLUTION[name], **options)
     distill(recipe, root / "pairs", root / "run")
     return root / "run"

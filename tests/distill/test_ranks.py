@@ -137,7 +137,18 @@ def distill_args(folder: Path, out: Path, *settings: str) -> list[object]:
     values = json.loads((folder / "recipe.json").read_text())
     sets = [word for key, value in values.items() if value is not None for word in ("--set", f"{key}={value}")]
     more = [word for setting in settings for word in ("--set", setting)]
-    return ["-m", "diffusion2gan", "distill", "pocket-regression", "--pairs", folder / "pairs", "--out", out, *sets, *more]
+    return [
+        "-m",
+        "diffusion2gan",
+        "distill",
+        "pocket-regression",
+        "--pairs",
+        folder / "pairs",
+        "--out",
+        out,
+        *sets,
+        *more,
+    ]
 
 
 def log_of(out: Path) -> list[dict[str, Any]]:

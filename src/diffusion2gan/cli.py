@@ -108,14 +108,18 @@ def generate(
     per_prompt: Annotated[int, typer.Option(min=1, help="Pictures a prompt, from seeds seed, seed+1, …")] = 4,
     num_inference_steps: Annotated[int | None, typer.Option(min=1)] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0.0)] = None,
+    device: DeviceOption = "cpu",
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Make pictures and print the seconds each took."""
     from diffusion2gan import generate as job
     from diffusion2gan.evaluate.systems import load_system
+    from diffusion2gan.runtime.ranks import own_device, ranks
 
-    system = load_system(student, num_inference_steps, guidance_scale)
+    system = load_system(student, num_inference_steps, guidance_scale, own_device(device), precision)
     seconds = job.generate(system, prompt, seed, per_prompt, out)
-    typer.echo(f"{out}: {len(prompt) * per_prompt} pictures, {system.note}, {seconds:.4f} seconds per picture")
+    if ranks().first:
+        typer.echo(f"{out}: {len(prompt) * per_prompt} pictures, {system.note}, {seconds:.4f} seconds per picture")
 
 
 @app.command()

@@ -124,6 +124,10 @@ class Group:
         self._together(lambda: dist.all_gather(parts, part))
         return parts
 
+    def another(self) -> dist.ProcessGroup:
+        """The same ranks once more, for what they say to each other beside the steps. All must ask."""
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_S))
+
     def _together(self, exchange: Callable[[], object]) -> None:
         """Raises Failure, naming the ranks that did not come, after TIMEOUT_S."""
         self._count += 1

@@ -28,14 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # it runs as a script: tests/ is not there yet
+import tiny_pocket
 
 from diffusion2gan import cli
 from diffusion2gan.distill import train
 from diffusion2gan.evaluate import evaluate
 from diffusion2gan.export import export
 from diffusion2gan.pairs import check, store
-from diffusion2gan.pocket import models
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256, write_json
 from diffusion2gan.teacher.pipeline import load_teacher
@@ -212,24 +213,12 @@ def jobs(base: Path, teacher: Path) -> list[Job]:
     ]  # fmt: skip
 
 
-def tiny() -> Any:
-    """The pocket world's pipeline with a UNet that costs next to nothing."""
-    pipeline = models.pipeline()
-    pipeline.unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=96,
-        attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    return pipeline
-
-
 def main(rounds: int, out: Path, seed: int, note: str, only: list[str]) -> dict[str, Any]:
     """The campaign's JSON, written after each job; rows of jobs that are not chosen stay."""
     told: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"sigkill": {}}
     with tempfile.TemporaryDirectory() as name:
         base, teacher = Path(name), Path(name) / "teacher"
-        torch.manual_seed(0)
-        tiny().save_pretrained(teacher, safe_serialization=True)
+        tiny_pocket.save(teacher)
         load_teacher(str(teacher))  # what that imports, the forks then have
         every = jobs(base, teacher)
         for number, job in enumerate(every):

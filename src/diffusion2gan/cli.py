@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -23,6 +24,9 @@ perceptual_app = typer.Typer(help="Networks for the perceptual losses.", no_args
 app.add_typer(pairs_app, name="pairs")
 app.add_typer(perceptual_app, name="perceptual")
 app.add_typer(pocket_app, name="pocket")
+
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+CONTINUE = "run the same command to continue"
 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …")]
 PrecisionOption = Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="The systems'.")]
@@ -354,7 +358,8 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        print(f"error: {error}. Nothing finished is lost; run the same command to continue.", file=sys.stderr)
+        again = "choose another place (--out), or make this one writable" if error.errno in UNWRITABLE else CONTINUE
+        print(f"error: {error}. Nothing finished is lost; {again}.", file=sys.stderr)
         sys.exit(1)
 
 

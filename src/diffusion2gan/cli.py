@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -23,6 +24,9 @@ perceptual_app = typer.Typer(help="Networks for the perceptual losses.", no_args
 app.add_typer(pairs_app, name="pairs")
 app.add_typer(perceptual_app, name="perceptual")
 app.add_typer(pocket_app, name="pocket")
+
+UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+CONTINUE = "run the same command to continue"
 
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …")]
 PrecisionOption = Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="The systems'.")]
@@ -108,14 +112,18 @@ def generate(
     per_prompt: Annotated[int, typer.Option(min=1, help="Pictures a prompt, from seeds seed, seed+1, …")] = 4,
     num_inference_steps: Annotated[int | None, typer.Option(min=1)] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0.0)] = None,
+    device: DeviceOption = "cpu",
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Make pictures and print the seconds each took."""
     from diffusion2gan import generate as job
     from diffusion2gan.evaluate.systems import load_system
+    from diffusion2gan.runtime.ranks import own_device, ranks
 
-    system = load_system(student, num_inference_steps, guidance_scale)
+    system = load_system(student, num_inference_steps, guidance_scale, own_device(device), precision)
     seconds = job.generate(system, prompt, seed, per_prompt, out)
-    typer.echo(f"{out}: {len(prompt) * per_prompt} pictures, {system.note}, {seconds:.4f} seconds per picture")
+    if ranks().first:
+        typer.echo(f"{out}: {len(prompt) * per_prompt} pictures, {system.note}, {seconds:.4f} seconds per picture")
 
 
 @app.command()
@@ -350,7 +358,8 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:
-        print(f"error: {error}. Nothing finished is lost; run the same command to continue.", file=sys.stderr)
+        again = "choose another place (--out), or make this one writable" if error.errno in UNWRITABLE else CONTINUE
+        print(f"error: {error}. Nothing finished is lost; {again}.", file=sys.stderr)
         sys.exit(1)
 
 

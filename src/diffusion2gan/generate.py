@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from diffusion2gan.errors import UserError
@@ -13,23 +14,35 @@ from diffusion2gan.evaluate.systems import System
 from diffusion2gan.pairs.store import noise_of
 from diffusion2gan.runtime.files import write_image
 from diffusion2gan.runtime.images import from_uint8, sheet
+from diffusion2gan.runtime.progress import Bar
+from diffusion2gan.runtime.ranks import ranks_connected
 from diffusion2gan.teacher.pipeline import warn_truncated
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def generate(system: System, prompts: Sequence[str], seed: int, per_prompt: int, out: Path) -> float:
-    """One row a prompt, `per_prompt` pictures each from seeds seed, seed+1, …; returns seconds per picture."""
+    """One row a prompt, `per_prompt` pictures each from seeds seed, seed+1, …; returns seconds per picture.
+
+    Under torchrun the ranks share the rows, and the first writes the same picture as one process would.
+    """
     if out.suffix.lower() not in SUFFIXES:
         raise UserError(f"--out {out}: name a picture file ({', '.join(SUFFIXES)})")
     if not prompts or any(not prompt.strip() for prompt in prompts):
         raise UserError("a prompt is empty; give --prompt some words")
     warn_truncated(system.tokenizer, prompts, system.num_tokens)
-    seeds = [seed + i for i in range(per_prompt)]
-    noise = noise_of(seeds, system.latent_shape)
+    noise = noise_of([seed + i for i in range(per_prompt)], system.latent_shape)
     system.generate(prompts[:1], noise[:1])  # warm up
-    start = time.perf_counter()
-    rows = [from_uint8(system.generate([prompt] * per_prompt, noise)) for prompt in prompts]
-    seconds = (time.perf_counter() - start) / (len(prompts) * per_prompt)
-    write_image(out, sheet(torch.cat(rows), columns=per_prompt).save)
+    total, rows = len(prompts) * per_prompt, list[torch.Tensor]()
+    with ranks_connected(torch.device("cpu")) as group, Bar("generate", total) as bar:
+        start = time.perf_counter()
+        for first in range(0, len(prompts), group.ranks.world):
+            mine = first + group.ranks.rank  # beyond the last at the end of the last round
+            blank = np.zeros((per_prompt, *system.pixels, 3), np.uint8)
+            made = system.generate([prompts[mine]] * per_prompt, noise) if mine < len(prompts) else blank
+            rows += group.collect(torch.from_numpy(made))[: len(prompts) - first]
+            bar.reach(len(rows) * per_prompt)
+        seconds = (time.perf_counter() - start) / total
+    if group.ranks.first:
+        write_image(out, sheet(from_uint8(torch.cat(rows).numpy()), columns=per_prompt).save)
     return seconds

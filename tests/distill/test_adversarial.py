@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_pocket
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,21 +36,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The pocket pipeline with a much smaller network, all random."""
-    from diffusers import UNet2DConditionModel
-
-    from diffusion2gan.pocket import models
-
-    folder = tmp_path_factory.mktemp("small_teacher")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        pipeline = models.pipeline()
-        pipeline.unet = UNet2DConditionModel(
-            sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=96,
-            attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        )  # fmt: skip
-        pipeline.save_pretrained(folder, safe_serialization=True)
-    return folder
+    return tiny_pocket.save(tmp_path_factory.mktemp("small_teacher"))
 
 
 def make(teacher_folder: Path, folder: Path, prompts: list[str]) -> Path:

@@ -21,15 +21,17 @@ from distill.test_ranks import (  # noqa: F401 (folder is a fixture)
     stop_at,
     torchrun,
 )
+from safetensors import safe_open
 
-from diffusion2gan.distill.checkpoints import CHECKPOINT
+from diffusion2gan.distill.checkpoints import BEST, CHECKPOINT
 from diffusion2gan.distill.checks import check_ranks
 from diffusion2gan.errors import UserError
 from diffusion2gan.export import export
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import checkpoint
+from diffusion2gan.runtime.lock import claimed
 
-WORKER = Path(__file__).with_name("fsdp_worker.py")
+WORKER, PARTS_WORKER = (Path(__file__).with_name(name) for name in ("fsdp_worker.py", "parts_worker.py"))
 STATES = ("student/", "ema/", "discriminator/", "adam/", "discriminator_adam/")
 
 
@@ -84,10 +86,11 @@ def test_a_run_is_cut_anew_on_another_number_of_ranks(folder: Path, tmp_path: Pa
     """2 ranks with parts → 1 process → 2 ranks, and an export of the end: one process's run, to 1e-4."""
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     alone(folder, whole)
-    parts = command(folder, moved, "strategy=fsdp")
+    parts = command(folder, moved, "strategy=fsdp", "keep_checkpoints=2", "keep_best=true")
     stop_at(torchrun(2, *parts), moved, 5 * BATCH)
     first = len(log_of(moved))
     assert 5 <= first < 20
+    assert_kept(moved, in_parts=(True, True))
     one = [*parts, "--set", "strategy=ddp", "--allow-change", "strategy"]
     stop_at(
         subprocess.Popen(
@@ -96,16 +99,51 @@ def test_a_run_is_cut_anew_on_another_number_of_ranks(folder: Path, tmp_path: Pa
         ),
         moved, 10 * BATCH,
     )  # fmt: skip
-    assert first < len(log_of(moved)) < 20
+    assert first + 2 < len(log_of(moved)) < 20
+    assert_kept(moved, in_parts=(False, False))
     done(torchrun(2, *parts))
+    assert_kept(moved, in_parts=(True, True))
     assert [entry["pairs_seen"] for entry in log_of(moved)] == [BATCH * (i + 1) for i in range(20)]
     (ours, _), (theirs, _) = (checkpoint.load(out / CHECKPOINT) for out in (moved, whole))
     assert furthest(ours, theirs, "ema/") < 1e-4
     for entry, other in zip(log_of(moved), log_of(whole), strict=True):
         assert entry["loss"] == pytest.approx(other["loss"], rel=1e-4)
-    export(moved, tmp_path / "export")
-    network = DiffusionPipeline.from_pretrained(tmp_path / "export").unet.state_dict()
-    assert all(torch.equal(value, network[key]) for key, value in checkpoint.unpack("ema", ours).items())
+    for name in (CHECKPOINT, BEST):
+        export(moved / name, tmp_path / name)
+        network = DiffusionPipeline.from_pretrained(tmp_path / name).unet.state_dict()
+        average = checkpoint.unpack("ema", checkpoint.load(moved / name)[0])
+        assert all(torch.equal(value, network[key]) for key, value in average.items())
+
+
+def assert_kept(out: Path, in_parts: tuple[bool, ...]) -> None:
+    """The last two and the best, each whole; of parts those alone that one of them names."""
+    numbered = sorted(out.glob("checkpoint-0*.safetensors"))
+    assert len(numbered) == len(in_parts) and (out / BEST).exists() and numbered[-1].samefile(out / CHECKPOINT)
+    named = []
+    for path in (*numbered, out / BEST):
+        tensors, meta = checkpoint.load(path)
+        named.append(meta.get("parts", {}).get("folder"))
+        assert {key.split("/")[0] + "/" for key in tensors} == set(STATES)
+        assert (checkpoint.meta(path)["pairs_seen"] % BATCH == 0 and path.stat().st_size < 1e6) or not named[-1]
+    assert [name is not None for name in named[:-1]] == list(in_parts)
+    assert {path.name for path in out.glob("*parts*")} == {name for name in named if name}
+    assert [path.name for path in out.glob(".*")] == []
+
+
+def test_a_kill_between_two_parts_leaves_the_checkpoint_before(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    process = torchrun(2, PARTS_WORKER, folder, tmp_path)
+    _, err = process.communicate(timeout=600)
+    assert process.returncode != 0 and "SIGKILL" in err.upper()
+    assert [path.name for path in tmp_path.glob(".*.tmp")] == [f".{CHECKPOINT}.{2 * BATCH:09d}.tmp"]
+    tensors, meta = checkpoint.load(tmp_path / CHECKPOINT)
+    assert meta["pairs_seen"] == BATCH and all(bool(torch.isfinite(value).all()) for value in tensors.values())
+    rows = [safe_open(path, "pt") for path in sorted((tmp_path / meta["parts"]["folder"]).iterdir())]
+    for key, value in tensors.items():  # each rank has written its own part of both players, moments and average
+        if value.ndim > 0:
+            there = [part.get_slice(key).get_shape()[0] for part in rows if key in part.keys()]  # noqa: SIM118
+            assert len(there) == 2 and sum(there) == len(value) and there[0] == -(-len(value) // 2), key
+    with claimed(tmp_path / CHECKPOINT):  # as the next start does
+        assert not list(tmp_path.glob(".*.tmp"))
 
 
 LATE = """

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_pocket
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from diffusion2gan.distill.checks import check_ranks
@@ -24,7 +24,6 @@ from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.vgg import VGG
-from diffusion2gan.pocket import models
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.ranks import Group, Ranks
@@ -38,15 +37,9 @@ BATCH = 8
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny teacher, its pairs, a tiny distance, and the recipe of the whole method."""
     folder = tmp_path_factory.mktemp("ranks")
+    tiny_pocket.save(folder / "teacher")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipeline = models.pipeline()
-        pipeline.unet = UNet2DConditionModel(
-            sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=96,
-            attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        )  # fmt: skip
-        pipeline.save_pretrained(folder / "teacher", safe_serialization=True)
         LatentLPIPS(VGG(4, (8, 8, 8, 8, 8), 2), [torch.rand(8) for _ in range(5)]).save_pretrained(folder / "vgg")
     teacher = load_teacher(str(folder / "teacher"))
     spec = PairsSpec(teacher.name, teacher.revision, "words", 24, 0, 2, 1.0, teacher.latent_shape, 8)

@@ -1,4 +1,4 @@
-"""Evaluation by ranks: two processes under torchrun make the pictures, the first measures; the same as one alone."""
+"""Evaluation and generation by ranks: two processes under torchrun make the pictures, the same as one alone."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from diffusion2gan.evaluate.evaluate import HELD_OUT_WORLD, real_pictures
 from diffusion2gan.evaluate.systems import load_system
+from diffusion2gan.generate import generate
 from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256
 
 COUNT, PART = 70, 64  # two files of pictures
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TIMED = {"seconds_per_image", "seconds_per_image_p90", "images_per_second", "peak_memory_bytes"}
 
 
@@ -60,9 +64,7 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
 @pytest.mark.slow
 def test_two_ranks_measure_what_one_process_does(tiny_teacher: Path, tmp_path: Path) -> None:
     alone, _ = evaluated(tiny_teacher, tmp_path / "alone")
-    ours, printed = evaluated(
-        tiny_teacher, tmp_path / "ranks", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
-    )
+    ours, printed = evaluated(tiny_teacher, tmp_path / "ranks", *TORCHRUN)
     found, expected = flat(ours), flat(alone)
     numbers = [key for key, value in expected.items() if isinstance(value, float)]
     assert found.keys() == expected.keys() and len(numbers) > 10 and printed.count("\nfrechet_distance:") == 1
@@ -92,6 +94,25 @@ with ranks.ranks_connected(torch.device("cpu")) as group:
 @pytest.mark.slow
 def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     (tmp_path / "late.py").write_text(LATE)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ran = subprocess.run([sys.executable, *launcher, str(tmp_path / "late.py")], capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, *TORCHRUN, str(tmp_path / "late.py")], capture_output=True, text=True)
     assert "TOLD rank 1 did not finish its share" in ran.stdout, ran.stderr
+
+
+def test_two_ranks_make_the_same_grid(tiny_teacher: Path, tmp_path: Path) -> None:
+    """Three rows: the last round has one for the first rank alone."""
+    prompts = ["a star", "two rings", "a blue heart"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    generate(load_system(str(tiny_teacher), 1, 0.0), prompts, 0, 2, tmp_path / "alone.png")
+    torch.set_num_threads(threads)
+    argv = ["generate", tiny_teacher, "--num-inference-steps", 1, "--guidance-scale", 0, "--per-prompt", 2]
+    argv += [word for prompt in prompts for word in ("--prompt", prompt)] + ["--out", tmp_path / "ranks.png"]
+    ran = subprocess.run(
+        [sys.executable, *TORCHRUN, "-m", "diffusion2gan", *map(str, argv)], capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.count(": 6 pictures, 1 step") == 1 and ran.stderr.count("generate: 6/6") == 1
+    assert sha256(tmp_path / "alone.png") == sha256(tmp_path / "ranks.png")
+    rows = np.asarray(Image.open(tmp_path / "ranks.png"))
+    assert len({rows[top : top + 64].tobytes() for top in (0, 66, 132)}) == 3

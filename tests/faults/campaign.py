@@ -28,14 +28,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
-from diffusion2gan import cli
+sys.path.insert(0, str(Path(__file__).parents[1]))  # it runs as a script: tests/ is not there yet
+import tiny_pocket
+
+from diffusion2gan import cli, generate
 from diffusion2gan.distill import train
-from diffusion2gan.evaluate import evaluate
+from diffusion2gan.evaluate import evaluate, pictures
 from diffusion2gan.export import export
 from diffusion2gan.pairs import check, store
-from diffusion2gan.pocket import models
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256, write_json
 from diffusion2gan.teacher.pipeline import load_teacher
@@ -44,6 +45,7 @@ TIMED = {"seconds_per_image", "seconds_per_image_p90", "images_per_second", "pea
 OTHER_FAULTS = {
     "disk full": "tests/runtime/test_files.py::test_a_full_disk_is_a_failure, "
     "test_a_full_disk_leaves_the_old_checkpoint",
+    "read-only output": "tests/faults/test_read_only.py::test_a_read_only_disk, test_a_file_where_a_folder_should_be",
     "clock jumps": "tests/faults/test_faults.py::test_a_clock_that_jumps_changes_nothing",
     "shard truncated": "tests/pairs/test_store.py::test_a_cut_off_shard_is_a_failure",
     "shard bit-flipped": "tests/pairs/test_store.py::test_no_flipped_byte_passes_unnoticed",
@@ -52,6 +54,10 @@ OTHER_FAULTS = {
     "newest checkpoint or recipe.json missing": "tests/distill/test_checkpoints.py::"
     "test_going_back_to_an_earlier_one_gives_the_same_run",
     "checkpoint damaged": "tests/runtime/test_checkpoint.py::test_a_damaged_checkpoint_is_a_failure",
+    "a checkpoint's part missing, cut off or damaged": "tests/runtime/test_parts.py::test_a_wrong_part_is_named",
+    "a rank killed between two parts": "tests/distill/test_fsdp.py::"
+    "test_a_kill_between_two_parts_leaves_the_checkpoint_before",
+    "a rank that cannot write its part": "tests/runtime/test_parts.py::test_a_rank_that_cannot_write_is_told_by_all",
     "two processes writing one folder": "tests/runtime/test_lock.py, tests/distill/test_ranks.py::"
     "test_preemption_ends_well_and_a_second_run_is_refused",
     "a rank that hangs": "tests/distill/test_ranks.py::test_a_rank_that_hangs_is_named, "
@@ -63,7 +69,8 @@ OTHER_FAULTS = {
     "test_a_server_that_vanishes_for_ten_seconds",
 }
 
-LOADED = (cli, train, evaluate, export, check)  # before the forks, which then start at once
+LOADED = (cli, train, evaluate, export, check, generate)  # before the forks, which then start at once
+pictures.CHUNK = 4  # so that two ranks have something to share of eight captions
 OUT = Path(__file__).parents[2] / "docs" / "results" / "faults.json"
 
 
@@ -199,28 +206,25 @@ def jobs(base: Path, teacher: Path) -> list[Job]:
     def cut(out: Path) -> list[object]:
         return [*fit(out), "--set", "strategy=fsdp"]
 
-    measure = (
-        "evaluate", teacher, "--count", 8, "--num-inference-steps", 1, "--guidance-scale", 0, "--num-resamples", 5,
-    )  # fmt: skip
+    one_step = (teacher, "--num-inference-steps", 1, "--guidance-scale", 0)
+
+    def tell(out: Path) -> list[object]:
+        cache = base / f"cache-{out.parent.name}-{out.name}"
+        more = ("--count", 8, "--num-resamples", 5, "--out", out / "metrics.json", "--cache", cache)
+        return ["evaluate", *one_step, *more]
+
+    def draw(out: Path) -> list[object]:
+        prompts = [word for number in range(6) for word in ("--prompt", f"a star {number}")]
+        return ["generate", *one_step, *prompts, "--out", out / "grid.png"]
+
     return [
         Job("pairs", make, other_files), Job("pairs, two ranks", make, other_files, 2),
         Job("distill", fit, other_files), Job("distill, two ranks", fit, other_losses, 2),
         Job("distill, two ranks, fsdp", cut, other_losses, 2),
         Job("export", lambda out: ["export", run, "--out", out], other_files),
-        Job("evaluate", lambda out: [*measure, "--out", out / "metrics.json", "--cache", base / f"cache-{out.name}"],
-            other_metrics),
+        Job("evaluate", tell, other_metrics), Job("evaluate, two ranks", tell, other_metrics, 2),
+        Job("generate, two ranks", draw, other_files, 2),
     ]  # fmt: skip
-
-
-def tiny() -> Any:
-    """The pocket world's pipeline with a UNet that costs next to nothing."""
-    pipeline = models.pipeline()
-    pipeline.unet = UNet2DConditionModel(
-        sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=96,
-        attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    return pipeline
 
 
 def main(rounds: int, out: Path, seed: int, note: str, only: list[str]) -> dict[str, Any]:
@@ -228,8 +232,7 @@ def main(rounds: int, out: Path, seed: int, note: str, only: list[str]) -> dict[
     told: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"sigkill": {}}
     with tempfile.TemporaryDirectory() as name:
         base, teacher = Path(name), Path(name) / "teacher"
-        torch.manual_seed(0)
-        tiny().save_pretrained(teacher, safe_serialization=True)
+        tiny_pocket.save(teacher)
         load_teacher(str(teacher))  # what that imports, the forks then have
         every = jobs(base, teacher)
         for number, job in enumerate(every):

@@ -28,8 +28,8 @@ def test_nothing_is_lost(tmp_path: Path) -> None:
     told = json.loads(out.read_text())
     assert told["lost"] == 0, told
     rows = told["sigkill"]
-    assert len(rows) == 7 and all(row["rounds"] == 3 for row in rows.values())
-    assert sum(row["killed_before_the_end"] for row in rows.values()) >= 9
+    assert len(rows) == 9 and all(row["rounds"] == 3 for row in rows.values())
+    assert sum(row["killed_before_the_end"] for row in rows.values()) >= 12
 
 
 def test_a_clock_that_jumps_changes_nothing(

@@ -1,7 +1,12 @@
-"""The checkpoints of a run's folder: the newest, some before it, the best. Each is one whole file, enough by itself."""
+"""The checkpoints of a run's folder: the newest, some before it, the best. Each is one whole file, enough by itself.
+
+Of a state that is cut over ranks the file names a folder beside it, `parts-…`, with each rank's part (`runtime/parts`).
+Parts count from the moment a file names them, and go when none does.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import shutil
@@ -18,12 +23,27 @@ from diffusion2gan.runtime.files import whole
 CHECKPOINT = "checkpoint.safetensors"  # the newest: where the run goes on
 BEST = "checkpoint-best.safetensors"
 NUMBERED = "checkpoint-[0-9]*.safetensors"
+PARTS = "parts-[0-9]*"
 
 
 def write(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], recipe: Recipe) -> None:
     """Makes it the newest, whole or not at all, and keeps what the recipe says."""
     checkpoint.save(folder / CHECKPOINT, tensors, meta)
     keep(folder, recipe)
+
+
+def unfinished(folder: Path, pairs_seen: int) -> Path:
+    """Where ranks write their parts: swept, like every temporary of CHECKPOINT, by who next claims that."""
+    return folder / f".{CHECKPOINT}.{pairs_seen:09d}.tmp"
+
+
+def write_parts(folder: Path, files: dict[str, int], meta: dict[str, Any], recipe: Recipe) -> None:
+    """As `write`, of the parts that all ranks have written in `unfinished`."""
+    seen = meta["pairs_seen"]
+    names = (f"parts-{seen:09d}-{number}" for number in itertools.count())
+    name = next(name for name in names if not (folder / name).exists())
+    os.replace(unfinished(folder, seen), folder / name)
+    write(folder, {}, meta | {"parts": {"folder": name, "files": files}}, recipe)
 
 
 def keep(folder: Path, recipe: Recipe) -> None:
@@ -41,6 +61,11 @@ def keep(folder: Path, recipe: Recipe) -> None:
     before = [path for path in sorted(folder.glob(NUMBERED)) if number_of(path) <= meta["pairs_seen"]]
     for path in before[: max(0, len(before) - kept)]:
         path.unlink()
+    if there := list(folder.glob(PARTS)):
+        named = {checkpoint.meta(path).get("parts", {}).get("folder") for path in folder.glob("*.safetensors")}
+        for path in there:
+            if path.name not in named:
+                shutil.rmtree(path)
 
 
 def loss_of(meta: dict[str, Any]) -> float:

@@ -21,7 +21,7 @@ from diffusion2gan.distill.student import Student
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe, parse_recipe
-from diffusion2gan.runtime import checkpoint, fsdp
+from diffusion2gan.runtime import checkpoint, fsdp, parts
 from diffusion2gan.runtime.background import Background
 from diffusion2gan.runtime.files import read_json, whole, write_json
 from diffusion2gan.runtime.ranks import Group, Ranks
@@ -55,7 +55,7 @@ class Run:
         )
         self.health = Health()
         self.pairs_seen = 0
-        self._saving = Background()
+        self._saving, self._beside = Background(), self.group.another() if self.cut else None
 
     def begin(self, weights: dict[str, Tensor]) -> None:
         """Gives the student other weights than the teacher's; its average starts there too."""
@@ -69,7 +69,7 @@ class Run:
     def save(self, folder: Path) -> None:
         """Writes a checkpoint, whole or not at all, while the caller goes on; `saved` waits for it.
 
-        The first rank writes, also what others have a part of: all must call.
+        All ranks must call. The first writes; what is cut, each rank writes its part of.
         """
         if not (self.group.ranks.first or self.cut):
             return
@@ -79,9 +79,20 @@ class Run:
             tensors |= checkpoint.pack("discriminator", self.discriminator)
             tensors |= checkpoint.pack_optimizer("discriminator_adam", self.discriminator_optimizer)
         meta = {"pairs_seen": self.pairs_seen, "num_updates": self.ema.num_updates, "health": self.health.state()}
-        copied = fsdp.collected(tensors, self.group.ranks.first)
-        if self.group.ranks.first:
+        if self._beside is None:
+            copied = {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
             self._saving.start(lambda: checkpoints.write(folder, copied, meta, self.recipe))
+            return
+        unfinished = checkpoints.unfinished(folder, self.pairs_seen)
+        write = parts.staged(unfinished, tensors, self._beside)
+        numels = {key: value.numel() for key, value in tensors.items()}
+
+        def write_parts() -> None:
+            write()
+            if self.group.ranks.first:
+                checkpoints.write_parts(folder, parts.files(unfinished, numels), meta, self.recipe)
+
+        self._saving.start(write_parts)
 
     def saved(self) -> None:
         """Waits until the last checkpoint is written; raises what went wrong with it."""

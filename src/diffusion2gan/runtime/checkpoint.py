@@ -1,4 +1,7 @@
-"""A training state on disk: one safetensors file (tensors) whose header carries the rest as JSON. No pickle."""
+"""A training state on disk: one safetensors file (tensors) whose header carries the rest as JSON. No pickle.
+
+The tensors may lie beside it, in the parts that several ranks wrote (`parts`); the file then names them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion2gan.errors import Failure, UserError
-from diffusion2gan.runtime import fsdp
+from diffusion2gan.runtime import fsdp, parts
 from diffusion2gan.runtime.files import whole
 
 
@@ -28,8 +31,11 @@ def meta(path: Path) -> dict[str, Any]:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The reverse of `save`. Raises UserError where there is no such file, Failure where it is damaged."""
-    return _read(path, tensors=True)
+    """The reverse of `save`. Raises UserError where there is no such file, Failure where it or a part is damaged."""
+    tensors, said = _read(path, tensors=True)
+    if "parts" in said:
+        tensors = parts.read(path.parent / said["parts"]["folder"], said["parts"]["files"])
+    return tensors, said
 
 
 def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

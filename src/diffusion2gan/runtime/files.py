@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import hashlib
@@ -26,7 +27,8 @@ HOST = re.sub(r"[^\w]", "_", socket.gethostname())  # machines that share a disk
 def whole(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; renamed onto it (file or folder) when the block succeeds.
 
-    A crash, Ctrl-C or full disk leaves what was there before. Raises Failure where the disk is full.
+    A crash, Ctrl-C or full disk leaves what was there before. Raises Failure where the disk is full, OSError where
+    nothing can be written there.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
@@ -40,14 +42,18 @@ def whole(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         _sweep(path)
     except (OSError, SafetensorError) as error:
-        if _error_number(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        number = _error_number(error)
+        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise Failure(
                 f"the disk is full: could not write {path}. Nothing that was there is lost; free some space and run "
                 "the same command again to continue."
             ) from error
+        if number and isinstance(error, SafetensorError):
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
     finally:
-        _delete(temporary)
+        with contextlib.suppress(OSError):  # a disk that is read-only has none to delete, and says so
+            _delete(temporary)
 
 
 def _sweep(path: Path) -> None:

@@ -53,16 +53,6 @@ def like(tensor: Tensor, there: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(there.device), there.device_mesh, there.placements, src_data_rank=None)
 
 
-def collected(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Whole copies in the processor's memory, one tensor after another; all ranks must ask, and one may `keep`."""
-    kept = {}
-    for key, tensor in tensors.items():
-        gathered = whole(tensor.detach())
-        if keep:
-            kept[key] = gathered.to("cpu", copy=True)
-    return kept
-
-
 def load(module: nn.Module, weights: dict[str, Tensor]) -> None:
     """`load_state_dict` of whole weights."""
     there = module.state_dict()

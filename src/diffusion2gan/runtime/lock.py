@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,5 +51,7 @@ def _owner(file: Path) -> str:
 def _sweep(path: Path) -> None:
     """Removes what a killed process left half-written of `path`: nobody else writes it while it is claimed."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
-        if left.is_file():
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
             left.unlink(missing_ok=True)

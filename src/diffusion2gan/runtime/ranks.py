@@ -116,6 +116,18 @@ class Group:
             if fsdp.is_cut(module):
                 self._together(partial(fsdp.gather, module))
 
+    def collect(self, part: Tensor) -> list[Tensor]:
+        """Every rank's `part`, by rank: in the processor's memory, all of one shape. All must ask."""
+        if self.ranks.world == 1:
+            return [part]
+        parts = [torch.empty_like(part) for _ in range(self.ranks.world)]
+        self._together(lambda: dist.all_gather(parts, part))
+        return parts
+
+    def another(self) -> dist.ProcessGroup:
+        """The same ranks once more, for what they say to each other beside the steps. All must ask."""
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_S))
+
     def _together(self, exchange: Callable[[], object]) -> None:
         """Raises Failure, naming the ranks that did not come, after TIMEOUT_S."""
         self._count += 1
@@ -129,8 +141,8 @@ class Group:
             late = [str(rank) for rank, count in counts.items() if count < self._count]
             who = f"rank {', '.join(late)} did not come" if late else "the connection between the ranks broke"
             raise Failure(
-                f"step {self._count}: {who} ({waited}; {str(error).splitlines()[0]}). Look at its machine; the last "
-                "checkpoint is intact, the same command continues."
+                f"step {self._count}: {who} ({waited}; {str(error).splitlines()[0]}). Look at its machine; what "
+                "was saved is intact, the same command continues."
             ) from error
 
     def _count_of(self, rank: int) -> int:

@@ -1,0 +1,46 @@
+"""What each rank of `test_fsdp.py` does, `parts_worker.py FOLDER OUT`: a checkpoint, and a kill in the next's parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+from diffusion2gan.distill.checkpoints import CHECKPOINT
+from diffusion2gan.distill.losses import distance_of
+from diffusion2gan.distill.run import Run, open_run
+from diffusion2gan.distill.train import step
+from diffusion2gan.pairs.sampler import PairReader
+from diffusion2gan.recipe import Recipe
+from diffusion2gan.runtime.lock import claimed
+from diffusion2gan.runtime.ranks import ranks_connected
+from diffusion2gan.teacher.pipeline import load_teacher
+
+
+def killed(*args: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder: Path, out: Path) -> None:
+    described = json.loads((folder / "recipe.json").read_text())
+    recipe = Recipe(**described | {"strategy": "fsdp"})
+    with ranks_connected(torch.device("cpu")) as group, claimed(out / f"{CHECKPOINT}-{group.ranks.rank}"):
+        run, reader = Run(recipe, load_teacher(recipe.teacher), group), PairReader(folder / "pairs", 0)
+        open_run(run, out, reader.spec)
+        distance, batches = distance_of(recipe, torch.device("cpu")), reader.batches(8)
+        for number in (0, 1):
+            step(run, next(batches), distance)
+            if number == 1 and group.ranks.rank == 1:
+                HuggingFaceStorageWriter.write_data = killed  # type: ignore[method-assign]
+            run.save(out)
+            run.saved()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

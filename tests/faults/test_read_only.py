@@ -43,7 +43,7 @@ def argv(command: str, made: Path, out: Path) -> list[str]:
     settings = (f"teacher={made / 'teacher'}", "loss=mse", "pairs_seen=2", "batch_size=2")
     words: dict[str, tuple[object, ...]] = {
         "pairs": ("--teacher", made / "teacher", "--count", 2, *one_step[:2], "--guidance-scale", 1, "--out", out),
-        "distill": ("pocket", "--pairs", made / "pairs", "--out", out, *(w for s in settings for w in ("--set", s))),
+        "distill": ("pocket-regression", "--pairs", made / "pairs", "--out", out, *(w for s in settings for w in ("--set", s))),
         "export": (made / "run", "--out", out / "export"),
         "evaluate": (made / "teacher", "--count", 2, *one_step, "--out", out / "metrics.json"),
         "generate": (made / "teacher", *one_step, "--prompt", "a star", "--out", out / "grid.png"),

@@ -3,9 +3,10 @@
     python benchmarks/discriminator.py --pairs-seen 20000 --seeds 0 1 2
 
 Rows, cumulative as in the paper: regression only, + diffusion D, + noise, + R1, + multi-scale, + mix-and-match; and two
-alternatives to the last: the same D from random weights, and a plain patch D. A row named key=value is the whole method
-with that setting: a sweep. Pairs: the shipped set, completed as `demo` does, or those of --pairs. Writes
-docs/results/NAME.json (rows are added to those there) and docs/images/NAME.png. Run it again to continue.
+alternatives to the last: the same D from random weights, and a plain patch D. A row named key=value, or several of
+them, is the whole method with these settings: a sweep. Pairs: the shipped set, completed as `demo` does, or those of
+--pairs. Writes docs/results/NAME.json (rows are added to those there) and docs/images/NAME.png. Run it again to
+continue.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def train(args: argparse.Namespace, name: str, seed: int) -> Path:
 def recipe_of(args: argparse.Namespace, name: str, seed: int) -> Recipe:
     """--set comes first: no row may be switched on again by it. At equal compute, a row sees fewer pairs."""
     pairs_seen = int(args.pairs_seen * args.shares.get(name, 1.0))
-    settings = [name] if "=" in name else rows()[name]
+    settings = name.split() if "=" in name else rows()[name]
     return load_recipe(args.recipe, [*FROM_BIRTH, *args.set, *settings, f"pairs_seen={pairs_seen}", f"seed={seed}"])
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import resource
 import shlex
@@ -115,9 +116,12 @@ def measure(row: str, args: argparse.Namespace) -> dict[str, float]:
     return {"ms": statistics.median(times[1:]) * 1000, "peak_mib": mib}
 
 
-def in_a_fresh_process(row: str) -> dict[str, float]:
-    """`measure` of this command line, in a process that has run nothing else."""
-    done = subprocess.run([sys.executable, *sys.argv, "--row", row], stdout=subprocess.PIPE, text=True, check=True)
+def in_a_fresh_process(row: str) -> dict[str, Any]:
+    """`measure` of this command line, in a process that has run nothing else; {"failed": why} where that ends badly."""
+    done = subprocess.run([sys.executable, *sys.argv, "--row", row], capture_output=True, text=True)
+    if done.returncode != 0:
+        told = done.stderr.strip().splitlines()
+        return {"failed": told[-1] if told else f"exit code {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -147,7 +151,10 @@ def main() -> None:
     write_json(args.out, result | {name: entry})
     print(f"{name} · {hardware} · batch {args.batch}\n{'loss':16}{'ms':>10}{'MiB':>10}{'× pixel':>10}")
     for row, found in rows.items():
-        times = rows["pixel_lpips"]["ms"] / found["ms"]
+        if "failed" in found:
+            print(f"{row:16}failed: {found['failed']}")
+            continue
+        times = rows["pixel_lpips"].get("ms", math.nan) / found["ms"]
         print(f"{row:16}{found['ms']:10.2f}{found['peak_mib']:10.1f}{times:10.1f}")
 
 

@@ -63,7 +63,7 @@ class Recipe(BaseModel):
     multi_scale_output: bool = Field(True, description="D answers at every decoder scale, three times each")
     spectral_norm: bool = Field(False, description="of D's heads; of every layer of a patch D")
     patch_width: int = Field(64, ge=1, description="channels of a patch D's first layer")
-    r1_weight: float = Field(1e-4, ge=0, description="γ of the gradient penalty γ/2·‖∇ΣD‖² on one real sample")
+    r1_weight: float = Field(1e-7, ge=0, description="γ of γ/2·‖∇ΣD‖², one real sample; Σ grows with the logits")
     r1_every: int = Field(16, ge=1, description="D's steps between penalties, each multiplied by this")
     mix_share: float = Field(0.25, ge=0, lt=1, description="share of D's fakes that are other pairs' real latents")
     prompt_embeds: Literal["encoded", "kept"] = Field(

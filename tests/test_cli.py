@@ -379,7 +379,7 @@ def test_ranges_merges_and_exports(made: Path, tiny_teacher: Path, tmp_path: Pat
 def test_a_plan(tmp_path: Path) -> None:
     ran = run("plan", "pocket", "--gpus", 8)
     assert ran.code == 0 and "pairs.pairs_per_s" in ran.out and "distill.hours" in ran.out
-    refused(run("plan", "pocket", "--gpus", 64), 2, "batch_size 32 cannot be cut over 64 GPUs", "a multiple of 64")
+    refused(run("plan", "pocket", "--gpus", 64), 2, "batch_size 16 cannot be cut over 64 GPUs", "a multiple of 64")
     refused(run("plan", "pocket", "--gpu", "h1000"), 2, "did you mean 'h100'")
 
 

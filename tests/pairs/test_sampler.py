@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from itertools import islice
 from pathlib import Path
 
@@ -88,10 +89,14 @@ def test_the_next_window_is_read_meanwhile(folder: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(sampler, "read_shard", noted)
     batches = PairReader(folder, 0).batches(1)
+    spec = PairReader(folder, 0).spec
+    two_windows = 2 * min(sampler.shards_per_window(spec), spec.num_shards)
     next(batches)
+    deadline = time.monotonic() + 60
+    while len(read) < two_windows and time.monotonic() < deadline:  # in another thread, unasked
+        time.sleep(0.01)
     batches.close()  # type: ignore[attr-defined]
-    size = sampler.shards_per_window(PairReader(folder, 0).spec)
-    assert 2 <= len(read) <= 2 * size and len(threading.enumerate()) < 10
+    assert len(read) == two_windows and len(threading.enumerate()) < 10
 
 
 def test_an_incomplete_set_is_refused(folder: Path) -> None:

@@ -153,10 +153,9 @@ def main() -> None:
     write_json(path, result)
     figure(args, [args.work / name.replace(" ", "_") / str(args.seeds[0]) for name in args.rows])
     for name in args.rows:
-        print(f"{name:16} " + "  ".join(
-            f"{key} {result['rows'][name][key]['mean']:.4f} ± {result['rows'][name][key]['std'] or float('nan'):.4f}"
-            for key in MEASURED
-        ))  # fmt: skip
+        row = result["rows"][name]
+        deviations = {key: f" ± {row[key]['std']:.4f}" if row[key]["std"] is not None else "" for key in MEASURED}
+        print(f"{name:16} " + "  ".join(f"{key} {row[key]['mean']:.4f}{deviations[key]}" for key in MEASURED))
 
 
 if __name__ == "__main__":

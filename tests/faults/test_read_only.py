@@ -41,9 +41,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def argv(command: str, made: Path, out: Path) -> list[str]:
     one_step = ("--num-inference-steps", 1, "--guidance-scale", 0)
     settings = (f"teacher={made / 'teacher'}", "loss=mse", "pairs_seen=2", "batch_size=2")
+    sets = [word for setting in settings for word in ("--set", setting)]
     words: dict[str, tuple[object, ...]] = {
         "pairs": ("--teacher", made / "teacher", "--count", 2, *one_step[:2], "--guidance-scale", 1, "--out", out),
-        "distill": ("pocket-regression", "--pairs", made / "pairs", "--out", out, *(w for s in settings for w in ("--set", s))),
+        "distill": ("pocket-regression", "--pairs", made / "pairs", "--out", out, *sets),
         "export": (made / "run", "--out", out / "export"),
         "evaluate": (made / "teacher", "--count", 2, *one_step, "--out", out / "metrics.json"),
         "generate": (made / "teacher", *one_step, "--prompt", "a star", "--out", out / "grid.png"),

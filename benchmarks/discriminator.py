@@ -153,9 +153,9 @@ def main() -> None:
     write_json(path, result)
     figure(args, [args.work / name.replace(" ", "_") / str(args.seeds[0]) for name in args.rows])
     for name in args.rows:
-        row = result["rows"][name]
-        deviations = {key: f" ± {row[key]['std']:.4f}" if row[key]["std"] is not None else "" for key in MEASURED}
-        print(f"{name:16} " + "  ".join(f"{key} {row[key]['mean']:.4f}{deviations[key]}" for key in MEASURED))
+        found = result["rows"][name]
+        deviations = {key: f" ± {found[key]['std']:.4f}" if found[key]["std"] is not None else "" for key in MEASURED}
+        print(f"{name:16} " + "  ".join(f"{key} {found[key]['mean']:.4f}{deviations[key]}" for key in MEASURED))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ class Recipe(BaseModel):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.999, ge=0, lt=1)
-    adversarial_weight: float = Field(0.5, ge=0, description="λ: the GAN loss beside the regression; 0 builds no D")
+    adversarial_weight: float = Field(
+        0.5, ge=0, allow_inf_nan=False, description="λ: the GAN loss beside the regression; 0 builds no D"
+    )
     discriminator: DiscriminatorName = Field(
         "diffusion", description="grown from the teacher; the same from random weights; plain convolutions"
     )
@@ -63,7 +65,9 @@ class Recipe(BaseModel):
     multi_scale_output: bool = Field(True, description="D answers at every decoder scale, three times each")
     spectral_norm: bool = Field(False, description="of D's heads; of every layer of a patch D")
     patch_width: int = Field(64, ge=1, description="channels of a patch D's first layer")
-    r1_weight: float = Field(1e-7, ge=0, description="γ of γ/2·‖∇ΣD‖², one real sample; Σ grows with the logits")
+    r1_weight: float = Field(
+        1e-7, ge=0, allow_inf_nan=False, description="γ of γ/2·‖∇ΣD‖², one real sample; Σ grows with the logits"
+    )
     r1_every: int = Field(16, ge=1, description="D's steps between penalties, each multiplied by this")
     mix_share: float = Field(0.25, ge=0, lt=1, description="share of D's fakes that are other pairs' real latents")
     prompt_embeds: Literal["encoded", "kept"] = Field(

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion2gan.adversarial.losses import r1_penalty
-from diffusion2gan.distill import train
+from diffusion2gan.distill import health, train
 from diffusion2gan.distill.losses import distance_of
 from diffusion2gan.distill.run import CHECKPOINT, Run
 from diffusion2gan.distill.student import Float32Conv2d, Student
 from diffusion2gan.distill.train import discriminator_step, distill, dry_run, parts_of, step, step_seed, student_step
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.pairs.store import Pairs, PairsSpec
@@ -151,15 +151,66 @@ def test_the_discriminators_gradient_is_the_papers_too(recipe: Recipe, pairs: Pa
     assert all(torch.equal(a, b) for a, b in zip(before, weights(run.student), strict=True))
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_a_batch_in_parts_is_the_same_update(recipe: Recipe, pairs: Path, accumulate: int) -> None:
-    (whole, batch, distance), (cut, _, _) = begin(recipe, pairs), begin(recipe, pairs, accumulate=accumulate)
+@pytest.mark.parametrize(("accumulate", "spectral_norm"), [(2, False), (4, False), (4, True)])
+def test_a_batch_in_parts_is_the_same_update(recipe: Recipe, pairs: Path, accumulate: int, spectral_norm: bool) -> None:
+    changed = recipe.model_copy(update={"spectral_norm": spectral_norm})
+    (whole, batch, distance), (cut, _, _) = begin(changed, pairs), begin(changed, pairs, accumulate=accumulate)
     entry, entry_cut = step(whole, batch, distance), step(cut, batch, distance)
     assert_near(gradients(cut.discriminator), gradients(whole.discriminator))
     assert_near(gradients(cut.student), gradients(whole.student))
     for key, value in entry.items():
         assert entry_cut[key] == pytest.approx(value, rel=1e-4), key
     assert entry["accuracy_mixed"] is not None and "r1" in entry
+    a, b = (dict(run.discriminator.named_buffers()) for run in (whole, cut))
+    assert bool(a) == spectral_norm and all(torch.equal(a[key], b[key]) for key in a)  # the estimates moved on alike
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_both_steps_under_autocast(recipe: Recipe, pairs: Path, checkpointing: bool) -> None:
+    """As on cuda, tried on the CPU: near the float32 step, R1 wholly in float32."""
+    changes = {"precision": "bfloat16", "gradient_checkpointing": checkpointing}
+    (exact, batch, distance), (reduced, _, _) = begin(recipe, pairs), begin(recipe, pairs, **changes)
+    expected, found = step(exact, batch, distance), step(reduced, batch, distance)
+    assert found["r1"] == pytest.approx(expected["r1"], rel=1e-4) and found["d_loss"] != expected["d_loss"]
+    for key in ("loss", "gan_loss", "d_loss"):
+        assert found[key] == pytest.approx(expected[key], rel=0.02), key
+    for module, other in ((reduced.student, exact.student), (reduced.discriminator, exact.discriminator)):
+        assert_near(gradients(module), gradients(other), 0.1)
+        assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+def test_warnings_are_said_logged_and_stand_in_the_live_line(
+    recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(health, "SETTLED", 2)
+    monkeypatch.setitem(health.REMEDIES, health.BLIND, "a remedy")
+    monkeypatch.setattr(train, "accuracy", lambda logits, real, rows=None: 0.5)
+    distill(recipe.model_copy(update={"pairs_seen": 4 * BATCH, "discriminator_warmup": 0}), pairs, tmp_path)
+    said = [line.get("warnings", []) for line in log_of(tmp_path)]
+    assert [f"{health.BLIND}: a remedy" in warnings for warnings in said] == [False, True, False, False]
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"warning: {health.BLIND}: a remedy" in told and f"· {health.BLIND}" in told.split("16/16")[1]
+    assert "· ETA 0:00 loss" in told and "D right on 50% real 50% fake" in told
+
+
+def test_a_discriminator_that_the_student_never_meets_is_told(
+    recipe: Recipe, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = recipe.model_copy(update={"pairs_seen": BATCH, "adversarial_from": BATCH, "discriminator_warmup": 0})
+    distill(short, pairs, tmp_path)
+    assert "from pair 4 on (adversarial_from 4" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("player", ["student", "discriminator"])
+def test_ten_broken_steps_in_a_row_name_the_player(
+    recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, player: str
+) -> None:
+    name = "student_loss" if player == "student" else "discriminator_loss"
+    real = getattr(train, name)
+    monkeypatch.setattr(train, name, lambda *logits: real(*logits) * float("nan"))
+    changed = recipe.model_copy(update={"checkpoint_every_s": 1e6, "discriminator_warmup": 0})
+    with pytest.raises(Failure, match=rf"the {player}'s gradient was not finite in 10 .*No checkpoint was written yet"):
+        distill(changed, pairs, tmp_path)
 
 
 def test_real_and_fake_pass_in_one_forward(recipe: Recipe, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +348,17 @@ def test_pairs_without_prompts_are_refused(recipe: Recipe, teacher_folder: Path,
         distill(recipe, folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     assert dry_run(recipe.model_copy(update={"adversarial_weight": 0.0}), folder)["discriminator_parameters"] == 0
+    assert dry_run(recipe.model_copy(update={"discriminator": "patch"}), folder)["discriminator_parameters"] > 0
+    with pytest.raises(UserError, match="discriminator_timestep = 5000, and the teacher's are 0 to 999"):
+        dry_run(recipe.model_copy(update={"discriminator_timestep": 5000}), folder)
+
+
+def test_some_pairs_without_prompts_are_told(
+    recipe: Recipe, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make(teacher_folder, tmp_path / "pairs", ["a star", " "])
+    dry_run(recipe, folder)
+    assert "warning: 8 of the first 16 pairs in" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_device_that_is_not_here_is_refused(recipe: Recipe, pairs: Path, tmp_path: Path) -> None:

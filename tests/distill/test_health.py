@@ -11,7 +11,14 @@ import torch
 from diffusion2gan.distill import health
 from diffusion2gan.distill.health import Health, accuracy, ailments, latent_statistics, logit_means
 
-WELL = {"loss": 0.1, "accuracy_real": 0.7, "accuracy_fake": 0.8, "latent_shift": 0.05, "latent_std_ratio": 0.97}
+WELL = {
+    "loss": 0.1,
+    "accuracy": 0.75,
+    "accuracy_real": 0.7,
+    "accuracy_fake": 0.8,
+    "latent_shift": 0.05,
+    "latent_std_ratio": 0.97,
+}
 
 
 def test_latent_statistics() -> None:
@@ -38,7 +45,7 @@ def test_accuracy() -> None:
     ("change", "name"),
     [
         ({"accuracy_real": 0.97, "accuracy_fake": 0.96}, health.WINS),
-        ({"accuracy_real": 0.5, "accuracy_fake": 0.52}, health.BLIND),
+        ({"accuracy": 0.51}, health.BLIND),
         ({"latent_shift": 0.3}, health.DRIFT),
         ({"latent_std_ratio": 1.3}, health.DRIFT),
         ({"latent_std_ratio": 0.7}, health.DRIFT),
@@ -62,6 +69,18 @@ def test_a_warning_comes_once_after_the_start_and_again_after_recovery() -> None
     assert told.told == [] and "drift" not in told.line()
     again = [told.record(drifted, False) for _ in range(300)]
     assert sum(map(len, again)) == 1
+
+
+def test_a_discriminator_that_begins_late_is_judged_after_as_many_steps_of_its_own() -> None:
+    """Its first answers, of chance, are no ailment; nor is a student it takes for real while it finds the mixed."""
+    told, alone = Health(), {"loss": 0.1, "latent_shift": 0.0, "latent_std_ratio": 1.0}
+    chance = alone | {"accuracy": 0.5, "accuracy_real": 0.5, "accuracy_fake": 0.5}
+    young = alone | {"accuracy": 0.61, "accuracy_real": 0.92, "accuracy_fake": 0.1}
+    assert not any(told.record(alone, False) for _ in range(2 * health.SETTLED))
+    assert not any(told.record(chance, False) for _ in range(20))
+    assert not any(told.record(young, False) for _ in range(2 * health.SETTLED))
+    said = [warning for _ in range(2 * health.SETTLED) for warning in told.record(chance, False)]
+    assert len(said) == 1 and said[0].startswith(health.BLIND)
 
 
 def test_running_averages_leave_out_what_is_not_finite_and_count_skips() -> None:

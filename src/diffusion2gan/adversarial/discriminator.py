@@ -51,7 +51,7 @@ class DiffusionDiscriminator(nn.Module):
         super().__init__()
         check_unet(unet)
         self.timestep, self.multi_scale_output = timestep, multi_scale_output
-        self.unet: Any = copy.deepcopy(unet).requires_grad_(True).train()
+        self.unet: Any = copy.deepcopy(unet).float().requires_grad_(True).train()
         self.unet.conv_norm_out = self.unet.conv_out = None  # the heads stand in their place
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm as normalised
+from torch.nn.utils.parametrize import ParametrizationList
 
 HEAD_WIDTH = 64
 
@@ -19,6 +20,16 @@ def head(channels: int, groups: int, spectral_norm: bool) -> nn.Sequential:
 def conv(channels: int, out_channels: int, size: int, stride: int, spectral_norm: bool) -> nn.Module:
     layer = nn.Conv2d(channels, out_channels, size, stride, padding=size // 2)
     return normalised(layer) if spectral_norm else layer
+
+
+def move_norms(network: nn.Module, moving: bool) -> None:
+    """Whether a forward pass moves the spectral norms' estimates on, as torch's do in train mode.
+
+    One pass an update may: an update in parts, or on several ranks, is then the same as whole.
+    """
+    for module in network.modules():
+        if isinstance(module, ParametrizationList):
+            module.train(moving)
 
 
 def zero_conv(channels: int, out_channels: int, size: int = 3, stride: int = 1, padding: int = 1) -> nn.Conv2d:

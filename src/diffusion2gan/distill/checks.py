@@ -9,6 +9,7 @@ from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime.places import Place
+from diffusion2gan.runtime.progress import console
 from diffusion2gan.runtime.ranks import own_device
 from diffusion2gan.teacher.pipeline import Teacher
 
@@ -60,9 +61,37 @@ def check_pairs(spec: PairsSpec, teacher: Teacher, folder: Place) -> None:
         )
 
 
-def check_prompts(recipe: Recipe, reader: PairReader, folder: Place) -> None:
-    """Raises UserError where a discriminator shall read prompts and the first pairs have none."""
-    if recipe.adversarial_weight > 0 and not any(reader.first(LOOKED_AT).prompts):
+def check_discriminator(recipe: Recipe, teacher: Teacher, reader: PairReader, folder: Place) -> None:
+    """Raises UserError where a discriminator shall read prompts and the first pairs have none, or its timestep is none.
+
+    Says where some have none, and where the run ends before the student meets the discriminator.
+    """
+    if recipe.adversarial_weight == 0:
+        return
+    if recipe.discriminator_timestep > teacher.last_timestep:
+        raise UserError(
+            f"discriminator_timestep = {recipe.discriminator_timestep}, and the teacher's are 0 to "
+            f"{teacher.last_timestep}; its latents are clean, 0 is the natural choice."
+        )
+    felt_from = recipe.adversarial_from + recipe.discriminator_warmup
+    if felt_from >= recipe.pairs_seen:
+        console.print(
+            f"warning: the student would feel the discriminator from pair {felt_from} on (adversarial_from "
+            f"{recipe.adversarial_from} + discriminator_warmup {recipe.discriminator_warmup}), and the run ends at "
+            f"pairs_seen = {recipe.pairs_seen}: this is regression alone. Lower them, or set adversarial_weight=0.",
+            soft_wrap=True,
+        )
+    prompts = reader.first(LOOKED_AT).prompts
+    blank = sum(not prompt.strip() for prompt in prompts)
+    if recipe.discriminator == "patch" or blank == 0:
+        return
+    if blank < len(prompts):
+        console.print(
+            f"warning: {blank} of the first {len(prompts)} pairs in {folder} have no prompt, which the discriminator "
+            "reads",
+            soft_wrap=True,
+        )
+    else:
         raise UserError(
             f"the pairs in {folder} have no prompts, and the discriminator is to read them. Make pairs with prompts, "
             "or set adversarial_weight=0."

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 SPAN = 100  # steps that a running average remembers
-SETTLED = 2 * SPAN  # steps before any warning: the first ones are forgotten by then
+SETTLED = 2 * SPAN  # values of a kind before any warning: the first ones are forgotten by then
 MAX_SKIPPED_IN_A_ROW = 10
 
 WINS, BLIND, DRIFT, DIVERGES, SKIPS = (
@@ -60,9 +60,10 @@ def logit_means(logits: list[Tensor]) -> list[float]:
 def ailments(average: dict[str, float], lowest_loss: float) -> set[str]:
     """The bands that these running averages have left. `lowest_loss`: the lowest running distance so far."""
     found = set()
-    if "accuracy_real" in average and "accuracy_fake" in average:
-        both = (average["accuracy_real"] + average["accuracy_fake"]) / 2
-        found |= {WINS} if both > 0.95 else {BLIND} if both < 0.52 else set()
+    if "accuracy_real" in average and average["accuracy_real"] + average.get("accuracy_fake", 0.0) > 2 * 0.95:
+        found.add(WINS)
+    if average.get("accuracy", 1.0) < 0.52:
+        found.add(BLIND)
     if average.get("latent_shift", 0.0) > 0.25 or not 0.8 <= average.get("latent_std_ratio", 1.0) <= 1.2:
         found.add(DRIFT)
     if average.get("loss", 0.0) > 2 * lowest_loss:
@@ -92,19 +93,18 @@ class Health:
         for key, value in (entry | {"skipped": float(skipped)}).items():
             if isinstance(value, float) and math.isfinite(value):
                 self._average(key, value)
-        if self.steps < SETTLED:
-            return []
-        self.lowest_loss = min(self.lowest_loss, self.average.get("loss", math.inf))
-        now = ailments(self.average, self.lowest_loss)
+        settled = {key: value for key, value in self.average.items() if self.counts[key] >= SETTLED}
+        self.lowest_loss = min(self.lowest_loss, settled.get("loss", math.inf))
+        now = ailments(settled, self.lowest_loss)
         new = sorted(now - set(self.told))
         self.told = sorted(now)
         return [f"{name}: {REMEDIES[name]}" for name in new]
 
     def _average(self, key: str, value: float) -> None:
         """The plain mean of the first SPAN values, an exponential one after them."""
-        self.counts[key] = min(self.counts.get(key, 0) + 1, SPAN)
+        self.counts[key] = min(self.counts.get(key, 0) + 1, SETTLED)
         before = self.average.get(key, 0.0)
-        self.average[key] = before + (value - before) / self.counts[key]
+        self.average[key] = before + (value - before) / min(self.counts[key], SPAN)
 
     def line(self) -> str:
         """The live status: what the progress bar says beside count, pace and time left."""

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from diffusion2gan.adversarial.heads import move_norms
 from diffusion2gan.adversarial.losses import (
     discriminator_loss,
     mix_and_match,
@@ -26,7 +27,7 @@ from diffusion2gan.adversarial.losses import (
     student_loss,
 )
 from diffusion2gan.distill.checkpoints import CHECKPOINT
-from diffusion2gan.distill.checks import check_pairs, check_prompts, check_ranks, device_of
+from diffusion2gan.distill.checks import check_discriminator, check_pairs, check_ranks, device_of
 from diffusion2gan.distill.cost import Cost, cost_of
 from diffusion2gan.distill.health import MAX_SKIPPED_IN_A_ROW, accuracy, latent_statistics, logit_means
 from diffusion2gan.distill.losses import Distance, distance_of
@@ -60,7 +61,7 @@ def distill(recipe: Recipe, pairs: Place, out: Path, allow_change: Sequence[str]
     teacher = teacher_of(recipe, device)
     reader = PairReader(pairs, recipe.seed)
     check_pairs(reader.spec, teacher, pairs)
-    check_prompts(recipe, reader, pairs)
+    check_discriminator(recipe, teacher, reader, pairs)
     distance = distance_of(recipe, teacher.device, teacher)
     with claimed(out / CHECKPOINT) if here.first else nullcontext(), ranks_connected(device) as group:
         run = Run(recipe, teacher, group)
@@ -139,6 +140,7 @@ def discriminator_step(run: Run, parts: list[Part]) -> dict[str, Any]:
     optimizer.zero_grad(set_to_none=True)
     total, real_logits, fake_logits = torch.zeros(()), [], []
     for part in parts:
+        move_norms(discriminator, part is parts[0])
         both, noise = torch.cat([part.latents, fake[part.rows]]), torch.cat([part.noise, part.noise])
         with run.autocast():
             logits = discriminator(noise, Conditioning.concat(part.cond, part.cond), both)
@@ -148,6 +150,7 @@ def discriminator_step(run: Run, parts: list[Part]) -> dict[str, Any]:
         total += loss.detach().cpu()
         real_logits.append(on_real)
         fake_logits.append(on_fake)
+    move_norms(discriminator, False)
     r1 = penalise(run, parts, generator) if (due := r1_is_due(recipe, run.pairs_seen)) else torch.zeros(())
     heads = whole_batch(parts, real_logits) + whole_batch(parts, fake_logits)
     total, r1, *heads = run.group.sum(discriminator, [total, r1, *heads])
@@ -279,10 +282,12 @@ def update(optimizer: Optimizer, parameters: Iterable[nn.Parameter], rate: float
 
 def told_apart(real: list[Tensor], fake: list[Tensor], mixed: Tensor) -> dict[str, Any]:
     """What D answered to real and fake latents, and to those of the fakes that are `mixed` [B] bool."""
+    on_real, on_fakes = accuracy(real, True), accuracy(fake, False)
+    assert on_real is not None and on_fakes is not None
     return {
-        "accuracy_real": accuracy(real, True), "accuracy_fake": accuracy(fake, False, ~mixed),
-        "accuracy_mixed": accuracy(fake, False, mixed), "logits_real": logit_means(real),
-        "logits_fake": logit_means(fake),
+        "accuracy": (on_real + on_fakes) / 2, "accuracy_real": on_real,
+        "accuracy_fake": accuracy(fake, False, ~mixed), "accuracy_mixed": accuracy(fake, False, mixed),
+        "logits_real": logit_means(real), "logits_fake": logit_means(fake),
     }  # fmt: skip
 
 
@@ -308,16 +313,21 @@ def report(run: Run, entry: dict[str, Any], out: Path) -> None:
     """Logs a step, says new warnings, and raises Failure at the tenth step in a row that was skipped."""
     norms = [entry[key] for key in ("grad_norm", "d_grad_norm") if key in entry]
     warnings = run.health.record(entry, skipped=not all(map(math.isfinite, norms)))
-    entry = entry | {"skipped": run.health.skipped} | ({"warnings": warnings} if warnings else {})
+    entry = entry | {"skipped": run.health.skipped, "skipped_share": run.health.average["skipped"]}
+    entry |= {"warnings": warnings} if warnings else {}
     if run.group.ranks.first:
         with (out / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: finite(value) for key, value in entry.items()}) + "\n")
     for warning in warnings:
         console.print(f"warning: {warning}", soft_wrap=True)
     if run.health.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+        whose = {"grad_norm": "the student's", "d_grad_norm": "the discriminator's"}
+        broken = " and ".join(who for key, who in whose.items() if not math.isfinite(entry.get(key, 0.0)))
+        remedy = "learning_rate" if "student" in broken else "discriminator_learning_rate or r1_weight"
+        kept = "The last checkpoint is intact" if (out / CHECKPOINT).exists() else "No checkpoint was written yet"
         raise Failure(
-            f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to {run.pairs_seen} pairs (loss "
-            f"{entry['loss']}). The last checkpoint is intact; lower learning_rate in a new run."
+            f"{broken} gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to {run.pairs_seen} pairs "
+            f"(loss {entry['loss']}). {kept}; lower {remedy} in a new run."
         )
 
 
@@ -350,7 +360,7 @@ def dry_run(recipe: Recipe, pairs: Place, price_per_gpu_hour: float | None = Non
     teacher = teacher_of(recipe, device_of(recipe))
     reader = PairReader(pairs, recipe.seed)
     check_pairs(reader.spec, teacher, pairs)
-    check_prompts(recipe, reader, pairs)
+    check_discriminator(recipe, teacher, reader, pairs)
     run, distance = Run(recipe, teacher), distance_of(recipe, teacher.device, teacher)
     teacher.rest(network=not recipe.needs_teacher, vae=recipe.loss != "pixel_lpips")
     batches = reader.batches(recipe.batch_size)

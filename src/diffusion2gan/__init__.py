@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["DiffusionDiscriminator", "ELatentLPIPS", "LatentLPIPS", "PixelLPIPS", "Recipe", "load_teacher"]
+__all__ = ["DiffusionDiscriminator", "ELatentLPIPS", "LatentLPIPS", "PixelLPIPS", "Recipe", "Strengths", "load_teacher"]
 
 _HOMES = {
     "DiffusionDiscriminator": "diffusion2gan.adversarial.discriminator",
@@ -13,6 +13,7 @@ _HOMES = {
     "LatentLPIPS": "diffusion2gan.perceptual.distance",
     "PixelLPIPS": "diffusion2gan.perceptual.distance",
     "Recipe": "diffusion2gan.recipe",
+    "Strengths": "diffusion2gan.perceptual.augment",
     "load_teacher": "diffusion2gan.teacher.pipeline",
 }
 

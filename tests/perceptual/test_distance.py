@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion2gan.errors import Failure, UserError
-from diffusion2gan.perceptual.augment import FAMILIES, apply_transform, draw_transform
+from diffusion2gan.perceptual.augment import FAMILIES, Strengths, apply_transform, draw_transform
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, unit
 from diffusion2gan.perceptual.vgg import STAGES, VGG, num_dropped_pools
 
@@ -168,6 +169,16 @@ def test_without_families_it_is_latent_lpips() -> None:
     torch.testing.assert_close(ELatentLPIPS(vgg, heads, transforms="", num_draws=3)(a, b), plain)
 
 
+def test_without_strength_it_is_latent_lpips() -> None:
+    """Every family on, each of no reach; and a reach that is not none tells."""
+    network, a, b = parts(), latents(1), latents(2)
+    none = Strengths(**dict.fromkeys(asdict(Strengths()), 0.0))
+    still = ELatentLPIPS(*network, "geometric+color+cutout", strengths=none)
+    torch.testing.assert_close(still(a, b, rng()), LatentLPIPS(*network)(a, b), rtol=1e-4, atol=1e-5)
+    moved = ELatentLPIPS(*network, "geometric+color+cutout", strengths=replace(none, translate=0.3))
+    assert not torch.allclose(moved(a, b, rng()), still(a, b, rng()), rtol=1e-2)
+
+
 def test_draws_are_averaged() -> None:
     vgg, heads = parts()
     a, b = latents(1), latents(2)
@@ -175,6 +186,8 @@ def test_draws_are_averaged() -> None:
     generator = rng(7)
     singles = torch.stack([one(a, b, generator) for _ in range(3)])
     torch.testing.assert_close(three(a, b, rng(7)), singles.mean(0))
+    with pytest.raises(UserError, match="num_draws = 0"):
+        ELatentLPIPS(vgg, heads, num_draws=0)
 
 
 def test_bad_latents_and_families_are_said() -> None:
@@ -323,6 +336,10 @@ def test_missing_or_damaged_weights_are_said(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "other" / "model.safetensors", weights)
     with pytest.raises(UserError, match=r"stages\.4\.0\.weight is \[9, 8, 3, 3\], \[8, 8, 3, 3\] is expected"):
         LatentLPIPS.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UserError, match="it holds no settings"):
+        LatentLPIPS.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     weights.unlink()
     with pytest.raises(UserError, match=r"no such file: .*model\.safetensors"):
         LatentLPIPS.from_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from diffusion2gan import PixelLPIPS
 from diffusion2gan.errors import Failure, UserError
-from diffusion2gan.perceptual.distance import LatentLPIPS
+from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS
 from diffusion2gan.perceptual.ranking import two_afc
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.perceptual.weights import load_network
@@ -82,6 +83,28 @@ def test_it_loads_with_any_vae_folder(
     assert of_pipeline(a, b).shape == (2,)
     with pytest.raises(UserError, match="holds no VAE"):
         PixelLPIPS.from_pretrained(tmp_path / "network", vae=tmp_path / "nowhere")
+    with pytest.raises(UserError, match="needs their VAE"):
+        PixelLPIPS.from_pretrained(tmp_path / "network")
+    with pytest.raises(UserError, match="this network reads 4 channels: of latents"):
+        PixelLPIPS.from_pretrained(shipped.folder("latent_vgg"), vae=vae)
+    assert 'vae="your VAE")' in (tmp_path / "network" / "README.md").read_text()
+
+
+def test_bfloat16_is_near_and_half_a_cpu_cannot_is_said(vae: AutoencoderKL, parts: tuple[VGG, list[Tensor]]) -> None:
+    a, b = latents(1), latents(2)
+    exact = PixelLPIPS(*parts, vae)(a, b)
+    reduced = PixelLPIPS(*copy.deepcopy(parts), copy.deepcopy(vae)).bfloat16()
+    torch.testing.assert_close(reduced(a, b), exact, rtol=0.05, atol=0.02)
+    with pytest.raises(UserError, match="float16"):
+        reduced.half()(a, b)
+
+
+def test_one_interface(vae: AutoencoderKL, parts: tuple[VGG, list[Tensor]]) -> None:
+    a, b = latents(1), latents(2)
+    pixels, plain, ensembled = PixelLPIPS(*parts, vae), LatentLPIPS.from_pretrained(), ELatentLPIPS.from_pretrained()
+    for distance in (pixels, plain, ensembled):
+        found = [distance(a, b, torch.Generator().manual_seed(0)) for _ in range(2)]
+        assert torch.equal(*found) and found[0].shape == (2,)
 
 
 @pytest.mark.parametrize("network", ["latent_vgg", "pixel_vgg"])

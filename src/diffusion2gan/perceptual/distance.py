@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.augment import Strengths, apply_transform, draw_transform, parse_families
 from diffusion2gan.perceptual.checks import check_finite, check_precision, check_shapes, warn_unscaled
 from diffusion2gan.perceptual.vgg import VGG
@@ -72,7 +73,8 @@ class LatentLPIPS(nn.Module):
         self._frozen = (vgg._apply(fn), [head.to(fn(head).device) for head in heads])
         return super()._apply(fn, recurse)
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+    def forward(self, a: Tensor, b: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """[B, C, h, w] twice → [B]. Nothing is drawn here: `generator` stands for the one interface of all three."""
         self._check(a, b)
         return self._between(a.float(), b.float())
 
@@ -112,10 +114,10 @@ class ELatentLPIPS(LatentLPIPS):
     """The ensembled distance: E_T[d(F(T a), F(T b))], a fresh T per sample and call, the same on both sides.
 
     `transforms`: families joined by "+" (`geometric+cutout` is the paper's final choice); `num_draws`: Ts averaged
-    per call; further options are LatentLPIPS's. For monitoring, fix T: `distance(a, b, generator)` with a generator
-    seeded anew before each call gives each place of the batch the same T every time; a CPU one on every machine.
-    Without a generator T is drawn on the latents' own device. `part` = (rows, size of
-    the batch): `a` and `b` are these rows of a batch and get the Ts that they would get in it.
+    per call; `strengths` (`Strengths`): how far each family goes; further options are LatentLPIPS's. For monitoring,
+    fix T: `distance(a, b, generator)` with a generator seeded anew before each call gives each place of the batch the
+    same T every time; a CPU one on every machine. Without a generator T is drawn on the latents' own device. `part` =
+    (rows, size of the batch): `a` and `b` are these rows of a batch and get the Ts that they would get in it.
     """
 
     def __init__(
@@ -123,6 +125,8 @@ class ELatentLPIPS(LatentLPIPS):
         strengths: Strengths | None = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__(vgg, heads, **options)
+        if num_draws < 1:
+            raise UserError(f"num_draws = {num_draws}: at least one transform is drawn")
         self.families, self.num_draws, self.strengths = parse_families(transforms), num_draws, strengths
 
     def forward(
@@ -154,6 +158,8 @@ class PixelLPIPS(LatentLPIPS):
 
     def __init__(self, vgg: VGG, heads: list[Tensor], vae: nn.Module, **options: Any) -> None:
         super().__init__(vgg, heads, **options)
+        if self.channels != 3:
+            raise UserError(f"PixelLPIPS compares pictures; this network reads {self.channels} channels: of latents")
         self._decoder = (vae.eval().requires_grad_(False),)
         self.channels, self.smallest_side = num_latent_channels(vae), 1
 
@@ -165,6 +171,15 @@ class PixelLPIPS(LatentLPIPS):
         return super().features(decode(self._decoder[0], x))
 
     @classmethod
-    def from_pretrained(cls, source: str | Path = "pocket", vae: Any = "pocket", **options: Any) -> Self:
-        """`vae`: an AutoencoderKL, the folder of one or of a pipeline, or `pocket`."""
+    def from_pretrained(cls, source: str | Path = "pocket", vae: Any = None, **options: Any) -> Self:
+        """`vae`: an AutoencoderKL, the folder of one or of a pipeline, or `pocket`, the default for its own network.
+
+        Raises UserError where another network comes without a VAE.
+        """
+        if vae is None:
+            if str(source) != "pocket":
+                raise UserError(
+                    f"PixelLPIPS of {source} decodes latents and needs their VAE: from_pretrained(…, vae=…)"
+                )
+            vae = "pocket"
         return super().from_pretrained(source, vae=vae if isinstance(vae, nn.Module) else load_vae(vae), **options)

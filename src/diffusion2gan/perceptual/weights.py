@@ -30,7 +30,7 @@ manner of LPIPS.{note}
 ```python
 from diffusion2gan import {name}
 
-distance = {name}.from_pretrained("this folder")
+distance = {name}.from_pretrained("this folder"{options})
 distance(a, b)  # [B]; a, b [B, {example}, h, w] latents × scaling_factor
 ```
 """
@@ -43,6 +43,8 @@ def load_network(source: str | Path, shipped_name: str) -> tuple[VGG, list[Tenso
     """
     folder = shipped.folder(shipped_name) if str(source) == "pocket" else Path(source)
     config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'} describes no network of ours: it holds no settings")
     tensors, _ = checkpoint.load(folder / "model.safetensors")
     tensors = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
     formula = {key: config.pop(key) for key in FORMULA if key in config}
@@ -118,5 +120,5 @@ def card(config: dict[str, Any], note: str) -> str:
         norm=f"GroupNorm ({config['num_groups']} groups)" if config["num_groups"] else "batch norm",
         widths=", ".join(map(str, config["widths"])), num_dropped=config["num_dropped"],
         note=f"\n\n{note}" if note else "", name="PixelLPIPS" if pixels else "ELatentLPIPS",
-        example="C" if pixels else config["in_channels"],
+        options=', vae="your VAE"' if pixels else "", example="C" if pixels else config["in_channels"],
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,22 @@ def test_a_folder_of_triplets_calibrates_a_network(
     assert all(row["count"] == COUNT for row in scored.values())
     expected = by_hand(triplets, old, vae, "blur")
     assert scored["blur"]["before"] == pytest.approx(expected)
+
+
+def test_other_triplets_do_not_take_what_is_there(triplets: Path, tmp_path: Path) -> None:
+    source, copy, out = str(network(tmp_path / "network", 3)), tmp_path / "copy", tmp_path / "out"
+    shutil.copytree(triplets, copy)
+    first = calibrate(copy, source, out, scored=copy, epochs=1)
+    assert calibrate(triplets, source, out, scored=copy, epochs=1) == first  # the same ones, elsewhere
+    write_triplets(tmp_path / "others", COUNT, seed=1)
+    refusal = "was made with triplets = '.*', this command says '.*'; choose another --out, or delete that folder"
+    with pytest.raises(UserError, match=refusal):
+        calibrate(tmp_path / "others", source, out, scored=copy, epochs=1)
+    judgement = copy / "blur" / "judge" / "000000.npy"
+    np.save(judgement, 1 - np.load(judgement))  # corrected, of the same size
+    for folder in (copy, triplets):  # those trained on, those scored on
+        with pytest.raises(UserError, match=refusal):
+            calibrate(folder, source, out, scored=copy, epochs=1)
 
 
 def by_hand(triplets: Path, distance: LatentLPIPS, vae: str | None, subset: str) -> float:

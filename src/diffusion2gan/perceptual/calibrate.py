@@ -77,7 +77,7 @@ def cached_differences(
             "VAE it was fitted to with --vae."
         )
     spec = {
-        "triplets": len(triplets.refs), "subsets": triplets.subsets, "size": size,
+        "triplets": triplets.digest, "subsets": triplets.subsets, "size": size,
         "network": network if network == "pocket" else sha256(Path(network) / "model.safetensors")[:16],
         "vae": None if vae is None else vae_revision(vae),
     }  # fmt: skip

@@ -126,6 +126,12 @@ def test_other_triplets_do_not_take_what_is_there(triplets: Path, tmp_path: Path
             calibrate(folder, source, out, scored=copy, epochs=1)
 
 
+def test_triplets_to_score_on_are_looked_for_first(triplets: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder of triplets: .*/mistyped"):
+        calibrate(triplets, str(network(tmp_path / "network", 3)), tmp_path / "out", scored=tmp_path / "mistyped")
+    assert not (tmp_path / "out").exists()
+
+
 def by_hand(triplets: Path, distance: LatentLPIPS, vae: str | None, subset: str) -> float:
     """The 2AFC score of the distance itself, triplet by triplet."""
     from diffusion2gan.teacher.autoencoder import encode, load_vae

@@ -34,7 +34,7 @@ def calibrate(
     """
     vgg, heads, formula = load_network(network, "pixel_vgg" if vae is None else "latent_vgg")
     distance = LatentLPIPS(vgg, heads, **formula).to(device)
-    opened = open_triplets(triplets)
+    opened, to_score = open_triplets(triplets), None if scored is None else open_triplets(scored)
     cache = cached_differences(opened, distance, out / "cache", network, vae, size, device)
     claim(out / "settings.json", {"epochs": epochs, "peak_lr": peak_lr, "seed": seed, "scored": str(scored)})
     subset = cache.whole("subset")
@@ -46,8 +46,8 @@ def calibrate(
     new = calibrate_heads(
         d0[~apart], d1[~apart], judge[~apart], heads, folder=out, epochs=epochs, peak_lr=peak_lr, seed=seed
     )
-    if scored is not None:
-        opened = open_triplets(scored)
+    if to_score is not None:
+        opened = to_score
         cache = cached_differences(opened, distance, out / "cache_scored", network, vae, size, device)
         apart = torch.ones(len(cache), dtype=torch.bool)
     result = {name: scores(cache, apart, number, heads, new) for number, name in enumerate(opened.subsets)}

@@ -127,7 +127,7 @@ def test_other_triplets_do_not_take_what_is_there(triplets: Path, tmp_path: Path
 
 
 def test_triplets_to_score_on_are_looked_for_first(triplets: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no folder of triplets: .*/mistyped"):
+    with pytest.raises(UserError, match=r"no folder of triplets: .*/mistyped"):
         calibrate(triplets, str(network(tmp_path / "network", 3)), tmp_path / "out", scored=tmp_path / "mistyped")
     assert not (tmp_path / "out").exists()
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.calibrate import calibrate
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.fit import fit
 from diffusion2gan.perceptual.images import held_out, open_labelled, read_picture
@@ -126,6 +127,17 @@ def test_folders_that_are_no_classes(pictures: Path, tmp_path: Path) -> None:
         pytest.skip("`datasets` is installed")
     with pytest.raises(UserError, match="install `datasets` to read it"):
         open_labelled(tmp_path / "hf")
+
+
+def test_several_processes_are_refused(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = "trains in one process, and WORLD_SIZE says that this is one of 2. Start it without torchrun"
+    with pytest.raises(UserError, match=f"perceptual fit {told}"):
+        run(pictures, tmp_path / "out")
+    with pytest.raises(UserError, match=f"perceptual calibrate {told}"):
+        calibrate(pictures, "pocket", tmp_path / "out", "pocket")
+    assert not (tmp_path / "out").exists()
 
 
 def module_has(name: str) -> bool:

@@ -20,6 +20,7 @@ from diffusion2gan.perceptual.triplets import Triplets, open_triplets, read_trip
 from diffusion2gan.perceptual.weights import load_network
 from diffusion2gan.runtime.cache import Cache, Rows, claim, make_cache
 from diffusion2gan.runtime.files import sha256, write_json
+from diffusion2gan.runtime.ranks import check_alone
 from diffusion2gan.teacher.autoencoder import encode, load_vae, num_latent_channels, vae_revision
 
 
@@ -32,6 +33,7 @@ def calibrate(
     Scores are of the triplets in `scored`, or of a tenth of each sub-set that is held out. `vae` turns pictures into
     the latents that the network reads; None for one that reads pixels. `size`: the patches' side.
     """
+    check_alone("perceptual calibrate")
     vgg, heads, formula = load_network(network, "pixel_vgg" if vae is None else "latent_vgg")
     distance = LatentLPIPS(vgg, heads, **formula).to(device)
     opened, to_score = open_triplets(triplets), None if scored is None else open_triplets(scored)

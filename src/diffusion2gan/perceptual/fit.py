@@ -21,6 +21,7 @@ from diffusion2gan.runtime.cache import Cache, Rows, claim, make_cache
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.fit import fit as fit_module
 from diffusion2gan.runtime.fit import shuffled
+from diffusion2gan.runtime.ranks import check_alone
 from diffusion2gan.teacher.autoencoder import encode, load_vae, num_latent_channels, spatial_factor, vae_revision
 
 
@@ -44,6 +45,7 @@ def fit(
     `vae`: its folder or `pocket`; None fits the pixel twin. `size`: the pictures' side. The heads written are all one:
     `perceptual calibrate` is next. Raises UserError at what `open_labelled` and `make_cache` refuse.
     """
+    check_alone("perceptual fit")
     if len(widths) != len(STAGES):
         raise UserError(f"--widths {','.join(map(str, widths))}: {len(widths)} numbers, five are needed, one a stage")
     labelled = open_labelled(images)

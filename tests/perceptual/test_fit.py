@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +141,60 @@ def test_several_processes_are_refused(pictures: Path, tmp_path: Path, monkeypat
     with pytest.raises(UserError, match=f"perceptual calibrate {told}"):
         calibrate(pictures, "pocket", tmp_path / "out", "pocket")
     assert not (tmp_path / "out").exists()
+
+
+class FakeDataset:
+    """As much of `datasets.Dataset` as is used; its pictures are `paths`, without a class's names."""
+
+    def __init__(self, paths: list[Path], labels: list[object]) -> None:
+        self.rows = [{"image": {"bytes": None, "path": str(path)}} for path in paths]
+        self.features, self.labels, self._fingerprint = {"image": None, "label": None}, labels, "fake"
+
+    def cast_column(self, name: str, feature: object) -> FakeDataset:
+        return self
+
+    def __getitem__(self, key: int | str) -> object:
+        return self.labels if key == "label" else self.rows[key]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ([0, 1, -1, 1], "row 2 of the dataset in .* has label -1: no class. Keep the labelled rows"),
+        (["cat", "dog"] * 2, "row 0 of the dataset in .* has label 'cat', which is no class's number; number the"),
+        ([0, 1, None, 1], "row 2 of the dataset in .* has label None, which is no class's number"),
+    ],
+)
+def test_labels_of_a_dataset_that_are_none(
+    labels: list[object], told: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = sorted(pictures.rglob("*.png"))[18:22]
+    (tmp_path / "dataset_info.json").write_text("{}")
+    found = FakeDataset(paths, [0, 0, 1, 1])
+    fake_datasets(monkeypatch, found)
+    opened = open_labelled(tmp_path)
+    assert (opened.classes, opened.labels, opened.source(3)) == (["0", "1"], [0, 0, 1, 1], paths[3])
+    found.labels = labels
+    with pytest.raises(UserError, match=told):
+        open_labelled(tmp_path)
+
+
+def test_splits_of_a_dataset(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = FakeDataset(sorted(pictures.rglob("*.png"))[18:22], [0, 0, 1, 1])
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    fake_datasets(monkeypatch, {"train": found, "test": None})
+    assert open_labelled(tmp_path).labels == [0, 0, 1, 1]
+    fake_datasets(monkeypatch, {"validation": found, "test": found})
+    with pytest.raises(UserError, match=r"no split 'train', but test, validation; give the folder of .*/test"):
+        open_labelled(tmp_path)
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
+    """A package `datasets` that loads `found`, whatever the folder."""
+    module = types.ModuleType("datasets")
+    module.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
+    module.load_from_disk, module.Image = lambda folder: found, lambda decode: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
 
 
 def module_has(name: str) -> bool:

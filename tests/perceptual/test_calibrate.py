@@ -19,6 +19,7 @@ from diffusion2gan.perceptual.ranking import Ranker, calibrate_heads, flat_then_
 from diffusion2gan.perceptual.triplets import open_triplets, read_triplet
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.pocket.triplets import SUBSETS, write_triplets
+from diffusion2gan.runtime import cache
 
 COUNT = 6
 
@@ -130,6 +131,19 @@ def test_triplets_to_score_on_are_looked_for_first(triplets: Path, tmp_path: Pat
     with pytest.raises(UserError, match=r"no folder of triplets: .*/mistyped"):
         calibrate(triplets, str(network(tmp_path / "network", 3)), tmp_path / "out", scored=tmp_path / "mistyped")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_ref_that_is_a_link_to_nowhere_is_skipped(
+    triplets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(triplets, tmp_path / "copy"))
+    ref = copy / "blur" / "ref" / "000003.png"
+    ref.unlink()
+    ref.symlink_to(tmp_path / "nowhere.png")
+    monkeypatch.setattr(cache, "MAX_UNREADABLE", 0.05)
+    calibrate(copy, str(network(tmp_path / "network", 3)), tmp_path / "out", epochs=1)
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"skipped 1 of {COUNT * len(SUBSETS)} triplets: blur/ref/000003.png (FileNotFoundError)" in told
 
 
 def by_hand(triplets: Path, distance: LatentLPIPS, vae: str | None, subset: str) -> float:

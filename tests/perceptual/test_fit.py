@@ -110,6 +110,14 @@ def test_few_unreadable_pictures_are_skipped_counted_and_named(
     assert not (tmp_path / "other" / "model.safetensors").exists()
 
 
+def test_a_link_to_nowhere_is_skipped_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_pictures(tmp_path / "set", each=60)
+    (folder / "blue" / "060.png").symlink_to(tmp_path / "nowhere.png")
+    result = run(folder, tmp_path / "out", epochs=1)
+    assert result["unreadable"] == ["blue/060.png (FileNotFoundError)"]
+    assert "skipped 1 of 121 pictures: blue/060.png" in " ".join(capsys.readouterr().err.split())
+
+
 def test_folders_that_are_no_classes(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder of pictures"):
         open_labelled(tmp_path / "nowhere")

@@ -71,8 +71,16 @@ def _open_folders(folder: Path) -> Labelled:
     paths = [path for name in classes for path in listed[name]]
     labels = [label for label, name in enumerate(classes) for _ in listed[name]]
     names = [str(path.relative_to(folder)) for path in paths]
-    told = "".join(f"{name}:{path.stat().st_size}\n" for name, path in zip(names, paths, strict=True))
+    told = "".join(f"{name}:{size_of(path)}\n" for name, path in zip(names, paths, strict=True))
     return Labelled(classes, names, labels, paths.__getitem__, hashlib.sha256(told.encode()).hexdigest()[:16])
+
+
+def size_of(path: Path) -> int:
+    """In bytes; 0 where it cannot be told, as of a link to nowhere, which `read_picture` will name."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _open_dataset(folder: Path) -> Labelled:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.perceptual.images import SUFFIXES, read_picture
+from diffusion2gan.perceptual.images import SUFFIXES, read_picture, size_of
 from diffusion2gan.runtime.cache import Rows
 
 
@@ -53,7 +53,7 @@ def digest_of(folder: Path, refs: list[Path]) -> str:
     told = hashlib.sha256()
     for ref in refs:
         for path in (ref, *alternatives(ref)):
-            told.update(f"{path.relative_to(folder)}:{path.stat().st_size}\n".encode())
+            told.update(f"{path.relative_to(folder)}:{size_of(path)}\n".encode())
         told.update(judgement(ref).read_bytes())
     return told.hexdigest()[:16]
 

@@ -151,6 +151,16 @@ def test_several_processes_are_refused(pictures: Path, tmp_path: Path, monkeypat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_device_that_is_not_here_is_refused(pictures: Path, tmp_path: Path) -> None:
+    for name in ("cuda:99", "gpu"):
+        told = f"device = '{name}' is not here .*; give --device cpu or one that is"
+        with pytest.raises(UserError, match=told):
+            fit(pictures, tmp_path / "out", None, WIDTHS, size=16, device=name)
+        with pytest.raises(UserError, match=told):
+            calibrate(pictures, "pocket", tmp_path / "out", "pocket", device=name)
+    assert not (tmp_path / "out").exists()
+
+
 class FakeDataset:
     """As much of `datasets.Dataset` as is used; its pictures are `paths`, without a class's names."""
 

@@ -20,7 +20,7 @@ from diffusion2gan.perceptual.triplets import Triplets, open_triplets, read_trip
 from diffusion2gan.perceptual.weights import load_network
 from diffusion2gan.runtime.cache import Cache, Rows, claim, make_cache
 from diffusion2gan.runtime.files import sha256, write_json
-from diffusion2gan.runtime.ranks import check_alone
+from diffusion2gan.runtime.ranks import check_alone, device_of
 from diffusion2gan.teacher.autoencoder import encode, load_vae, num_latent_channels, vae_revision
 
 
@@ -34,10 +34,11 @@ def calibrate(
     the latents that the network reads; None for one that reads pixels. `size`: the patches' side.
     """
     check_alone("perceptual calibrate")
+    place = device_of(device, "give --device cpu")
     vgg, heads, formula = load_network(network, "pixel_vgg" if vae is None else "latent_vgg")
-    distance = LatentLPIPS(vgg, heads, **formula).to(device)
+    distance = LatentLPIPS(vgg, heads, **formula).to(place)
     opened, to_score = open_triplets(triplets), None if scored is None else open_triplets(scored)
-    cache = cached_differences(opened, distance, out / "cache", network, vae, size, device)
+    cache = cached_differences(opened, distance, out / "cache", network, vae, size, place)
     claim(out / "settings.json", {"epochs": epochs, "peak_lr": peak_lr, "seed": seed, "scored": str(scored)})
     subset = cache.whole("subset")
     apart = torch.zeros(len(subset), dtype=torch.bool)
@@ -50,7 +51,7 @@ def calibrate(
     )
     if to_score is not None:
         opened = to_score
-        cache = cached_differences(opened, distance, out / "cache_scored", network, vae, size, device)
+        cache = cached_differences(opened, distance, out / "cache_scored", network, vae, size, place)
         apart = torch.ones(len(cache), dtype=torch.bool)
     result = {name: scores(cache, apart, number, heads, new) for number, name in enumerate(opened.subsets)}
     told = "; ".join(f"{name} {row['after']:.1%} (before: {row['before']:.1%})" for name, row in result.items())
@@ -67,8 +68,9 @@ def check_scored(triplets: Triplets, apart: Tensor) -> None:
 
 
 def cached_differences(
-    triplets: Triplets, distance: LatentLPIPS, folder: Path, network: str, vae: str | None, size: int, device: str
-) -> Cache:
+    triplets: Triplets, distance: LatentLPIPS, folder: Path, network: str, vae: str | None, size: int,
+    device: torch.device,
+) -> Cache:  # fmt: skip
     """Rows `d0`, `d1` [ΣC] float32, `judge`, `subset`. Raises UserError where the VAE is not the network's."""
     coder = None if vae is None else load_vae(vae, device)
     channels = 3 if coder is None else num_latent_channels(coder)

@@ -21,7 +21,7 @@ from diffusion2gan.runtime.cache import Cache, Rows, claim, make_cache
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.fit import fit as fit_module
 from diffusion2gan.runtime.fit import shuffled
-from diffusion2gan.runtime.ranks import check_alone
+from diffusion2gan.runtime.ranks import check_alone, device_of
 from diffusion2gan.teacher.autoencoder import encode, load_vae, num_latent_channels, spatial_factor, vae_revision
 
 
@@ -46,29 +46,30 @@ def fit(
     `perceptual calibrate` is next. Raises UserError at what `open_labelled` and `make_cache` refuse.
     """
     check_alone("perceptual fit")
+    place = device_of(device, "give --device cpu")
     if len(widths) != len(STAGES):
         raise UserError(f"--widths {','.join(map(str, widths))}: {len(widths)} numbers, five are needed, one a stage")
     labelled = open_labelled(images)
     settings = {"widths": list(widths), "epochs": epochs, "batch_size": batch_size, "peak_lr": peak_lr, "seed": seed}
-    cache, vgg = cached_inputs(labelled, out / "cache", vae, size, widths, seed, device)
+    cache, vgg = cached_inputs(labelled, out / "cache", vae, size, widths, seed, place)
     claim(out / "settings.json", settings)
     labels = cache.whole("label")
     check_classes(labelled.classes, labels.tolist(), images)
     mask = held_out(labels, seed)
     training = (~mask).nonzero()[:, 0]
-    classifier = Classifier(vgg, len(labelled.classes)).to(device)
+    classifier = Classifier(vgg, len(labelled.classes)).to(place)
 
     def loss(numbers: range) -> Tensor:
         places = training[shuffled(numbers, len(training), seed)].tolist()
-        inputs = to_inputs(cache.take("input", places)).to(device)
-        return F.cross_entropy(classifier(inputs), labels[places].to(device))
+        inputs = to_inputs(cache.take("input", places)).to(place)
+        return F.cross_entropy(classifier(inputs), labels[places].to(place))
 
     fit_module(
         "fit", classifier, loss, num_pictures=epochs * len(training), batch_size=batch_size, peak_lr=peak_lr,
         folder=out, seed=seed,
     )  # fmt: skip
     result = {
-        "top1": top1(classifier, cache, labels, mask.nonzero()[:, 0].tolist(), device), "held_out": int(mask.sum()),
+        "top1": top1(classifier, cache, labels, mask.nonzero()[:, 0].tolist(), place), "held_out": int(mask.sum()),
         "trained_on": len(training), "classes": len(labelled.classes), "unreadable": cache.unreadable,
         "epochs": epochs, "seed": seed, "size": size, "vae": "none: pixels" if vae is None else Path(vae).name,
     }  # fmt: skip
@@ -83,8 +84,9 @@ def fit(
 
 
 def cached_inputs(
-    labelled: Labelled, folder: Path, vae: str | None, size: int, widths: tuple[int, ...], seed: int, device: str
-) -> tuple[Cache, VGG]:
+    labelled: Labelled, folder: Path, vae: str | None, size: int, widths: tuple[int, ...], seed: int,
+    device: torch.device,
+) -> tuple[Cache, VGG]:  # fmt: skip
     """(rows `input`, `label`: float16 latents or uint8 pictures; a fresh network that reads them)."""
     spec: dict[str, Any] = {"images": labelled.digest, "size": size, "vae": None}
     network, factor, channels = None, 1, 3
@@ -116,7 +118,7 @@ def to_inputs(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def top1(
-    classifier: Classifier, cache: Cache, labels: Tensor, places: list[int], device: str, batch: int = 256
+    classifier: Classifier, cache: Cache, labels: Tensor, places: list[int], device: torch.device, batch: int = 256
 ) -> float:
     """Share of `places` that the classifier gets right."""
     right = 0

@@ -52,6 +52,15 @@ def own_device(name: str) -> str:
     return f"cuda:{here.local}" if name == "cuda" and here.world > 1 else name
 
 
+def device_of(name: str, remedy: str = "set device=cpu") -> torch.device:
+    """This rank's own. Raises UserError where the device is unknown or not here."""
+    try:
+        return torch.empty(0, device=own_device(name)).device
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).splitlines()[0]
+        raise UserError(f"device = {name!r} is not here ({told}); {remedy} or one that is") from error
+
+
 def check_alone(job: str) -> None:
     """Raises UserError where this is one of several processes: `job` would be done by each, into the same files."""
     if (world := ranks().world) > 1:

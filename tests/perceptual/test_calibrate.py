@@ -146,6 +146,14 @@ def test_a_ref_that_is_a_link_to_nowhere_is_skipped(
     assert f"skipped 1 of {COUNT * len(SUBSETS)} triplets: blur/ref/000003.png (FileNotFoundError)" in told
 
 
+def test_patches_that_are_too_small(triplets: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    for channels, vae, told in ((3, None, "16"), (4, str(tiny_teacher), "a multiple of 4, 16")):
+        source = network(tmp_path / str(channels), channels)
+        with pytest.raises(UserError, match=f"--size 8: {told} or more, is needed"):
+            calibrate(triplets, str(source), tmp_path / "out", vae, size=8)
+    assert not (tmp_path / "out").exists()
+
+
 def by_hand(triplets: Path, distance: LatentLPIPS, vae: str | None, subset: str) -> float:
     """The 2AFC score of the distance itself, triplet by triplet."""
     from diffusion2gan.teacher.autoencoder import encode, load_vae

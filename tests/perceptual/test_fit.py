@@ -130,6 +130,9 @@ def test_folders_that_are_no_classes(pictures: Path, tmp_path: Path) -> None:
         open_labelled(copy)
     with pytest.raises(UserError, match="--size 18: a multiple of 4, 16 or more, is needed"):
         run(pictures, tmp_path / "x", "pocket", size=18)
+    with pytest.raises(UserError, match="--batch-size 1: batch norm needs 2 pictures or more"):
+        run(pictures, tmp_path / "x", batch_size=1)
+    assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="five are needed"):
         fit(pictures, tmp_path / "x", None, (8, 8))
     (tmp_path / "hf").mkdir()

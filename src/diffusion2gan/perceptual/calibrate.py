@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.checks import check_size
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.images import held_out, to_images
 from diffusion2gan.perceptual.ranking import calibrate_heads, two_afc
@@ -21,7 +22,7 @@ from diffusion2gan.perceptual.weights import load_network
 from diffusion2gan.runtime.cache import Cache, Rows, claim, make_cache
 from diffusion2gan.runtime.files import sha256, write_json
 from diffusion2gan.runtime.ranks import check_alone, device_of
-from diffusion2gan.teacher.autoencoder import encode, load_vae, num_latent_channels, vae_revision
+from diffusion2gan.teacher.autoencoder import encode, load_vae, num_latent_channels, spatial_factor, vae_revision
 
 
 def calibrate(
@@ -71,7 +72,7 @@ def cached_differences(
     triplets: Triplets, distance: LatentLPIPS, folder: Path, network: str, vae: str | None, size: int,
     device: torch.device,
 ) -> Cache:  # fmt: skip
-    """Rows `d0`, `d1` [ΣC] float32, `judge`, `subset`. Raises UserError where the VAE is not the network's."""
+    """Rows `d0`, `d1` [ΣC] float32, `judge`, `subset`. Raises UserError where VAE or `size` do not fit the network."""
     coder = None if vae is None else load_vae(vae, device)
     channels = 3 if coder is None else num_latent_channels(coder)
     if channels != distance.channels:
@@ -80,6 +81,7 @@ def cached_differences(
             f"the network in {network} reads {distance.channels} channels, but {has}: {channels} channels. Name the "
             "VAE it was fitted to with --vae."
         )
+    check_size(size, 1 if coder is None else spatial_factor(coder), distance.smallest_side)
     spec = {
         "triplets": triplets.digest, "subsets": triplets.subsets, "size": size,
         "network": network if network == "pocket" else sha256(Path(network) / "model.safetensors")[:16],

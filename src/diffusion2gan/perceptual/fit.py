@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.checks import check_size
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.images import Labelled, check_classes, held_out, open_labelled, read_picture, to_images
 from diffusion2gan.perceptual.vgg import STAGES, VGG, num_dropped_pools
@@ -49,6 +50,8 @@ def fit(
     place = device_of(device, "give --device cpu")
     if len(widths) != len(STAGES):
         raise UserError(f"--widths {','.join(map(str, widths))}: {len(widths)} numbers, five are needed, one a stage")
+    if batch_size < 2:
+        raise UserError(f"--batch-size {batch_size}: batch norm needs 2 pictures or more at once")
     labelled = open_labelled(images)
     settings = {"widths": list(widths), "epochs": epochs, "batch_size": batch_size, "peak_lr": peak_lr, "seed": seed}
     cache, vgg = cached_inputs(labelled, out / "cache", vae, size, widths, seed, place)
@@ -96,8 +99,7 @@ def cached_inputs(
         spec["vae"] = vae_revision(vae)
     torch.manual_seed(seed)
     vgg = VGG(channels, widths, num_dropped_pools(factor))
-    if size % factor or size < factor * vgg.smallest_side:
-        raise UserError(f"--size {size}: a multiple of {factor}, {factor * vgg.smallest_side} or more, is needed")
+    check_size(size, factor, vgg.smallest_side)
 
     def read(i: int) -> Rows:
         picture = read_picture(labelled.source(i), labelled.names[i], size)

@@ -117,7 +117,10 @@ def test_other_triplets_do_not_take_what_is_there(triplets: Path, tmp_path: Path
     first = calibrate(copy, source, out, scored=copy, epochs=1)
     assert calibrate(triplets, source, out, scored=copy, epochs=1) == first  # the same ones, elsewhere
     write_triplets(tmp_path / "others", COUNT, seed=1)
-    refusal = "was made with triplets = '.*', this command says '.*'; choose another --out, or delete that folder"
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "model.safetensors", "README.md", "calibrate.json", "work"
+    }  # fmt: skip
+    refusal = "out/work.* was made with triplets = '.*', this command says '.*'; .* delete that folder"
     with pytest.raises(UserError, match=refusal):
         calibrate(tmp_path / "others", source, out, scored=copy, epochs=1)
     judgement = copy / "blur" / "judge" / "000000.npy"

@@ -68,7 +68,7 @@ def test_latents_are_cached_once_and_a_cut_run_ends_with_the_same_bits(
     run(pictures, tmp_path / "whole", vae, epochs=2)
     rows = LatentLPIPS.from_pretrained(tmp_path / "whole")
     assert rows.channels == 4 and rows._frozen[0].num_dropped == 2
-    cached = module_cache.checkpoint.load(tmp_path / "whole" / "cache" / "00000000.safetensors")[0]
+    cached = module_cache.checkpoint.load(tmp_path / "whole" / "work" / "00000000.safetensors")[0]
     first = read_picture(pictures / "blue" / "000.png", "first", 16).permute(1, 2, 0).numpy()
     expected = encode(load_vae(vae), torch.from_numpy(first[None] / 127.5 - 1).permute(0, 3, 1, 2).float())
     torch.testing.assert_close(cached["input"][:1].float(), expected, rtol=1e-2, atol=1e-2)
@@ -87,9 +87,9 @@ def test_latents_are_cached_once_and_a_cut_run_ends_with_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         run(pictures, tmp_path / "cut", vae, epochs=2)
     assert not (tmp_path / "cut" / "model.safetensors").exists()
-    before = (tmp_path / "cut" / "cache" / "00000000.safetensors").stat().st_mtime_ns
+    before = (tmp_path / "cut" / "work" / "00000000.safetensors").stat().st_mtime_ns
     run(pictures, tmp_path / "cut", vae, epochs=2)
-    assert (tmp_path / "cut" / "cache" / "00000000.safetensors").stat().st_mtime_ns == before
+    assert (tmp_path / "cut" / "work" / "00000000.safetensors").stat().st_mtime_ns == before
     ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("cut", "whole"))
     assert ours == theirs
 
@@ -228,8 +228,24 @@ def test_other_settings_do_not_take_what_is_there(pictures: Path, tmp_path: Path
     run(pictures, tmp_path / "out", epochs=1)
     with pytest.raises(UserError, match="was made with size = 16, this command says 32"):
         run(pictures, tmp_path / "out", epochs=1, size=32)
-    with pytest.raises(UserError, match="was made with epochs = 1, this command says 2"):
+    with pytest.raises(UserError, match=r"out/work was made with epochs = 1, this command says 2; .* delete"):
         run(pictures, tmp_path / "out", epochs=2)
+
+
+def test_other_pictures_are_trained_on_once_the_named_folder_is_deleted(pictures: Path, tmp_path: Path) -> None:
+    out, others = tmp_path / "out", Path(shutil.copytree(pictures, tmp_path / "others"))
+    run(pictures, out, epochs=1)
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "model.safetensors", "README.md", "fit.json", "work"
+    }  # fmt: skip
+    for path in sorted((others / "red").iterdir())[10:]:
+        path.unlink()
+    with pytest.raises(UserError, match=r"out/work was made with images = '.*delete that folder"):
+        run(others, out, epochs=1)
+    before = (out / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "work")
+    assert run(others, out, epochs=1)["trained_on"] == 27
+    assert (out / "model.safetensors").read_bytes() != before
 
 
 def test_a_picture_is_resized_and_cut_at_its_centre(tmp_path: Path) -> None:

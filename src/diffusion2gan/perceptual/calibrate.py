@@ -32,15 +32,17 @@ def calibrate(
     """Fits `network`'s heads to `triplets`, writes the calibrated network to `out`; returns the 2AFC scores.
 
     Scores are of the triplets in `scored`, or of a tenth of each sub-set that is held out. `vae` turns pictures into
-    the latents that the network reads; None for one that reads pixels. `size`: the patches' side.
+    the latents that the network reads; None for one that reads pixels. `size`: the patches' side. What it goes on from
+    lies in `out/work`, which nobody needs once the network is there.
     """
     check_alone("perceptual calibrate")
     place = device_of(device, "give --device cpu")
+    work = out / "work"
     vgg, heads, formula = load_network(network, "pixel_vgg" if vae is None else "latent_vgg")
     distance = LatentLPIPS(vgg, heads, **formula).to(place)
     opened, to_score = open_triplets(triplets), None if scored is None else open_triplets(scored)
-    cache = cached_differences(opened, distance, out / "cache", network, vae, size, place)
-    claim(out / "settings.json", {"epochs": epochs, "peak_lr": peak_lr, "seed": seed, "scored": str(scored)})
+    cache = cached_differences(opened, distance, work, network, vae, size, place)
+    claim(work / "settings.json", {"epochs": epochs, "peak_lr": peak_lr, "seed": seed, "scored": str(scored)})
     subset = cache.whole("subset")
     apart = torch.zeros(len(subset), dtype=torch.bool)
     if scored is None:
@@ -48,11 +50,11 @@ def calibrate(
         check_scored(opened, subset[apart])
     d0, d1, judge = (cache.whole(name) for name in ("d0", "d1", "judge"))
     new = calibrate_heads(
-        d0[~apart], d1[~apart], judge[~apart], heads, folder=out, epochs=epochs, peak_lr=peak_lr, seed=seed
+        d0[~apart], d1[~apart], judge[~apart], heads, folder=work, epochs=epochs, peak_lr=peak_lr, seed=seed
     )
     if to_score is not None:
         opened = to_score
-        cache = cached_differences(opened, distance, out / "cache_scored", network, vae, size, place)
+        cache = cached_differences(opened, distance, work / "scored", network, vae, size, place)
         apart = torch.ones(len(cache), dtype=torch.bool)
     result = {name: scores(cache, apart, number, heads, new) for number, name in enumerate(opened.subsets)}
     told = "; ".join(f"{name} {row['after']:.1%} (before: {row['before']:.1%})" for name, row in result.items())

@@ -44,7 +44,8 @@ def fit(
     """Trains on nine tenths of `images`, measures on the rest, writes the network to `out`; returns what it measured.
 
     `vae`: its folder or `pocket`; None fits the pixel twin. `size`: the pictures' side. The heads written are all one:
-    `perceptual calibrate` is next. Raises UserError at what `open_labelled` and `make_cache` refuse.
+    `perceptual calibrate` is next. What it goes on from lies in `out/work`, which nobody needs once the network is
+    there. Raises UserError at what `open_labelled` and `make_cache` refuse.
     """
     check_alone("perceptual fit")
     place = device_of(device, "give --device cpu")
@@ -52,10 +53,10 @@ def fit(
         raise UserError(f"--widths {','.join(map(str, widths))}: {len(widths)} numbers, five are needed, one a stage")
     if batch_size < 2:
         raise UserError(f"--batch-size {batch_size}: batch norm needs 2 pictures or more at once")
-    labelled = open_labelled(images)
+    work, labelled = out / "work", open_labelled(images)
     settings = {"widths": list(widths), "epochs": epochs, "batch_size": batch_size, "peak_lr": peak_lr, "seed": seed}
-    cache, vgg = cached_inputs(labelled, out / "cache", vae, size, widths, seed, place)
-    claim(out / "settings.json", settings)
+    cache, vgg = cached_inputs(labelled, work, vae, size, widths, seed, place)
+    claim(work / "settings.json", settings)
     labels = cache.whole("label")
     check_classes(labelled.classes, labels.tolist(), images)
     mask = held_out(labels, seed)
@@ -69,7 +70,7 @@ def fit(
 
     fit_module(
         "fit", classifier, loss, num_pictures=epochs * len(training), batch_size=batch_size, peak_lr=peak_lr,
-        folder=out, seed=seed,
+        folder=work, seed=seed,
     )  # fmt: skip
     result = {
         "top1": top1(classifier, cache, labels, mask.nonzero()[:, 0].tolist(), place), "held_out": int(mask.sum()),

@@ -332,7 +332,10 @@ def pocket_triplets(
     from diffusion2gan.pocket.triplets import write_triplets
 
     write_triplets(out, count, seed)
-    typer.echo(f"{out}: {count} triplets a sub-set. Next: diffusion2gan perceptual calibrate --triplets {out}")
+    typer.echo(
+        f"{out}: {count} triplets a sub-set. Next: diffusion2gan perceptual calibrate --triplets {out} "
+        "--network pocket --vae pocket --out NAME"
+    )
 
 
 @pocket_app.command("train")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from diffusion2gan.perceptual.ranking import Ranker, calibrate_heads, flat_then_
 from diffusion2gan.perceptual.triplets import open_triplets, read_triplet
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.pocket.triplets import SUBSETS, write_triplets
+from diffusion2gan.runtime import cache
 
 COUNT = 6
 
@@ -107,6 +109,52 @@ def test_a_folder_of_triplets_calibrates_a_network(
     assert all(row["count"] == COUNT for row in scored.values())
     expected = by_hand(triplets, old, vae, "blur")
     assert scored["blur"]["before"] == pytest.approx(expected)
+
+
+def test_other_triplets_do_not_take_what_is_there(triplets: Path, tmp_path: Path) -> None:
+    source, copy, out = str(network(tmp_path / "network", 3)), tmp_path / "copy", tmp_path / "out"
+    shutil.copytree(triplets, copy)
+    first = calibrate(copy, source, out, scored=copy, epochs=1)
+    assert calibrate(triplets, source, out, scored=copy, epochs=1) == first  # the same ones, elsewhere
+    write_triplets(tmp_path / "others", COUNT, seed=1)
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "model.safetensors", "README.md", "calibrate.json", "work"
+    }  # fmt: skip
+    refusal = "out/work.* was made with triplets = '.*', this command says '.*'; .* delete that folder"
+    with pytest.raises(UserError, match=refusal):
+        calibrate(tmp_path / "others", source, out, scored=copy, epochs=1)
+    judgement = copy / "blur" / "judge" / "000000.npy"
+    np.save(judgement, 1 - np.load(judgement))  # corrected, of the same size
+    for folder in (copy, triplets):  # those trained on, those scored on
+        with pytest.raises(UserError, match=refusal):
+            calibrate(folder, source, out, scored=copy, epochs=1)
+
+
+def test_triplets_to_score_on_are_looked_for_first(triplets: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no folder of triplets: .*/mistyped"):
+        calibrate(triplets, str(network(tmp_path / "network", 3)), tmp_path / "out", scored=tmp_path / "mistyped")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_ref_that_is_a_link_to_nowhere_is_skipped(
+    triplets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(triplets, tmp_path / "copy"))
+    ref = copy / "blur" / "ref" / "000003.png"
+    ref.unlink()
+    ref.symlink_to(tmp_path / "nowhere.png")
+    monkeypatch.setattr(cache, "MAX_UNREADABLE", 0.05)
+    calibrate(copy, str(network(tmp_path / "network", 3)), tmp_path / "out", epochs=1)
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"skipped 1 of {COUNT * len(SUBSETS)} triplets: blur/ref/000003.png (FileNotFoundError)" in told
+
+
+def test_patches_that_are_too_small(triplets: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    for channels, vae, told in ((3, None, "16"), (4, str(tiny_teacher), "a multiple of 4, 16")):
+        source = network(tmp_path / str(channels), channels)
+        with pytest.raises(UserError, match=f"--size 8: {told} or more, is needed"):
+            calibrate(triplets, str(source), tmp_path / "out", vae, size=8)
+    assert not (tmp_path / "out").exists()
 
 
 def by_hand(triplets: Path, distance: LatentLPIPS, vae: str | None, subset: str) -> float:

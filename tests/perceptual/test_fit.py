@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 from PIL import Image
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.calibrate import calibrate
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.fit import fit
 from diffusion2gan.perceptual.images import held_out, open_labelled, read_picture
@@ -64,7 +68,7 @@ def test_latents_are_cached_once_and_a_cut_run_ends_with_the_same_bits(
     run(pictures, tmp_path / "whole", vae, epochs=2)
     rows = LatentLPIPS.from_pretrained(tmp_path / "whole")
     assert rows.channels == 4 and rows._frozen[0].num_dropped == 2
-    cached = module_cache.checkpoint.load(tmp_path / "whole" / "cache" / "00000000.safetensors")[0]
+    cached = module_cache.checkpoint.load(tmp_path / "whole" / "work" / "00000000.safetensors")[0]
     first = read_picture(pictures / "blue" / "000.png", "first", 16).permute(1, 2, 0).numpy()
     expected = encode(load_vae(vae), torch.from_numpy(first[None] / 127.5 - 1).permute(0, 3, 1, 2).float())
     torch.testing.assert_close(cached["input"][:1].float(), expected, rtol=1e-2, atol=1e-2)
@@ -83,9 +87,9 @@ def test_latents_are_cached_once_and_a_cut_run_ends_with_the_same_bits(
     with pytest.raises(KeyboardInterrupt):
         run(pictures, tmp_path / "cut", vae, epochs=2)
     assert not (tmp_path / "cut" / "model.safetensors").exists()
-    before = (tmp_path / "cut" / "cache" / "00000000.safetensors").stat().st_mtime_ns
+    before = (tmp_path / "cut" / "work" / "00000000.safetensors").stat().st_mtime_ns
     run(pictures, tmp_path / "cut", vae, epochs=2)
-    assert (tmp_path / "cut" / "cache" / "00000000.safetensors").stat().st_mtime_ns == before
+    assert (tmp_path / "cut" / "work" / "00000000.safetensors").stat().st_mtime_ns == before
     ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("cut", "whole"))
     assert ours == theirs
 
@@ -106,6 +110,14 @@ def test_few_unreadable_pictures_are_skipped_counted_and_named(
     assert not (tmp_path / "other" / "model.safetensors").exists()
 
 
+def test_a_link_to_nowhere_is_skipped_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_pictures(tmp_path / "set", each=60)
+    (folder / "blue" / "060.png").symlink_to(tmp_path / "nowhere.png")
+    result = run(folder, tmp_path / "out", epochs=1)
+    assert result["unreadable"] == ["blue/060.png (FileNotFoundError)"]
+    assert "skipped 1 of 121 pictures: blue/060.png" in " ".join(capsys.readouterr().err.split())
+
+
 def test_folders_that_are_no_classes(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder of pictures"):
         open_labelled(tmp_path / "nowhere")
@@ -118,6 +130,9 @@ def test_folders_that_are_no_classes(pictures: Path, tmp_path: Path) -> None:
         open_labelled(copy)
     with pytest.raises(UserError, match="--size 18: a multiple of 4, 16 or more, is needed"):
         run(pictures, tmp_path / "x", "pocket", size=18)
+    with pytest.raises(UserError, match="--batch-size 1: batch norm needs 2 pictures or more"):
+        run(pictures, tmp_path / "x", batch_size=1)
+    assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="five are needed"):
         fit(pictures, tmp_path / "x", None, (8, 8))
     (tmp_path / "hf").mkdir()
@@ -126,6 +141,81 @@ def test_folders_that_are_no_classes(pictures: Path, tmp_path: Path) -> None:
         pytest.skip("`datasets` is installed")
     with pytest.raises(UserError, match="install `datasets` to read it"):
         open_labelled(tmp_path / "hf")
+
+
+def test_several_processes_are_refused(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    told = "trains in one process, and WORLD_SIZE says that this is one of 2. Start it without torchrun"
+    with pytest.raises(UserError, match=f"perceptual fit {told}"):
+        run(pictures, tmp_path / "out")
+    with pytest.raises(UserError, match=f"perceptual calibrate {told}"):
+        calibrate(pictures, "pocket", tmp_path / "out", "pocket")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_here_is_refused(pictures: Path, tmp_path: Path) -> None:
+    for name in ("cuda:99", "gpu"):
+        told = f"device = '{name}' is not here .*; give --device cpu or one that is"
+        with pytest.raises(UserError, match=told):
+            fit(pictures, tmp_path / "out", None, WIDTHS, size=16, device=name)
+        with pytest.raises(UserError, match=told):
+            calibrate(pictures, "pocket", tmp_path / "out", "pocket", device=name)
+    assert not (tmp_path / "out").exists()
+
+
+class FakeDataset:
+    """As much of `datasets.Dataset` as is used; its pictures are `paths`, without a class's names."""
+
+    def __init__(self, paths: list[Path], labels: list[object]) -> None:
+        self.rows = [{"image": {"bytes": None, "path": str(path)}} for path in paths]
+        self.features, self.labels, self._fingerprint = {"image": None, "label": None}, labels, "fake"
+
+    def cast_column(self, name: str, feature: object) -> FakeDataset:
+        return self
+
+    def __getitem__(self, key: int | str) -> object:
+        return self.labels if key == "label" else self.rows[key]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ([0, 1, -1, 1], "row 2 of the dataset in .* has label -1: no class. Keep the labelled rows"),
+        (["cat", "dog"] * 2, "row 0 of the dataset in .* has label 'cat', which is no class's number; number the"),
+        ([0, 1, None, 1], "row 2 of the dataset in .* has label None, which is no class's number"),
+    ],
+)
+def test_labels_of_a_dataset_that_are_none(
+    labels: list[object], told: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = sorted(pictures.rglob("*.png"))[18:22]
+    (tmp_path / "dataset_info.json").write_text("{}")
+    found = FakeDataset(paths, [0, 0, 1, 1])
+    fake_datasets(monkeypatch, found)
+    opened = open_labelled(tmp_path)
+    assert (opened.classes, opened.labels, opened.source(3)) == (["0", "1"], [0, 0, 1, 1], paths[3])
+    found.labels = labels
+    with pytest.raises(UserError, match=told):
+        open_labelled(tmp_path)
+
+
+def test_splits_of_a_dataset(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = FakeDataset(sorted(pictures.rglob("*.png"))[18:22], [0, 0, 1, 1])
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    fake_datasets(monkeypatch, {"train": found, "test": None})
+    assert open_labelled(tmp_path).labels == [0, 0, 1, 1]
+    fake_datasets(monkeypatch, {"validation": found, "test": found})
+    with pytest.raises(UserError, match=r"no split 'train', but test, validation; give the folder of .*/test"):
+        open_labelled(tmp_path)
+
+
+def fake_datasets(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
+    """A package `datasets` that loads `found`, whatever the folder."""
+    module = types.ModuleType("datasets")
+    module.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
+    module.load_from_disk, module.Image = lambda folder: found, lambda decode: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
 
 
 def module_has(name: str) -> bool:
@@ -138,8 +228,24 @@ def test_other_settings_do_not_take_what_is_there(pictures: Path, tmp_path: Path
     run(pictures, tmp_path / "out", epochs=1)
     with pytest.raises(UserError, match="was made with size = 16, this command says 32"):
         run(pictures, tmp_path / "out", epochs=1, size=32)
-    with pytest.raises(UserError, match="was made with epochs = 1, this command says 2"):
+    with pytest.raises(UserError, match=r"out/work was made with epochs = 1, this command says 2; .* delete"):
         run(pictures, tmp_path / "out", epochs=2)
+
+
+def test_other_pictures_are_trained_on_once_the_named_folder_is_deleted(pictures: Path, tmp_path: Path) -> None:
+    out, others = tmp_path / "out", Path(shutil.copytree(pictures, tmp_path / "others"))
+    run(pictures, out, epochs=1)
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "model.safetensors", "README.md", "fit.json", "work"
+    }  # fmt: skip
+    for path in sorted((others / "red").iterdir())[10:]:
+        path.unlink()
+    with pytest.raises(UserError, match=r"out/work was made with images = '.*delete that folder"):
+        run(others, out, epochs=1)
+    before = (out / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "work")
+    assert run(others, out, epochs=1)["trained_on"] == 27
+    assert (out / "model.safetensors").read_bytes() != before
 
 
 def test_a_picture_is_resized_and_cut_at_its_centre(tmp_path: Path) -> None:

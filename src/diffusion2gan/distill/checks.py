@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime.places import Place
 from diffusion2gan.runtime.progress import console
-from diffusion2gan.runtime.ranks import own_device
 from diffusion2gan.teacher.pipeline import Teacher
 
 LOOKED_AT = 16  # pairs whose prompts are looked at
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """Raises UserError where the recipe's device is unknown or not here."""
-    try:
-        return torch.empty(0, device=own_device(recipe.device)).device
-    except (RuntimeError, AssertionError) as error:
-        told = str(error).splitlines()[0]
-        raise UserError(f"device = {recipe.device!r} is not here ({told}); set device=cpu or one that is") from error
 
 
 def check_ranks(recipe: Recipe, world: int) -> None:

@@ -27,7 +27,7 @@ from diffusion2gan.adversarial.losses import (
     student_loss,
 )
 from diffusion2gan.distill.checkpoints import CHECKPOINT
-from diffusion2gan.distill.checks import check_discriminator, check_pairs, check_ranks, device_of
+from diffusion2gan.distill.checks import check_discriminator, check_pairs, check_ranks
 from diffusion2gan.distill.cost import Cost, cost_of
 from diffusion2gan.distill.health import MAX_SKIPPED_IN_A_ROW, accuracy, latent_statistics, logit_means
 from diffusion2gan.distill.losses import Distance, distance_of
@@ -42,7 +42,7 @@ from diffusion2gan.runtime.images import sheet
 from diffusion2gan.runtime.lock import claimed
 from diffusion2gan.runtime.places import Place
 from diffusion2gan.runtime.progress import Bar, console
-from diffusion2gan.runtime.ranks import ranks, ranks_connected
+from diffusion2gan.runtime.ranks import device_of, ranks, ranks_connected
 from diffusion2gan.runtime.stop import stop_signal
 from diffusion2gan.teacher.pipeline import Conditioning
 from diffusion2gan.teacher.remember import PromptStore
@@ -56,7 +56,7 @@ def distill(recipe: Recipe, pairs: Place, out: Path, allow_change: Sequence[str]
 
     Under torchrun all ranks train one run, the first writes. SIGTERM saves and ends the process with code 0.
     """
-    device, here = device_of(recipe), ranks()
+    device, here = device_of(recipe.device), ranks()
     check_ranks(recipe, here.world)
     teacher = teacher_of(recipe, device)
     reader = PairReader(pairs, recipe.seed)
@@ -357,7 +357,7 @@ def write_samples(run: Run, out: Path, reader: PairReader) -> None:
 
 def dry_run(recipe: Recipe, pairs: Place, price_per_gpu_hour: float | None = None) -> Cost:
     """What the run would cost (`cost.cost_of`), by some steps of it; nothing is written."""
-    teacher = teacher_of(recipe, device_of(recipe))
+    teacher = teacher_of(recipe, device_of(recipe.device))
     reader = PairReader(pairs, recipe.seed)
     check_pairs(reader.spec, teacher, pairs)
     check_discriminator(recipe, teacher, reader, pairs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.checks import check_size
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.images import held_out, to_images
 from diffusion2gan.perceptual.ranking import calibrate_heads, two_afc
@@ -20,7 +21,8 @@ from diffusion2gan.perceptual.triplets import Triplets, open_triplets, read_trip
 from diffusion2gan.perceptual.weights import load_network
 from diffusion2gan.runtime.cache import Cache, Rows, claim, make_cache
 from diffusion2gan.runtime.files import sha256, write_json
-from diffusion2gan.teacher.autoencoder import encode, load_vae, num_latent_channels, vae_revision
+from diffusion2gan.runtime.ranks import check_alone, device_of
+from diffusion2gan.teacher.autoencoder import encode, load_vae, num_latent_channels, spatial_factor, vae_revision
 
 
 def calibrate(
@@ -30,13 +32,17 @@ def calibrate(
     """Fits `network`'s heads to `triplets`, writes the calibrated network to `out`; returns the 2AFC scores.
 
     Scores are of the triplets in `scored`, or of a tenth of each sub-set that is held out. `vae` turns pictures into
-    the latents that the network reads; None for one that reads pixels. `size`: the patches' side.
+    the latents that the network reads; None for one that reads pixels. `size`: the patches' side. What it goes on from
+    lies in `out/work`, which nobody needs once the network is there.
     """
+    check_alone("perceptual calibrate")
+    place = device_of(device, "give --device cpu")
+    work = out / "work"
     vgg, heads, formula = load_network(network, "pixel_vgg" if vae is None else "latent_vgg")
-    distance = LatentLPIPS(vgg, heads, **formula).to(device)
-    opened = open_triplets(triplets)
-    cache = cached_differences(opened, distance, out / "cache", network, vae, size, device)
-    claim(out / "settings.json", {"epochs": epochs, "peak_lr": peak_lr, "seed": seed, "scored": str(scored)})
+    distance = LatentLPIPS(vgg, heads, **formula).to(place)
+    opened, to_score = open_triplets(triplets), None if scored is None else open_triplets(scored)
+    cache = cached_differences(opened, distance, work, network, vae, size, place)
+    claim(work / "settings.json", {"epochs": epochs, "peak_lr": peak_lr, "seed": seed, "scored": str(scored)})
     subset = cache.whole("subset")
     apart = torch.zeros(len(subset), dtype=torch.bool)
     if scored is None:
@@ -44,11 +50,11 @@ def calibrate(
         check_scored(opened, subset[apart])
     d0, d1, judge = (cache.whole(name) for name in ("d0", "d1", "judge"))
     new = calibrate_heads(
-        d0[~apart], d1[~apart], judge[~apart], heads, folder=out, epochs=epochs, peak_lr=peak_lr, seed=seed
+        d0[~apart], d1[~apart], judge[~apart], heads, folder=work, epochs=epochs, peak_lr=peak_lr, seed=seed
     )
-    if scored is not None:
-        opened = open_triplets(scored)
-        cache = cached_differences(opened, distance, out / "cache_scored", network, vae, size, device)
+    if to_score is not None:
+        opened = to_score
+        cache = cached_differences(opened, distance, work / "scored", network, vae, size, place)
         apart = torch.ones(len(cache), dtype=torch.bool)
     result = {name: scores(cache, apart, number, heads, new) for number, name in enumerate(opened.subsets)}
     told = "; ".join(f"{name} {row['after']:.1%} (before: {row['before']:.1%})" for name, row in result.items())
@@ -65,9 +71,10 @@ def check_scored(triplets: Triplets, apart: Tensor) -> None:
 
 
 def cached_differences(
-    triplets: Triplets, distance: LatentLPIPS, folder: Path, network: str, vae: str | None, size: int, device: str
-) -> Cache:
-    """Rows `d0`, `d1` [ΣC] float32, `judge`, `subset`. Raises UserError where the VAE is not the network's."""
+    triplets: Triplets, distance: LatentLPIPS, folder: Path, network: str, vae: str | None, size: int,
+    device: torch.device,
+) -> Cache:  # fmt: skip
+    """Rows `d0`, `d1` [ΣC] float32, `judge`, `subset`. Raises UserError where VAE or `size` do not fit the network."""
     coder = None if vae is None else load_vae(vae, device)
     channels = 3 if coder is None else num_latent_channels(coder)
     if channels != distance.channels:
@@ -76,8 +83,9 @@ def cached_differences(
             f"the network in {network} reads {distance.channels} channels, but {has}: {channels} channels. Name the "
             "VAE it was fitted to with --vae."
         )
+    check_size(size, 1 if coder is None else spatial_factor(coder), distance.smallest_side)
     spec = {
-        "triplets": len(triplets.refs), "subsets": triplets.subsets, "size": size,
+        "triplets": triplets.digest, "subsets": triplets.subsets, "size": size,
         "network": network if network == "pocket" else sha256(Path(network) / "model.safetensors")[:16],
         "vae": None if vae is None else vae_revision(vae),
     }  # fmt: skip

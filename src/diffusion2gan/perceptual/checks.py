@@ -28,6 +28,13 @@ def check_shapes(a: Tensor, b: Tensor, channels: int, smallest_side: int) -> Non
         raise UserError(f"latents of {a.shape[2]}×{a.shape[3]}: this network needs {smallest_side}×{smallest_side}")
 
 
+def check_size(size: int, factor: int, smallest_side: int) -> None:
+    """Raises UserError where pictures of that side become no latents, `factor` times smaller, that pools can halve."""
+    if size % factor or size < factor * smallest_side:
+        multiple = f"a multiple of {factor}, " if factor > 1 else ""
+        raise UserError(f"--size {size}: {multiple}{factor * smallest_side} or more, is needed")
+
+
 def check_precision(dtype: torch.dtype, device: torch.device) -> None:
     """Raises UserError for a float16 network on a CPU. float16 latents are welcome: they are raised to float32."""
     if dtype == torch.float16 and device.type == "cpu":

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.checks import check_size
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.images import Labelled, check_classes, held_out, open_labelled, read_picture, to_images
 from diffusion2gan.perceptual.vgg import STAGES, VGG, num_dropped_pools
@@ -21,6 +22,7 @@ from diffusion2gan.runtime.cache import Cache, Rows, claim, make_cache
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.fit import fit as fit_module
 from diffusion2gan.runtime.fit import shuffled
+from diffusion2gan.runtime.ranks import check_alone, device_of
 from diffusion2gan.teacher.autoencoder import encode, load_vae, num_latent_channels, spatial_factor, vae_revision
 
 
@@ -42,31 +44,36 @@ def fit(
     """Trains on nine tenths of `images`, measures on the rest, writes the network to `out`; returns what it measured.
 
     `vae`: its folder or `pocket`; None fits the pixel twin. `size`: the pictures' side. The heads written are all one:
-    `perceptual calibrate` is next. Raises UserError at what `open_labelled` and `make_cache` refuse.
+    `perceptual calibrate` is next. What it goes on from lies in `out/work`, which nobody needs once the network is
+    there. Raises UserError at what `open_labelled` and `make_cache` refuse.
     """
+    check_alone("perceptual fit")
+    place = device_of(device, "give --device cpu")
     if len(widths) != len(STAGES):
         raise UserError(f"--widths {','.join(map(str, widths))}: {len(widths)} numbers, five are needed, one a stage")
-    labelled = open_labelled(images)
+    if batch_size < 2:
+        raise UserError(f"--batch-size {batch_size}: batch norm needs 2 pictures or more at once")
+    work, labelled = out / "work", open_labelled(images)
     settings = {"widths": list(widths), "epochs": epochs, "batch_size": batch_size, "peak_lr": peak_lr, "seed": seed}
-    cache, vgg = cached_inputs(labelled, out / "cache", vae, size, widths, seed, device)
-    claim(out / "settings.json", settings)
+    cache, vgg = cached_inputs(labelled, work, vae, size, widths, seed, place)
+    claim(work / "settings.json", settings)
     labels = cache.whole("label")
     check_classes(labelled.classes, labels.tolist(), images)
     mask = held_out(labels, seed)
     training = (~mask).nonzero()[:, 0]
-    classifier = Classifier(vgg, len(labelled.classes)).to(device)
+    classifier = Classifier(vgg, len(labelled.classes)).to(place)
 
     def loss(numbers: range) -> Tensor:
         places = training[shuffled(numbers, len(training), seed)].tolist()
-        inputs = to_inputs(cache.take("input", places)).to(device)
-        return F.cross_entropy(classifier(inputs), labels[places].to(device))
+        inputs = to_inputs(cache.take("input", places)).to(place)
+        return F.cross_entropy(classifier(inputs), labels[places].to(place))
 
     fit_module(
         "fit", classifier, loss, num_pictures=epochs * len(training), batch_size=batch_size, peak_lr=peak_lr,
-        folder=out, seed=seed,
+        folder=work, seed=seed,
     )  # fmt: skip
     result = {
-        "top1": top1(classifier, cache, labels, mask.nonzero()[:, 0].tolist(), device), "held_out": int(mask.sum()),
+        "top1": top1(classifier, cache, labels, mask.nonzero()[:, 0].tolist(), place), "held_out": int(mask.sum()),
         "trained_on": len(training), "classes": len(labelled.classes), "unreadable": cache.unreadable,
         "epochs": epochs, "seed": seed, "size": size, "vae": "none: pixels" if vae is None else Path(vae).name,
     }  # fmt: skip
@@ -81,8 +88,9 @@ def fit(
 
 
 def cached_inputs(
-    labelled: Labelled, folder: Path, vae: str | None, size: int, widths: tuple[int, ...], seed: int, device: str
-) -> tuple[Cache, VGG]:
+    labelled: Labelled, folder: Path, vae: str | None, size: int, widths: tuple[int, ...], seed: int,
+    device: torch.device,
+) -> tuple[Cache, VGG]:  # fmt: skip
     """(rows `input`, `label`: float16 latents or uint8 pictures; a fresh network that reads them)."""
     spec: dict[str, Any] = {"images": labelled.digest, "size": size, "vae": None}
     network, factor, channels = None, 1, 3
@@ -92,8 +100,7 @@ def cached_inputs(
         spec["vae"] = vae_revision(vae)
     torch.manual_seed(seed)
     vgg = VGG(channels, widths, num_dropped_pools(factor))
-    if size % factor or size < factor * vgg.smallest_side:
-        raise UserError(f"--size {size}: a multiple of {factor}, {factor * vgg.smallest_side} or more, is needed")
+    check_size(size, factor, vgg.smallest_side)
 
     def read(i: int) -> Rows:
         picture = read_picture(labelled.source(i), labelled.names[i], size)
@@ -114,7 +121,7 @@ def to_inputs(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def top1(
-    classifier: Classifier, cache: Cache, labels: Tensor, places: list[int], device: str, batch: int = 256
+    classifier: Classifier, cache: Cache, labels: Tensor, places: list[int], device: torch.device, batch: int = 256
 ) -> float:
     """Share of `places` that the classifier gets right."""
     right = 0

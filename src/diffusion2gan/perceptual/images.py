@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,8 +71,16 @@ def _open_folders(folder: Path) -> Labelled:
     paths = [path for name in classes for path in listed[name]]
     labels = [label for label, name in enumerate(classes) for _ in listed[name]]
     names = [str(path.relative_to(folder)) for path in paths]
-    told = "".join(f"{name}:{path.stat().st_size}\n" for name, path in zip(names, paths, strict=True))
+    told = "".join(f"{name}:{size_of(path)}\n" for name, path in zip(names, paths, strict=True))
     return Labelled(classes, names, labels, paths.__getitem__, hashlib.sha256(told.encode()).hexdigest()[:16])
+
+
+def size_of(path: Path) -> int:
+    """In bytes; 0 where it cannot be told, as of a link to nowhere, which `read_picture` will name."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _open_dataset(folder: Path) -> Labelled:
@@ -80,19 +90,44 @@ def _open_dataset(folder: Path) -> Labelled:
     import datasets
 
     data = datasets.load_from_disk(str(folder))
-    data = data["train"] if "train" in data and not hasattr(data, "features") else data
-    missing = {"image", "label"} - set(getattr(data, "features", data))
+    if isinstance(data, dict):  # of splits
+        if "train" not in data:
+            raise UserError(
+                f"the dataset in {folder} has no split 'train', but {', '.join(sorted(data))}; give the folder of one "
+                f"split, {folder / min(data, default='SPLIT')}."
+            )
+        data = data["train"]
+    missing = {"image", "label"} - set(data.features)
     if missing:
         raise UserError(f"the dataset in {folder} has no column {', '.join(sorted(missing))}; rename its columns.")
     data = data.cast_column("image", datasets.Image(decode=False))
-    labels = [int(label) for label in data["label"]]
-    names = getattr(data.features["label"], "names", None) or [str(i) for i in range(max(labels) + 1)]
+    labels = class_numbers(data["label"], folder)
+    names = getattr(data.features["label"], "names", None) or [str(i) for i in range(max(labels, default=-1) + 1)]
 
     def source(i: int) -> Path | bytes:
         image = data[i]["image"]
         return image["bytes"] if image["bytes"] is not None else Path(image["path"])
 
     return Labelled(list(names), [f"row {i}" for i in range(len(labels))], labels, source, data._fingerprint)
+
+
+def class_numbers(column: Iterable[Any], folder: Path) -> list[int]:
+    """A dataset's labels. Raises UserError at a row whose label is no class's number, or −1, which stands for none."""
+    labels = []
+    for row, label in enumerate(column):
+        try:
+            labels.append(operator.index(label))
+        except TypeError as error:
+            raise UserError(
+                f"row {row} of the dataset in {folder} has label {label!r}, which is no class's number; number the "
+                "classes, as `dataset.class_encode_column('label')` does, and save it again."
+            ) from error
+        if labels[-1] < 0:
+            raise UserError(
+                f"row {row} of the dataset in {folder} has label {labels[-1]}: no class. Keep the labelled rows, "
+                "`dataset.filter(lambda row: row['label'] >= 0)`, and save it again."
+            )
+    return labels
 
 
 def read_picture(source: Path | bytes, name: str, size: int | None = None) -> Tensor:

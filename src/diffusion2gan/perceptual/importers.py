@@ -83,9 +83,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zip and pickle raise many kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        asked = re.search(r"GLOBAL (\S+)", str(error))  # torch names what a pickle wants beside tensors
+        if asked is None:
+            raise UserError(
+                f"{file} cannot be read as plain tensors: it is cut off, damaged or no checkpoint of torch's "
+                f"({type(error).__name__}). Fetch it again, or compare its size and digest with the publisher's."
+            ) from error
         raise UserError(
-            f"{file} cannot be read as plain tensors, and a checkpoint that needs to run code is refused ({reason})."
+            f"{file} holds more than plain tensors: it asks for {asked[1]}, and a checkpoint that needs to run code is "
+            "refused. Ask its publisher for the state dict alone."
         ) from error
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):

@@ -7,6 +7,7 @@ A judgement is the share of people, in [0, 1], who found p1 the nearer.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.perceptual.images import SUFFIXES, read_picture
+from diffusion2gan.perceptual.images import SUFFIXES, read_picture, size_of
 from diffusion2gan.runtime.cache import Rows
 
 
@@ -26,6 +27,7 @@ class Triplets:
     subsets: list[str]
     subset: list[int]
     refs: list[Path]
+    digest: str
 
 
 def open_triplets(folder: Path) -> Triplets:
@@ -42,7 +44,18 @@ def open_triplets(folder: Path) -> Triplets:
             if not path.is_file():
                 raise UserError(f"{ref} has no {path.parent.name}: {path} is missing. Add it or remove the triplet.")
     names = [str(home.relative_to(folder)) if home != folder else folder.name for home in homes]
-    return Triplets(folder, names, [number for number, _ in found], [ref for _, ref in found])
+    refs = [ref for _, ref in found]
+    return Triplets(folder, names, [number for number, _ in found], refs, digest_of(folder, refs))
+
+
+def digest_of(folder: Path, refs: list[Path]) -> str:
+    """Of the pictures' names below `folder` and their sizes, and of the judgements' bytes."""
+    told = hashlib.sha256()
+    for ref in refs:
+        for path in (ref, *alternatives(ref)):
+            told.update(f"{path.relative_to(folder)}:{size_of(path)}\n".encode())
+        told.update(judgement(ref).read_bytes())
+    return told.hexdigest()[:16]
 
 
 def alternatives(ref: Path) -> tuple[Path, Path]:

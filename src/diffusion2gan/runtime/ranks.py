@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from diffusion2gan.errors import Failure
+from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.runtime import fsdp
 
 TIMEOUT_S = float(os.environ.get("DIFFUSION2GAN_RANK_TIMEOUT_S", "600"))  # how long a rank may be late
@@ -50,6 +50,24 @@ def own_device(name: str) -> str:
     """`cuda` under torchrun is this rank's own GPU; every other name stays."""
     here = ranks()
     return f"cuda:{here.local}" if name == "cuda" and here.world > 1 else name
+
+
+def device_of(name: str, remedy: str = "set device=cpu") -> torch.device:
+    """This rank's own. Raises UserError where the device is unknown or not here."""
+    try:
+        return torch.empty(0, device=own_device(name)).device
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).splitlines()[0]
+        raise UserError(f"device = {name!r} is not here ({told}); {remedy} or one that is") from error
+
+
+def check_alone(job: str) -> None:
+    """Raises UserError where this is one of several processes: `job` would be done by each, into the same files."""
+    if (world := ranks().world) > 1:
+        raise UserError(
+            f"{job} trains in one process, and WORLD_SIZE says that this is one of {world}. Start it without torchrun, "
+            "or with --nproc-per-node 1."
+        )
 
 
 class Group:

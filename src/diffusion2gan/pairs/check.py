@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion2gan.errors import Failure, UserError
-from diffusion2gan.pairs.make import solve_batch
+from diffusion2gan.pairs.make import solver
 from diffusion2gan.pairs.store import (
     Pairs,
     PairsSpec,
@@ -162,7 +162,7 @@ def verify_deep(folder: Place, teacher: Teacher, count: int, seed: int = 0) -> l
 def _differs(folder: Place, teacher: Teacher, spec: PairsSpec, index: int) -> list[str]:
     shard = index // spec.shard_size
     pair = read_shard(folder, shard, spec=spec).rows([index - spec.shard_indices(shard).start])
-    anew = solve_batch(teacher, lambda _: pair.prompts, spec, range(index, index + 1), teacher.encode([""]))
+    anew = solver(teacher, lambda _: pair.prompts, spec)(range(index, index + 1))
     error = float((anew.latents - pair.latents).norm() / anew.latents.norm())
     if error <= DEEP_TOLERANCE:  # not NaN either
         return []

@@ -379,7 +379,19 @@ def test_ranges_merges_and_exports(made: Path, tiny_teacher: Path, tmp_path: Pat
 def test_a_plan(tmp_path: Path) -> None:
     ran = run("plan", "pocket", "--gpus", 8)
     assert ran.code == 0 and "pairs.pairs_per_s" in ran.out and "distill.hours" in ran.out
-    refused(run("plan", "pocket", "--gpus", 64), 2, "batch_size 16 cannot be cut over 64 GPUs", "a multiple of 64")
+    assert "model: sd15 (assumed: the recipe's teacher 'pocket'" in ran.out
+    paper = run("plan", "sd15", "--gpus", 64, "--gpu", "h100")  # the paper's GPUs, more than the recipe's parts take
+    assert paper.code == 0 and "accumulate: 1 (the fewest parts that fit; the recipe has 32)" in paper.out
+    sdxl = run("plan", "sdxl", "--gpus", 8)
+    assert sdxl.code == 0 and "model: sdxl (the recipe's teacher)" in sdxl.out
+    assert "accumulate: 64 (nothing fits, so one pair a part; the recipe has 128)" in sdxl.out
+    cut = run("plan", "sdxl", "--gpus", 8, "--set", "strategy=fsdp", "--model", "sdxl")
+    assert "accumulate: 16 (the fewest" in cut.out and "model: sdxl (--model)" in cut.out
+    given = run("plan", "sd15", "--gpus", 8, "--set", "accumulate=16")
+    assert given.code == 0 and "accumulate: 16 (--set)" in given.out
+    told = ("batch_size 16 cannot be cut over 64 GPUs", "1, 2, 4, 8, 16;", "a multiple of 64")
+    refused(run("plan", "pocket", "--gpus", 64), 2, *told)
+    refused(run("plan", "sd15-lora-24gb"), 2, "lora_rank = 64", "counts full training only")
     refused(run("plan", "pocket", "--gpu", "h1000"), 2, "did you mean 'h100'")
 
 

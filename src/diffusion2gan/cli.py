@@ -71,7 +71,7 @@ def plan(
     recipe: Annotated[str, typer.Argument(help="A .toml file or a shipped recipe.")],
     gpus: Annotated[int, typer.Option(min=1)] = 8,
     gpu: Annotated[str, typer.Option(help="a100, h100 or h200.")] = "h100",
-    model: Annotated[str, typer.Option(help="sd15 or sdxl.")] = "sd15",
+    model: Annotated[str | None, typer.Option(help="sd15 or sdxl, if not what the recipe's teacher names.")] = None,
     num_pairs: Annotated[float, typer.Option(min=1.0, help="As 3e6.")] = 3e6,
     dollars_per_hour: Annotated[float | None, typer.Option(min=0.0, help="Of one GPU.")] = None,
     set_: SetOption = None,
@@ -81,7 +81,14 @@ def plan(
     from diffusion2gan.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])
-    for stage, numbers in job.plan(model, gpu, gpus, num_pairs, loaded, dollars_per_hour).items():
+    name, why = (model, "--model") if model else job.model_of(loaded)
+    is_set = any(setting.partition("=")[0].strip() == "accumulate" for setting in set_ or [])
+    stages = job.plan(name, gpu, gpus, num_pairs, loaded, dollars_per_hour, loaded.accumulate if is_set else None)
+    parts, fits = stages["distill"]["accumulate"], stages["distill"]["fits"]
+    chosen = "the fewest parts that fit" if fits else "nothing fits, so one pair a part"
+    typer.echo(f"model: {name} ({why})")
+    typer.echo(f"accumulate: {parts} ({'--set' if is_set else f'{chosen}; the recipe has {loaded.accumulate}'})")
+    for stage, numbers in stages.items():
         for key, value in numbers.items():
             typer.echo(f"{stage}.{key}: {value:.4g}" if isinstance(value, float) else f"{stage}.{key}: {value}")
 

@@ -141,13 +141,20 @@ def _repeated(folder: Place, what: str, parts: Sequence[NDArray[Any]]) -> list[s
 def verify_deep(folder: Place, teacher: Teacher, count: int, seed: int = 0) -> list[str]:
     """Solves `count` random pairs of the shards that are there anew, by seed and prompt, and compares.
 
-    Returns one line a pair that differs by more than `DEEP_TOLERANCE`, relative. Raises UserError at another teacher.
+    Returns one line a pair that differs by more than `DEEP_TOLERANCE`, relative. Raises UserError at another teacher or
+    resolution.
     """
     spec = open_set(folder)
     if spec.revision != teacher.revision:
         raise UserError(
             f"{folder} was made by teacher {spec.teacher!r} (weights {spec.revision}), --teacher is {teacher.name!r} "
-            f"(weights {teacher.revision}); name the one the set was made by"
+            f"(weights {teacher.revision}); name the one the set was made by, with the --teacher-lora, "
+            "--teacher-config and --vae that it had"
+        )
+    if tuple(spec.latent_shape) != teacher.latent_shape:
+        raise UserError(
+            f"{folder} has latents of {tuple(spec.latent_shape)}, the teacher's are {teacher.latent_shape}; give the "
+            "--resolution that the set was made at"
         )
     there = [i for shard in present_shards(folder, spec) for i in spec.shard_indices(shard)]
     chosen = np.random.default_rng(seed).permutation(there)[:count]

@@ -17,11 +17,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+import typer
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from diffusion2gan import cli
@@ -151,6 +153,34 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_wrong_words(argv: list[str], told: list[str]) -> None:
     refused(run(*argv), 2, *told)
+
+
+def paths(app: typer.Typer = cli.app, verbs: tuple[str, ...] = ()) -> Iterator[list[str]]:
+    """Every command with each of its paths, as it is typed: an option's name, or nothing for the argument."""
+    for info in app.registered_commands:
+        verb = [*verbs, info.name or info.callback.__name__]
+        for name, hint in get_type_hints(info.callback, include_extras=True).items():
+            kind, *about = get_args(hint) or (hint,)
+            if kind is Path or Path in get_args(kind):
+                yield verb if isinstance(about[0], type(typer.Argument())) else [*verb, f"--{name}"]
+    for group in app.registered_groups:
+        yield from paths(group.typer_instance, (*verbs, group.name))
+
+
+PATHS = list(paths())
+
+
+def test_all_paths_are_found() -> None:
+    assert len(PATHS) == 27 and ["distill", "--out"] in PATHS and ["export"] in PATHS
+    assert ["pairs", "import"] in PATHS and ["pairs", "export", "--out"] in PATHS
+
+
+@pytest.mark.parametrize("typed", PATHS, ids=" ".join)
+def test_a_url_is_no_path(typed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`Path` would make a folder `s3:` of it here."""
+    monkeypatch.chdir(tmp_path)
+    refused(run(*typed, "s3://bucket/x"), 2, "s3://bucket/x is a URL", "path on this machine", "distill --pairs")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -376,10 +406,37 @@ def test_ranges_merges_and_exports(made: Path, tiny_teacher: Path, tmp_path: Pat
     refused(run("pairs", "info", "nowhere://x"), 2, "Protocol not known")
 
 
+def test_a_set_of_another_vae_and_resolution_is_solved_anew(tiny_teacher: Path, tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    other = AutoencoderKL.from_pretrained(tiny_teacher / "vae")
+    for parameter in other.parameters():
+        parameter.data += 0.01
+    other.save_pretrained(tmp_path / "vae")
+    given = ["--vae", tmp_path / "vae", "--resolution", 32, "--device", "cpu"]
+    assert run(*pairs_args(tiny_teacher, tmp_path / "set", *given)).code == 0
+    verify = ["pairs", "verify", tmp_path / "set", "--deep", 2, "--teacher", tiny_teacher]
+    verified = run(*verify, *given)
+    assert verified.code == 0 and "all 12 pairs are well" in verified.out, verified
+    refused(run(*verify), 2, "was made by teacher", "--vae")
+    refused(run(*verify, *given[:2]), 2, "has latents of (4, 8, 8)", "the teacher's are", "--resolution")
+
+
 def test_a_plan(tmp_path: Path) -> None:
     ran = run("plan", "pocket", "--gpus", 8)
     assert ran.code == 0 and "pairs.pairs_per_s" in ran.out and "distill.hours" in ran.out
-    refused(run("plan", "pocket", "--gpus", 64), 2, "batch_size 16 cannot be cut over 64 GPUs", "a multiple of 64")
+    assert "model: sd15 (assumed: the recipe's teacher 'pocket'" in ran.out
+    paper = run("plan", "sd15", "--gpus", 64, "--gpu", "h100")  # the paper's GPUs, more than the recipe's parts take
+    assert paper.code == 0 and "accumulate: 1 (the fewest parts that fit; the recipe has 32)" in paper.out
+    sdxl = run("plan", "sdxl", "--gpus", 8)
+    assert sdxl.code == 0 and "model: sdxl (the recipe's teacher)" in sdxl.out
+    assert "accumulate: 64 (nothing fits, so one pair a part; the recipe has 128)" in sdxl.out
+    cut = run("plan", "sdxl", "--gpus", 8, "--set", "strategy=fsdp", "--model", "sdxl")
+    assert "accumulate: 16 (the fewest" in cut.out and "model: sdxl (--model)" in cut.out
+    given = run("plan", "sd15", "--gpus", 8, "--set", "accumulate=16")
+    assert given.code == 0 and "accumulate: 16 (--set)" in given.out
+    told = ("batch_size 16 cannot be cut over 64 GPUs", "1, 2, 4, 8, 16;", "a multiple of 64")
+    refused(run("plan", "pocket", "--gpus", 64), 2, *told)
+    refused(run("plan", "sd15-lora-24gb"), 2, "lora_rank = 64", "counts full training only")
     refused(run("plan", "pocket", "--gpu", "h1000"), 2, "did you mean 'h100'")
 
 

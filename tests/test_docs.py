@@ -10,6 +10,7 @@ on PATH, `python` each in a process of its own. A comment on the line above a bl
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -23,6 +24,7 @@ import pytest
 import typer
 
 from diffusion2gan.cli import app
+from diffusion2gan.distill.checks import check_ranks
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import load_recipe
 
@@ -172,7 +174,11 @@ def said(document: Path, folder: Path) -> list[list[str]]:
 
 
 def check_command(argv: list[str]) -> None:
-    """The verb, every option and its value, a recipe and its settings, or a benchmark's: all exist. Nothing runs."""
+    """The verb, every option and its value, a recipe and its settings, or a benchmark's: all exist.
+
+    Under torchrun a recipe's batch is cut over the ranks. Nothing runs but `plan`, which is arithmetic.
+    """
+    world = ranks_of(argv) if argv[0] == "torchrun" else 1
     if argv[0] == "torchrun":
         argv = ["diffusion2gan", *argv[argv.index("diffusion2gan") + 1 :]]
     if argv[0] == "python" and argv[1].endswith(".py"):
@@ -186,9 +192,18 @@ def check_command(argv: list[str]) -> None:
     while words and words[0] in getattr(command, "commands", {}):
         command, name, words = command.commands[words[0]], words[0], words[1:]
     assert name, f"{argv}: no such command"
-    parsed = command.make_context(name, list(words)).params
-    if name in ("distill", "plan"):
-        load_recipe(parsed["recipe"], parsed["set_"] or [])
+    context = command.make_context(name, list(words))
+    if name == "distill":
+        check_ranks(load_recipe(context.params["recipe"], context.params["set_"] or []), world)
+    if name == "plan":
+        with context:
+            command.invoke(context)
+
+
+def ranks_of(argv: list[str]) -> int:
+    """torchrun's --nnodes times --nproc-per-node."""
+    given = [int(argv[argv.index(word) + 1]) for word in ("--nnodes", "--nproc-per-node") if word in argv]
+    return math.prod(given)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -198,6 +213,13 @@ def test_commands_that_are_not_run_exist(document: Path, tmp_path: Path) -> None
             check_command(argv)
         except (USAGE, UserError) as error:
             raise AssertionError(f"{document.name}: {' '.join(argv)}: {error}") from error
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_plans_in_the_text_run(document: Path) -> None:
+    for span in spans(document.read_text("utf-8")):
+        if span.startswith("diffusion2gan plan "):
+            check_command(span.split())
 
 
 def test_reproduce_measures_every_row_of_its_tables(tmp_path: Path) -> None:
@@ -217,6 +239,10 @@ def test_commands_that_do_not_exist_are_found() -> None:
         ("diffusion2gan distill sd15 --pairs p --out o --set los=mse", UserError),
         ("python benchmarks/loss_cost.py --sise sd15", AssertionError),
         ("torchrun --nproc-per-node 8 -m diffusion2gan pairs --cont 3", USAGE),
+        ("torchrun --nproc-per-node 8 -m diffusion2gan distill sdxl --pairs p --out o", UserError),
+        ("torchrun --nnodes 8 --nproc-per-node 8 -m diffusion2gan distill sd15 --pairs p --out o", UserError),
+        ("diffusion2gan distill sdxl --set strategy=fsdp --pairs p --out o", UserError),
+        ("diffusion2gan plan sd15 --gpus 3", UserError), ("diffusion2gan plan flux-lora", UserError),
     ):  # fmt: skip
         with pytest.raises(told):
             check_command(wrong.split())

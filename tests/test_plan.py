@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from diffusion2gan.distill.checks import check_ranks
 from diffusion2gan.errors import UserError
-from diffusion2gan.plan import ASSUMED, forwards_per_pair, plan, table
-from diffusion2gan.recipe import Recipe, load_recipe
+from diffusion2gan.plan import ASSUMED, GPUS, MODELS, fewest_parts, forwards_per_pair, model_of, plan, table
+from diffusion2gan.recipe import SHIPPED, Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPE = Recipe(batch_size=1024, pairs_seen=1_024_000, adversarial_weight=0.1, device="cuda", precision="bfloat16")
@@ -29,8 +30,8 @@ def test_by_hand() -> None:
 
 def test_a_run_that_is_cut_by_hand() -> None:
     """SDXL over 8 GPUs: nine numbers a parameter are shared out, four are whole; half as much again is sent."""
-    cut = RECIPE.model_copy(update={"strategy": "fsdp", "accumulate": 64})
-    step, held = (plan("sdxl", "h100", 8, 8e6, r)["distill"] for r in (cut, cut.model_copy(update={"strategy": "ddp"})))
+    both = (RECIPE.model_copy(update={"strategy": strategy}) for strategy in ("fsdp", "ddp"))
+    step, held = (plan("sdxl", "h100", 8, 8e6, recipe, accumulate=64)["distill"] for recipe in both)
     assert step["memory_gib_per_gpu"] == pytest.approx((9 / 8 + 4) * 4 * 2570e6 / 2**30 + 2 * 6.0) and step["fits"]
     assert not held["fits"] and step["compute_s"] == held["compute_s"]
     assert step["communication_s"] - held["communication_s"] == pytest.approx(7 / 8 * 2 * 4 * 2570e6 / 450e9)
@@ -50,7 +51,11 @@ def test_what_must_hold() -> None:
     [
         (("sd51", "h100", 8), "no model 'sd51'; did you mean 'sd15'"),
         (("sd15", "h10", 8), "no GPU 'h10'; did you mean 'h100'"),
-        (("sd15", "h100", 3), "batch_size 1024 cannot be cut over 3 GPUs × accumulate 1; a multiple of 3 can"),
+        (
+            ("sd15", "h100", 3),
+            "batch_size 1024 cannot be cut over 3 GPUs. Numbers of GPUs that would do: 1, 2, 4, 8, 16, 32, 64, 128, "
+            "256, 512, 1024; or --set batch_size to a multiple of 3",
+        ),
     ],
 )
 def test_wrong_words(arguments: tuple[str, str, int], told: str) -> None:
@@ -58,8 +63,48 @@ def test_wrong_words(arguments: tuple[str, str, int], told: str) -> None:
         plan(*arguments, 3e6, RECIPE)
 
 
+def test_parts_that_are_given_are_taken() -> None:
+    assert plan("sd15", "h100", 8, 3e6, RECIPE, accumulate=32)["distill"]["accumulate"] == 32
+    with pytest.raises(UserError, match=r"in accumulate = 32 parts cannot be cut over 64 GPUs.* 1, 2, 4, 8, 16, 32; "):
+        plan("sd15", "h100", 64, 3e6, RECIPE, accumulate=32)
+
+
+def test_the_fewest_parts_that_fit() -> None:
+    """SD 1.5's states are 32 GiB and a pair's activations 2: 24 rows fit 80 GiB, so 128 a GPU go in 8 parts of 16."""
+    sd15, sdxl = MODELS["sd15"], MODELS["sdxl"]
+    assert [fewest_parts(sd15, GPUS["h100"], n, RECIPE) for n in (8, 64, 512)] == [8, 1, 1]
+    assert fewest_parts(sd15, GPUS["h200"], 8, RECIPE) == 4
+    assert fewest_parts(sdxl, GPUS["h100"], 8, RECIPE) == 128  # nothing fits
+    assert fewest_parts(sdxl, GPUS["h100"], 8, RECIPE.model_copy(update={"batch_size": 24})) == 3
+    assert fewest_parts(sdxl, GPUS["h200"], 8, RECIPE.model_copy(update={"batch_size": 72})) == 3  # no power of two
+
+
+FULL = sorted(path.stem for path in SHIPPED.glob("*.toml") if load_recipe(path.stem).lora_rank == 0)
+
+
+@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("num_gpus", [1, 8])
+def test_every_full_recipe_is_planned_as_distill_takes_it(name: str, num_gpus: int) -> None:
+    recipe = load_recipe(name)
+    parts = plan(model_of(recipe)[0], "h100", num_gpus, 1e6, recipe)["distill"]["accumulate"]
+    check_ranks(recipe.model_copy(update={"accumulate": parts}), num_gpus)
+
+
+@pytest.mark.parametrize("name", ["sd15-lora-24gb", "sdxl-lora-24gb", "flux-lora"])
+def test_a_lora_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"a LoRA \(lora_rank = \d+\), and plan counts full training only"):
+        plan("sd15", "h100", 8, 1e6, load_recipe(name))
+
+
+def test_the_model_is_the_recipes_teacher() -> None:
+    assert model_of(load_recipe("sdxl")) == ("sdxl", "the recipe's teacher")
+    assert model_of(load_recipe("sd15", ["teacher=/models/sd15"]))[0] == "sd15"
+    name, why = model_of(load_recipe("sd3"))
+    assert name == "sd15" and why.startswith("assumed: the recipe's teacher 'sd3' is none of sd15, sdxl")
+
+
 def test_the_document_says_what_the_calculator_says() -> None:
-    recipe = load_recipe("sd15", ["accumulate=1"])
+    recipe = load_recipe("sd15")
     text = (ROOT / "docs" / "scale.md").read_text("utf-8")
     for row in table((("sd15", 3e6), ("sd15", 12e6), ("sdxl", 8e6)), "h100", (8, 64, 512), recipe):
         assert row in text, row

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from diffusion2gan.cli_pairs import pairs_app
+from diffusion2gan.cli_pairs import here, pairs_app
 from diffusion2gan.errors import Diffusion2GANError, UserError
 
 app = typer.Typer(
@@ -38,7 +38,7 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", help="A recipe's s
 def distill(
     recipe: Annotated[str, typer.Argument(help="A .toml file or a shipped recipe: pocket, pocket-demo, sd15, …")],
     pairs: Annotated[str, typer.Option(help="The pairs to learn from: a folder or a URL.")],
-    out: Annotated[Path, typer.Option(help="The run's folder.")],
+    out: Annotated[Path, typer.Option(callback=here, help="The run's folder.")],
     set_: SetOption = None,
     allow_change: Annotated[
         list[str] | None, typer.Option(help="A harmless setting that may differ from the run's, as accumulate.")
@@ -71,7 +71,7 @@ def plan(
     recipe: Annotated[str, typer.Argument(help="A .toml file or a shipped recipe.")],
     gpus: Annotated[int, typer.Option(min=1)] = 8,
     gpu: Annotated[str, typer.Option(help="a100, h100 or h200.")] = "h100",
-    model: Annotated[str, typer.Option(help="sd15 or sdxl.")] = "sd15",
+    model: Annotated[str | None, typer.Option(help="sd15 or sdxl, if not what the recipe's teacher names.")] = None,
     num_pairs: Annotated[float, typer.Option(min=1.0, help="As 3e6.")] = 3e6,
     dollars_per_hour: Annotated[float | None, typer.Option(min=0.0, help="Of one GPU.")] = None,
     set_: SetOption = None,
@@ -81,15 +81,22 @@ def plan(
     from diffusion2gan.recipe import load_recipe
 
     loaded = load_recipe(recipe, set_ or [])
-    for stage, numbers in job.plan(model, gpu, gpus, num_pairs, loaded, dollars_per_hour).items():
+    name, why = (model, "--model") if model else job.model_of(loaded)
+    is_set = any(setting.partition("=")[0].strip() == "accumulate" for setting in set_ or [])
+    stages = job.plan(name, gpu, gpus, num_pairs, loaded, dollars_per_hour, loaded.accumulate if is_set else None)
+    parts, fits = stages["distill"]["accumulate"], stages["distill"]["fits"]
+    chosen = "the fewest parts that fit" if fits else "nothing fits, so one pair a part"
+    typer.echo(f"model: {name} ({why})")
+    typer.echo(f"accumulate: {parts} ({'--set' if is_set else f'{chosen}; the recipe has {loaded.accumulate}'})")
+    for stage, numbers in stages.items():
         for key, value in numbers.items():
             typer.echo(f"{stage}.{key}: {value:.4g}" if isinstance(value, float) else f"{stage}.{key}: {value}")
 
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run's folder, or one of its checkpoints.")],
-    out: Annotated[Path, typer.Option(help="The pipeline folder to write.")],
+    run: Annotated[Path, typer.Argument(callback=here, help="A run's folder, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Option(callback=here, help="The pipeline folder to write.")],
     half: Annotated[bool, typer.Option("--half", help="float16 weights.")] = False,
 ) -> None:
     """Write a pipeline folder that stock diffusers runs with num_inference_steps=1, guidance_scale=0."""
@@ -107,7 +114,7 @@ def export(
 def generate(
     student: Annotated[str, typer.Argument(help="pocket-student, pocket-teacher or a pipeline folder.")],
     prompt: Annotated[list[str], typer.Option(help="Repeat it for several prompts, one row each.")],
-    out: Annotated[Path, typer.Option(help="The picture to write.")],
+    out: Annotated[Path, typer.Option(callback=here, help="The picture to write.")],
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     per_prompt: Annotated[int, typer.Option(min=1, help="Pictures a prompt, from seeds seed, seed+1, …")] = 4,
     num_inference_steps: Annotated[int | None, typer.Option(min=1)] = None,
@@ -132,19 +139,23 @@ def evaluate(
         str,
         typer.Argument(help="pocket-teacher, pocket-student, a folder (pipeline or pictures), or ROW=FOLDER[+FILE]."),
     ],
-    out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("metrics.json"),
+    out: Annotated[Path, typer.Option(callback=here, help="The JSON file to write.")] = Path("metrics.json"),
     count: Annotated[int, typer.Option(min=2, help="Held-out captions.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, max=127)] = 0,
     num_inference_steps: Annotated[int | None, typer.Option(min=1)] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0.0)] = None,
-    cache: Annotated[Path | None, typer.Option(help="Where pictures are kept; beside --out if not given.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(callback=here, help="Where pictures are kept; beside --out if not given.")
+    ] = None,
     num_noises: Annotated[int, typer.Option(min=1, help="Pictures a caption; above 1 tells diversity too.")] = 1,
     num_resamples: Annotated[int, typer.Option(min=0, help="Of the 95 % intervals; 0 leaves them out.")] = 1000,
     protocol: Annotated[str, typer.Option(help="pocket, coco2014-30k or coco2017-5k.")] = "pocket",
-    captions: Annotated[Path | None, typer.Option(help="COCO: one caption a line, or the annotations .json.")] = None,
+    captions: Annotated[
+        Path | None, typer.Option(callback=here, help="COCO: one caption a line, or the annotations .json.")
+    ] = None,
     captions_sha256: Annotated[str | None, typer.Option(help="COCO: refuse another list of captions.")] = None,
-    reference: Annotated[Path | None, typer.Option(help="COCO: the folder of real pictures.")] = None,
-    inception: Annotated[Path | None, typer.Option(help="COCO: the FID network's weights.")] = None,
+    reference: Annotated[Path | None, typer.Option(callback=here, help="COCO: the folder of real pictures.")] = None,
+    inception: Annotated[Path | None, typer.Option(callback=here, help="COCO: the FID network's weights.")] = None,
     clip: Annotated[str | None, typer.Option(help="COCO: a CLIP, folder or id.")] = None,
     dinov2: Annotated[str | None, typer.Option(help="COCO: a DINOv2, folder or id.")] = None,
     teacher: Annotated[
@@ -190,8 +201,8 @@ def compare(
         list[str],
         typer.Option(help="NAME=PATH, NAME=PATH@STEPS, NAME=ROW=FOLDER (as evaluate's) or NAME=PICTURES; repeatable."),
     ],
-    prompts: Annotated[Path, typer.Option(help="A text file, one prompt a line, one row each.")],
-    out: Annotated[Path, typer.Option(help="The report's folder.")],
+    prompts: Annotated[Path, typer.Option(callback=here, help="A text file, one prompt a line, one row each.")],
+    out: Annotated[Path, typer.Option(callback=here, help="The report's folder.")],
     metrics: Annotated[list[str] | None, typer.Option(help="NAME=metrics.json, from evaluate; repeatable.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=255)] = 255,
     device: DeviceOption = "cpu",
@@ -214,9 +225,13 @@ def serve(
     student: Annotated[str | None, typer.Argument(help="pocket-student, pocket-teacher or a pipeline folder.")] = None,
     teacher: Annotated[str | None, typer.Option(help="A teacher to show beside it, PATH or PATH@STEPS.")] = None,
     vote: Annotated[tuple[str, str] | None, typer.Option(help="Blind votes between two systems, A B, instead.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="With --vote: a text file, one prompt a line.")] = None,
-    votes: Annotated[Path, typer.Option(help="With --vote: the file that votes are added to.")] = Path("votes.jsonl"),
-    history: Annotated[Path, typer.Option(help="Where kept pictures go.")] = Path("history"),
+    prompts: Annotated[
+        Path | None, typer.Option(callback=here, help="With --vote: a text file, one prompt a line.")
+    ] = None,
+    votes: Annotated[Path, typer.Option(callback=here, help="With --vote: the file that votes are added to.")] = Path(
+        "votes.jsonl"
+    ),
+    history: Annotated[Path, typer.Option(callback=here, help="Where kept pictures go.")] = Path("history"),
     seed: Annotated[int, typer.Option(min=0, max=255, help="With --vote: the noises' set.")] = 255,
     host: Annotated[str, typer.Option(help="Another address than this lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
@@ -239,7 +254,7 @@ def serve(
 
 
 @app.command()
-def votes(file: Annotated[Path, typer.Argument(help="What `serve --vote` has written.")]) -> None:
+def votes(file: Annotated[Path, typer.Argument(callback=here, help="What `serve --vote` has written.")]) -> None:
     """Which of two systems voters preferred, with a 95 % interval."""
     from diffusion2gan.compare.votes import summary
 
@@ -249,7 +264,7 @@ def votes(file: Annotated[Path, typer.Argument(help="What `serve --vote` has wri
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="The folder for everything it makes.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(callback=here, help="The folder for everything it makes.")] = Path("demo"),
     count: Annotated[int, typer.Option(min=2, help="Held-out captions to measure on.")] = 256,
     num_prompts: Annotated[int, typer.Option(min=1, help="Rows of the report.")] = 12,
     set_: SetOption = None,
@@ -262,8 +277,10 @@ def demo(
 
 @perceptual_app.command("fit")
 def perceptual_fit(
-    images: Annotated[Path, typer.Option(help="Class folders, IMAGES/<class>/*.png, or a Hugging Face dataset.")],
-    out: Annotated[Path, typer.Option(help="The network's folder.")],
+    images: Annotated[
+        Path, typer.Option(callback=here, help="Class folders, IMAGES/<class>/*.png, or a Hugging Face dataset.")
+    ],
+    out: Annotated[Path, typer.Option(callback=here, help="The network's folder.")],
     vae: Annotated[str | None, typer.Option(help="`pocket`, the folder of a VAE or of a pipeline with one.")] = None,
     pixels: Annotated[bool, typer.Option("--pixels", help="The pixel twin: no VAE, three channels.")] = False,
     widths: Annotated[str, typer.Option(help="Channels of the five stages.")] = "64,128,256,512,512",
@@ -290,11 +307,13 @@ def perceptual_fit(
 
 @perceptual_app.command("calibrate")
 def perceptual_calibrate(
-    triplets: Annotated[Path, typer.Option(help="BAPPS's layout: FOLDER/<subset>/ref, p0, p1, judge.")],
+    triplets: Annotated[Path, typer.Option(callback=here, help="BAPPS's layout: FOLDER/<subset>/ref, p0, p1, judge.")],
     network: Annotated[str, typer.Option(help="`pocket` or a network's folder.")],
-    out: Annotated[Path, typer.Option(help="The calibrated network's folder.")],
+    out: Annotated[Path, typer.Option(callback=here, help="The calibrated network's folder.")],
     vae: Annotated[str | None, typer.Option(help="A latent network's VAE; none for a pixel network.")] = None,
-    scored: Annotated[Path | None, typer.Option(help="Triplets to score on; a held-out tenth if not given.")] = None,
+    scored: Annotated[
+        Path | None, typer.Option(callback=here, help="Triplets to score on; a held-out tenth if not given.")
+    ] = None,
     size: Annotated[int, typer.Option(min=1, help="The patches' side.")] = 64,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-4,
@@ -311,9 +330,9 @@ def perceptual_calibrate(
 
 @perceptual_app.command("import")
 def perceptual_import(
-    file: Annotated[Path, typer.Argument(help="The published checkpoint.")],
+    file: Annotated[Path, typer.Argument(callback=here, help="The published checkpoint.")],
     format_: Annotated[str, typer.Option("--format", help="elatentlpips or snu.")],
-    out: Annotated[Path, typer.Option(help="The network's folder.")],
+    out: Annotated[Path, typer.Option(callback=here, help="The network's folder.")],
 ) -> None:
     """Turn published weights into a network of ours, with the settings that reproduce their formula."""
     from diffusion2gan.perceptual.importers import import_network
@@ -324,7 +343,7 @@ def perceptual_import(
 
 @pocket_app.command("triplets")
 def pocket_triplets(
-    out: Annotated[Path, typer.Option(help="The folder of the triplets.")],
+    out: Annotated[Path, typer.Option(callback=here, help="The folder of the triplets.")],
     count: Annotated[int, typer.Option(min=1, help="Triplets a sub-set.")] = 200,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
@@ -340,7 +359,9 @@ def pocket_triplets(
 
 @pocket_app.command("train")
 def pocket_train(
-    out: Annotated[Path, typer.Option(help="Checkpoints, and in out/weights the finished models.")] = Path("pocket"),
+    out: Annotated[
+        Path, typer.Option(callback=here, help="Checkpoints, and in out/weights the finished models.")
+    ] = Path("pocket"),
     seed: Annotated[int, typer.Option(min=0)] = 0,
     scale: Annotated[float, typer.Option(min=0.0001, help="Multiplies the pictures each stage sees.")] = 1.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,26 @@ from diffusion2gan.errors import UserError
 pairs_app = typer.Typer(
     help="Make noise→image pairs, or look at a set of them.", invoke_without_command=True, rich_markup_mode=None
 )
+TAKE_URLS = "distill --pairs, pairs --out, pairs import --out, and the sets of pairs info, verify, merge and export"
+
+
+def here(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+    """A path as it is. Raises UserError where it was a URL: `Path` would quietly make a folder `s3:` of it."""
+    if path is not None and (url := re.match(r"(\w[\w+.-]+:)/(.*)", str(path))):
+        named = parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
+        raise UserError(
+            f"{named} {url[1]}//{url[2]} is a URL, and this must be a path on this machine. Name a local one, and "
+            f"copy it from or to the store with the store's own tool. A URL is taken by {TAKE_URLS}."
+        )
+    return path
+
+
 TeacherOption = Annotated[str, typer.Option(help="`pocket`, the folder of a diffusers pipeline, or a .safetensors.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …; under torchrun cuda is the rank's own.")]
+TeacherConfigOption = Annotated[str | None, typer.Option(help="A single file's pipeline folder.")]
+TeacherLoraOption = Annotated[str | None, typer.Option(help="LoRAs to merge: PATH[@SCALE], commas between.")]
+VaeOption = Annotated[str | None, typer.Option(help="Another VAE for the same latents: its folder.")]
+ResolutionOption = Annotated[int | None, typer.Option(min=1, help="The pictures' side, if not the teacher's own.")]
 
 
 @pairs_app.callback()
@@ -31,11 +51,11 @@ def pairs(
     shard_size: Annotated[int, typer.Option(min=1, help="Pairs a file.")] = 128,
     keep_noise: Annotated[bool, typer.Option(help="Store the noise beside its seed.")] = False,
     shard_range: Annotated[str | None, typer.Option(help="A:B makes shards A to B−1 alone, for array jobs.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …; under torchrun cuda is the rank's own.")] = "cpu",
-    teacher_config: Annotated[str | None, typer.Option(help="A single file's pipeline folder.")] = None,
-    teacher_lora: Annotated[str | None, typer.Option(help="LoRAs to merge: PATH[@SCALE], commas between.")] = None,
-    vae: Annotated[str | None, typer.Option(help="Another VAE for the same latents: its folder.")] = None,
-    resolution: Annotated[int | None, typer.Option(min=1, help="The pictures' side, if not the teacher's own.")] = None,
+    device: DeviceOption = "cpu",
+    teacher_config: TeacherConfigOption = None,
+    teacher_lora: TeacherLoraOption = None,
+    vae: VaeOption = None,
+    resolution: ResolutionOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost, make nothing.")] = False,
     price_per_gpu_hour: Annotated[
         float | None, typer.Option(min=0.0, help="With --dry-run: money, in whatever it is in.")
@@ -113,6 +133,11 @@ def pairs_verify(
     deep: Annotated[int, typer.Option(min=0, help="Also solve so many random pairs anew and compare.")] = 0,
     teacher: TeacherOption = "pocket",
     seed: Annotated[int, typer.Option(min=0, help="Which pairs --deep takes.")] = 0,
+    device: DeviceOption = "cpu",
+    teacher_config: TeacherConfigOption = None,
+    teacher_lora: TeacherLoraOption = None,
+    vae: VaeOption = None,
+    resolution: ResolutionOption = None,
 ) -> None:
     """Read every shard: checksums, order, seeds, finite numbers, no noise and no latents twice."""
     from diffusion2gan.errors import Failure
@@ -122,9 +147,13 @@ def pairs_verify(
     place = place_of(folder)
     problems = check.verify(place)
     if deep and not problems:
+        from diffusion2gan.runtime.ranks import own_device
         from diffusion2gan.teacher.pipeline import load_teacher
 
-        problems = check.verify_deep(place, load_teacher(teacher), deep, seed)
+        loaded = load_teacher(
+            teacher, own_device(device), resolution, config=teacher_config, loras=teacher_lora, vae=vae
+        )
+        problems = check.verify_deep(place, loaded, deep, seed)
     for problem in problems:
         typer.echo(problem, err=True)
     if problems:
@@ -148,7 +177,7 @@ def pairs_merge(
 @pairs_app.command("export")
 def pairs_export(
     folder: SetArgument,
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    out: Annotated[Path, typer.Option(callback=here, help="The folder to write.")],
     format_: Annotated[str, typer.Option("--format", help="webdataset")] = "webdataset",
 ) -> None:
     """Write a set in another format: tar shards for WebDataset; run again to continue."""
@@ -162,7 +191,7 @@ def pairs_export(
 
 @pairs_app.command("import")
 def pairs_import(
-    folder: Annotated[Path, typer.Argument(help="What `pairs export` wrote.")],
+    folder: Annotated[Path, typer.Argument(callback=here, help="What `pairs export` wrote.")],
     out: Annotated[str, typer.Option(help="The folder of the set.")],
 ) -> None:
     """Read exported tar shards back into a set; run again to continue."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from diffusion2gan.errors import UserError, nearest
@@ -64,31 +65,67 @@ ASSUMED = Assumed()
 GPUS_PER_NODE = 8
 
 
+DEFAULT_MODEL = "sd15"
+
+
+def model_of(recipe: Recipe) -> tuple[str, str]:
+    """The model that a recipe's teacher names, by its last part, and why it is that one."""
+    name = Path(recipe.teacher).name
+    if name in MODELS:
+        return name, "the recipe's teacher"
+    return DEFAULT_MODEL, f"assumed: the recipe's teacher {recipe.teacher!r} is none of {', '.join(MODELS)}; --model"
+
+
 def plan(
-    model: str, gpu: str, num_gpus: int, num_pairs: float, recipe: Recipe, dollars_per_h: float | None = None
-) -> dict[str, Any]:
+    model: str, gpu: str, num_gpus: int, num_pairs: float, recipe: Recipe, dollars_per_h: float | None = None,
+    accumulate: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Pairs/s, disk, memory, communication and compute of a step, hours and money, of making pairs and of `recipe`.
 
-    Raises UserError at an unknown model or GPU, or a batch that the GPUs cannot share.
+    A batch is worked in `accumulate` parts, or where none are given in the fewest that fit, whatever the recipe says.
+    Raises UserError at an unknown model or GPU, a LoRA, or a batch that the GPUs cannot share.
     """
     if model not in MODELS:
         raise UserError(f"no model {model!r}{nearest(model, MODELS)}")
     if gpu not in GPUS:
         raise UserError(f"no GPU {gpu!r}{nearest(gpu, GPUS)}")
-    if recipe.batch_size % (num_gpus * recipe.accumulate):
+    if recipe.lora_rank:
         raise UserError(
-            f"batch_size {recipe.batch_size} cannot be cut over {num_gpus} GPUs × accumulate {recipe.accumulate}; a "
-            f"multiple of {num_gpus * recipe.accumulate} can"
+            f"the recipe trains a LoRA (lora_rank = {recipe.lora_rank}), and plan counts full training only: its "
+            "memory and sums would be wrong. --set lora_rank=0 plans all weights; `distill --dry-run` measures a LoRA."
         )
+    _check_cut(recipe.batch_size, num_gpus, accumulate or 1)
     kind, machine = MODELS[model], GPUS[gpu]
     price = machine.dollars_per_h if dollars_per_h is None else dollars_per_h
+    parts = accumulate or fewest_parts(kind, machine, num_gpus, recipe)
     stages = {
         "pairs": _making(kind, machine, num_gpus, num_pairs),
-        "distill": _training(kind, machine, num_gpus, recipe),
+        "distill": _training(kind, machine, num_gpus, recipe.model_copy(update={"accumulate": parts})),
     }
     for stage in stages.values():
         stage["dollars"] = stage["hours"] * num_gpus * price
     return stages
+
+
+def _check_cut(batch_size: int, num_gpus: int, accumulate: int) -> None:
+    if batch_size % (num_gpus * accumulate):
+        parts = f" in accumulate = {accumulate} parts" if accumulate > 1 else ""
+        would_do = ", ".join(map(str, divisors(batch_size // accumulate)))
+        raise UserError(
+            f"batch_size {batch_size}{parts} cannot be cut over {num_gpus} GPUs. Numbers of GPUs that would do: "
+            f"{would_do}; or --set batch_size to a multiple of {num_gpus * accumulate}."
+        )
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def fewest_parts(model: Model, gpu: Gpu, num_gpus: int, recipe: Recipe) -> int:
+    """The fewest parts of a GPU's share of the batch that fit its memory; one pair a part where none do."""
+    share = recipe.batch_size // num_gpus
+    fit = [n for n in divisors(share) if _memory_gib(model, share // n, num_gpus, recipe) <= gpu.memory_gib]
+    return min(fit, default=share)
 
 
 def _making(model: Model, gpu: Gpu, num_gpus: int, num_pairs: float) -> dict[str, Any]:
@@ -127,9 +164,9 @@ def _training(model: Model, gpu: Gpu, num_gpus: int, recipe: Recipe) -> dict[str
     communication_s = (num_gpus - 1) / num_gpus * (2 * sent_bytes + gathered_bytes) / (link * 1e9)
     step_s = compute_s + communication_s
     pace, steps = batch / step_s, recipe.pairs_seen / batch
-    holders = num_gpus if recipe.strategy == "fsdp" else 1
-    memory = memory_gib(model, batch // (num_gpus * recipe.accumulate), adversarial, holders)
+    memory = _memory_gib(model, batch // (num_gpus * recipe.accumulate), num_gpus, recipe)
     return {
+        "accumulate": recipe.accumulate,
         "compute_s": compute_s, "communication_s": communication_s, "step_s": step_s,
         "efficiency": compute_s / step_s, "pairs_per_s": pace, "memory_gib_per_gpu": memory,
         "fits": memory <= gpu.memory_gib, "reader_cores_per_gpu": pace / reads_per_core(model),
@@ -141,6 +178,10 @@ def _training(model: Model, gpu: Gpu, num_gpus: int, recipe: Recipe) -> dict[str
 def reads_per_core(model: Model) -> float:
     """Every rank reads the whole batch; the time goes with the bytes."""
     return ASSUMED.reads_per_core * prod(MODELS["sd15"].latent_shape) / prod(model.latent_shape)
+
+
+def _memory_gib(model: Model, rows: int, num_gpus: int, recipe: Recipe) -> float:
+    return memory_gib(model, rows, recipe.adversarial_weight > 0, num_gpus if recipe.strategy == "fsdp" else 1)
 
 
 def memory_gib(model: Model, rows: int, adversarial: bool, holders: int = 1) -> float:
@@ -156,20 +197,16 @@ def memory_gib(model: Model, rows: int, adversarial: bool, holders: int = 1) -> 
 
 
 def table(cases: Sequence[tuple[str, float]], gpu: str, sizes: Sequence[int], recipe: Recipe) -> list[str]:
-    """The rows of docs/scale.md, each with the fewest parts of a batch that fit, 64 at most."""
+    """The rows of docs/scale.md, each with the fewest parts of a batch that fit."""
     rows = []
     for model, count in cases:
         for num in sizes:
-            for accumulate in (1, 2, 4, 8, 16, 32, 64):
-                if recipe.batch_size % (num * accumulate) == 0:
-                    told = plan(model, gpu, num, count, recipe.model_copy(update={"accumulate": accumulate}))
-                    parts = accumulate
-                    if told["distill"]["fits"]:
-                        break
+            told = plan(model, gpu, num, count, recipe)
             pairs, step = told["pairs"], told["distill"]
             cells = [
                 model, f"{count / 1e6:g} M", str(num), f"{pairs['pairs_per_s']:.0f}", f"{pairs['hours']:.1f}",
-                f"{pairs['disk_gib']:.0f}", str(parts), f"{step['compute_s']:.3f} + {step['communication_s']:.3f}",
+                f"{pairs['disk_gib']:.0f}", str(step["accumulate"]),
+                f"{step['compute_s']:.3f} + {step['communication_s']:.3f}",
                 f"{step['efficiency']:.0%}", f"{step['memory_gib_per_gpu']:.0f}{'' if step['fits'] else ': too much'}",
                 f"{step['hours']:.1f}", f"{(pairs['dollars'] + step['dollars']):,.0f}",
             ]  # fmt: skip

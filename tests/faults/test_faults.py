@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import subprocess
@@ -19,6 +20,7 @@ from diffusion2gan.runtime.files import sha256
 from diffusion2gan.teacher.pipeline import load_teacher
 
 CAMPAIGN = Path(__file__).with_name("campaign.py")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -49,3 +51,28 @@ def test_a_clock_that_jumps_changes_nothing(
         distill(recipe, tmp_path / name / "pairs", tmp_path / name / "run")
     files = [{p.relative_to(f): sha256(p) for p in f.rglob("*") if p.is_file()} for f in tmp_path.iterdir()]
     assert len(files[0]) > 8 and files[0] == files[1]
+
+
+def other_faults() -> dict[str, str]:
+    """The campaign's list, read and not imported: the campaign changes settings of the package."""
+    tree = ast.parse(CAMPAIGN.read_text("utf-8"))
+    assigned = [
+        node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OTHER_FAULTS"
+    ]
+    return dict(ast.literal_eval(assigned[0].value))
+
+
+def test_the_tests_of_other_faults_exist() -> None:
+    """`FILE::NAME, NAME, FILE::NAME`: a name alone is in the file before it; a file alone is meant whole."""
+    named = other_faults()
+    assert len(named) > 15
+    missing = []
+    for fault, told in named.items():
+        file = Path()
+        for word in told.split(", "):
+            path, _, name = word.rpartition("::") if "::" in word else (word, "", "") if "/" in word else ("", "", word)
+            file = ROOT / path if path else file
+            functions = {n.name for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.FunctionDef)}
+            missing += [f"{fault}: {word}"] if name and name not in functions else []
+    assert not missing
+    assert json.loads((ROOT / "docs/results/faults.json").read_text("utf-8"))["other_faults"] == named

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_families import ONE_EACH, RESOLUTION
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs import store
@@ -104,6 +106,17 @@ def test_pairs_are_solved_anew(teacher: Teacher, tmp_path: Path) -> None:
     prompt = dataclasses.replace(pairs, prompts=["another", *pairs.prompts[1:]])
     store.write_shard(tmp_path, 1, spec, prompt)
     assert ["pair 4" in line for line in verify_deep(tmp_path, teacher, 10)] == [True]
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_every_familys_guided_pairs_are_solved_anew(
+    name: str, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Guided as they were made: SDXL's pipeline, for one, has zeros for no prompt, not the encoders' words for it."""
+    teacher = load_teacher(str(family_folder(name)), resolution=RESOLUTION[name])
+    spec = PairsSpec(teacher.name, teacher.revision, "words", 2, 0, 2, 5.0, teacher.latent_shape, 2)
+    make_pairs(teacher, lambda indices: ["a star", "a red ring"], spec, tmp_path)
+    assert verify_deep(tmp_path, teacher, 2) == []
 
 
 def test_another_teacher_is_refused(teacher: Teacher, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion2gan.errors import Failure, UserError
-from diffusion2gan.pairs.make import solve_batch
+from diffusion2gan.pairs.make import solver
 from diffusion2gan.pairs.store import (
     Pairs,
     PairsSpec,
@@ -141,13 +141,20 @@ def _repeated(folder: Place, what: str, parts: Sequence[NDArray[Any]]) -> list[s
 def verify_deep(folder: Place, teacher: Teacher, count: int, seed: int = 0) -> list[str]:
     """Solves `count` random pairs of the shards that are there anew, by seed and prompt, and compares.
 
-    Returns one line a pair that differs by more than `DEEP_TOLERANCE`, relative. Raises UserError at another teacher.
+    Returns one line a pair that differs by more than `DEEP_TOLERANCE`, relative. Raises UserError at another teacher or
+    resolution.
     """
     spec = open_set(folder)
     if spec.revision != teacher.revision:
         raise UserError(
             f"{folder} was made by teacher {spec.teacher!r} (weights {spec.revision}), --teacher is {teacher.name!r} "
-            f"(weights {teacher.revision}); name the one the set was made by"
+            f"(weights {teacher.revision}); name the one the set was made by, with the --teacher-lora, "
+            "--teacher-config and --vae that it had"
+        )
+    if tuple(spec.latent_shape) != teacher.latent_shape:
+        raise UserError(
+            f"{folder} has latents of {tuple(spec.latent_shape)}, the teacher's are {teacher.latent_shape}; give the "
+            "--resolution that the set was made at"
         )
     there = [i for shard in present_shards(folder, spec) for i in spec.shard_indices(shard)]
     chosen = np.random.default_rng(seed).permutation(there)[:count]
@@ -162,7 +169,7 @@ def verify_deep(folder: Place, teacher: Teacher, count: int, seed: int = 0) -> l
 def _differs(folder: Place, teacher: Teacher, spec: PairsSpec, index: int) -> list[str]:
     shard = index // spec.shard_size
     pair = read_shard(folder, shard, spec=spec).rows([index - spec.shard_indices(shard).start])
-    anew = solve_batch(teacher, lambda _: pair.prompts, spec, range(index, index + 1), teacher.encode([""]))
+    anew = solver(teacher, lambda _: pair.prompts, spec)(range(index, index + 1))
     error = float((anew.latents - pair.latents).norm() / anew.latents.norm())
     if error <= DEEP_TOLERANCE:  # not NaN either
         return []

@@ -22,11 +22,12 @@ from diffusion2gan.runtime.places import Place
 from diffusion2gan.runtime.progress import Bar
 from diffusion2gan.runtime.ranks import ranks
 from diffusion2gan.teacher.ode import solve_ode
-from diffusion2gan.teacher.pipeline import Conditioning, Teacher
+from diffusion2gan.teacher.pipeline import Teacher
 from diffusion2gan.teacher.suspicion import warn_suspicious
 
 WAIT_S = 0.5  # between looks at what other ranks have made
 PromptsOf = Callable[[Sequence[int]], list[str]]
+Solve = Callable[[range], Pairs]
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -63,15 +64,15 @@ def make_pairs(
     """
     wanted, here = list(check_range(shards, spec)), ranks()
     start_set(folder, spec)
-    uncond = teacher.unconditional()
     if here.first and made(folder, spec, wanted) < pairs_in(spec, wanted):
         first = noise_of([pair_seed(spec.seed, 0)], spec.latent_shape).to(teacher.device)
-        warn_suspicious(teacher, first, uncond)
+        warn_suspicious(teacher, first, teacher.unconditional())
+    solve = solver(teacher, prompts_of, spec)
     with Bar("pairs", pairs_in(spec, wanted), made(folder, spec, wanted)) as bar:
         for shard in wanted[here.rank :: here.world]:
             if shard not in present_shards(folder, spec):
                 with claim(folder, shard):
-                    make_shard(teacher, prompts_of, spec, folder, shard, batch_size, uncond, bar)
+                    make_shard(solve, spec, folder, shard, batch_size, bar)
             bar.reach(made(folder, spec, wanted))
         while here.first and here.world > 1 and (done := made(folder, spec, wanted)) < pairs_in(spec, wanted):
             bar.reach(done)
@@ -79,17 +80,14 @@ def make_pairs(
         bar.reach(made(folder, spec, wanted))
 
 
-def make_shard(
-    teacher: Teacher, prompts_of: PromptsOf, spec: PairsSpec, folder: Place, shard: int, batch_size: int,
-    uncond: Conditioning, bar: Bar,
-) -> None:  # fmt: skip
+def make_shard(solve: Solve, spec: PairsSpec, folder: Place, shard: int, batch_size: int, bar: Bar) -> None:
     """One shard, unless another process has finished it since the look at the folder."""
     if shard in present_shards(folder, spec):
         return
     indices, batches = spec.shard_indices(shard), []
     for start in range(indices.start, indices.stop, batch_size):
         batch = range(start, min(start + batch_size, indices.stop))
-        batches.append(solve_batch(teacher, prompts_of, spec, batch, uncond))
+        batches.append(solve(batch))
         bar.advance(len(batch))
     pairs = Pairs.concat(batches)
     noise = noise_of(pairs.seed, spec.latent_shape) if spec.keep_noise else None
@@ -117,13 +115,15 @@ def made(folder: Place, spec: PairsSpec, wanted: Sequence[int]) -> int:
     return pairs_in(spec, sorted(set(wanted) & set(present_shards(folder, spec))))
 
 
-def solve_batch(
-    teacher: Teacher, prompts_of: PromptsOf, spec: PairsSpec, indices: range, uncond: Conditioning
-) -> Pairs:
-    """The pairs `indices` of a set, solved together."""
-    seeds = [pair_seed(spec.seed, i) for i in indices]
-    prompts = prompts_of(indices)
-    noise = noise_of(seeds, spec.latent_shape).to(teacher.device)
-    without = uncond.expand(len(indices))
-    latents = solve_ode(teacher, noise, teacher.encode(prompts), without, spec.num_inference_steps, spec.guidance_scale)
-    return Pairs(list(indices), seeds, prompts, latents.cpu())
+def solver(teacher: Teacher, prompts_of: PromptsOf, spec: PairsSpec) -> Solve:
+    """Solves pairs of a set, by their numbers, together; guided away from what the stock pipeline has for no prompt."""
+    uncond = teacher.unconditional()
+
+    def solve(indices: range) -> Pairs:
+        seeds, prompts = [pair_seed(spec.seed, i) for i in indices], prompts_of(indices)
+        noise, cond = noise_of(seeds, spec.latent_shape).to(teacher.device), teacher.encode(prompts)
+        without = uncond.expand(len(indices))
+        latents = solve_ode(teacher, noise, cond, without, spec.num_inference_steps, spec.guidance_scale)
+        return Pairs(list(indices), seeds, prompts, latents.cpu())
+
+    return solve

@@ -250,6 +250,30 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     assert "TOLD step 2: rank 1 did not come" in out and "the same command continues" in out
 
 
+ELSEWHERE = """
+import os, sys
+from pathlib import Path
+from diffusion2gan import cli
+os.chdir(Path(__file__).with_name(("here", "there")[int(os.environ["RANK"])]))
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_see_different_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Rank 1 finds no run where rank 0 finds one: it is said, and nothing is trained."""
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+    alone = [sys.executable, *map(str, distill_args(folder, tmp_path / "here" / "run", "pairs_seen=8"))]
+    subprocess.run(alone, check=True, env=environment(), timeout=300)
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    process = torchrun(2, tmp_path / "elsewhere.py", *distill_args(folder, Path("run"), "pairs_seen=8")[2:])
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "rank 0 finds a run of 8 pairs there, rank 1 one of 0" in err, err
+    assert "folder that all ranks see" in err and not (tmp_path / "there" / "run" / "log.jsonl").exists()
+
+
 def test_alone_nothing_is_said() -> None:
     group, layer = Group(Ranks()), torch.nn.Linear(1, 1)
     extra = torch.ones(3)

@@ -97,18 +97,23 @@ class Group:
 
     def meet(self) -> None:
         """Waits until every rank is here. Raises Failure, naming those that are not, after PATIENCE_S."""
+        self.hear("met", "")
+
+    def hear(self, what: str, said: str) -> list[str]:
+        """What every rank `said` of this, by rank; once for each `what`. Raises Failure as `meet` does."""
         if self.ranks.world == 1:
-            return
-        self._store.set(f"met/{self.ranks.rank}", "")
-        names = [f"met/{rank}" for rank in range(self.ranks.world)]
+            return [said]
+        self._store.set(f"{what}/{self.ranks.rank}", said)
+        names = [f"{what}/{rank}" for rank in range(self.ranks.world)]
         try:
             self._store.wait(names, timedelta(seconds=PATIENCE_S))
         except RuntimeError as error:
-            late = [name.removeprefix("met/") for name in names if not self._store.check([name])]
+            late = [name.removeprefix(f"{what}/") for name in names if not self._store.check([name])]
             raise Failure(
                 f"rank {', '.join(late) or '?'} did not finish its share within {PATIENCE_S:.0f} s of this one. Look "
                 "at its machine; what is made is kept, the same command continues."
             ) from error
+        return [self._store.get(name).decode() for name in names]
 
     def gather(self, *modules: nn.Module | None) -> None:
         """Makes modules that are cut over the ranks whole, until `sum` has their gradients; others are so anyway."""

@@ -167,8 +167,8 @@ def check_same(group: Group, out: Path) -> None:
     if len(set(found)) > 1:
         other = next(rank for rank, pairs_seen in enumerate(found) if pairs_seen != found[0])
         raise UserError(
-            f"--out {out}: rank 0 finds a run of {found[0]} pairs there, rank {other} one of {found[other]}. It must be "
-            "a folder that all ranks see: one on a disk that the nodes share."
+            f"--out {out}: rank 0 finds a run of {found[0]} pairs there, rank {other} one of {found[other]}. It must "
+            "be a folder that all ranks see: one on a disk that the nodes share."
         )
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_signal() -> Iterator[Callable[[], int | None]]:
-    """Yields `stopped()`, the first signal's number once Ctrl-C or SIGTERM has come; a second Ctrl-C interrupts at once.
+    """Yields `stopped()`, the first signal's number once Ctrl-C or SIGTERM has come; a second Ctrl-C interrupts.
 
     The job asks between its steps, saves, and ends itself; a scheduler may send SIGTERM again meanwhile. Outside the
     main thread nothing changes.

@@ -150,13 +150,14 @@ def log_of(out: Path) -> list[dict[str, Any]]:
 
 
 def stop_at(process: subprocess.Popen[str], out: Path, pairs_seen: int) -> None:
-    """SIGTERM to torchrun once the run has seen so many pairs."""
+    """SIGTERM to torchrun once the run has seen so many pairs. Its own code is then 1, though every rank saved."""
     end = time.monotonic() + 600
     while (not (log := log_of(out)) or log[-1]["pairs_seen"] < pairs_seen) and process.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=300)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and "stopped and saved" in err, err
 
 
 @pytest.mark.slow

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusion2gan.errors import Failure, UserError
+from diffusion2gan.runtime.environment import number
 from diffusion2gan.runtime.files import whole
 from diffusion2gan.runtime.progress import console
 
 T = TypeVar("T")
-PATIENCE_S = float(os.environ.get("DIFFUSION2GAN_PATIENCE_S", "60"))  # how long a store may be out of reach
+PATIENCE_S = number("DIFFUSION2GAN_PATIENCE_S", 60)  # how long a store may be out of reach
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 10.0
 
 
@@ -192,7 +193,7 @@ def cache_folder() -> Path:
 
 def cache_bytes() -> int:
     """DIFFUSION2GAN_CACHE_GIB, 20 if not given: how much of a store's files is kept."""
-    return int(float(os.environ.get("DIFFUSION2GAN_CACHE_GIB", "20")) * 2**30)
+    return int(number("DIFFUSION2GAN_CACHE_GIB", 20) * 2**30)
 
 
 def _shrink(newest: Path) -> None:

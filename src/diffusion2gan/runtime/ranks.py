@@ -22,8 +22,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.runtime import fsdp
+from diffusion2gan.runtime.environment import number
 
-TIMEOUT_S = float(os.environ.get("DIFFUSION2GAN_RANK_TIMEOUT_S", "600"))  # how long a rank may be late
+TIMEOUT_S = number("DIFFUSION2GAN_RANK_TIMEOUT_S", 600)  # how long a rank may be late
 PATIENCE_S = 6 * TIMEOUT_S  # and with a share that nobody else waits for in between
 
 

@@ -150,13 +150,14 @@ def log_of(out: Path) -> list[dict[str, Any]]:
 
 
 def stop_at(process: subprocess.Popen[str], out: Path, pairs_seen: int) -> None:
-    """SIGTERM to torchrun once the run has seen so many pairs."""
+    """SIGTERM to torchrun once the run has seen so many pairs. Its own code is then 1, though every rank saved."""
     end = time.monotonic() + 600
     while (not (log := log_of(out)) or log[-1]["pairs_seen"] < pairs_seen) and process.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=300)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and "stopped and saved" in err, err
 
 
 @pytest.mark.slow
@@ -248,6 +249,30 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
     finally:
         del os.environ["DIFFUSION2GAN_RANK_TIMEOUT_S"]
     assert "TOLD step 2: rank 1 did not come" in out and "the same command continues" in out
+
+
+ELSEWHERE = """
+import os, sys
+from pathlib import Path
+from diffusion2gan import cli
+os.chdir(Path(__file__).with_name(("here", "there")[int(os.environ["RANK"])]))
+cli.main()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_see_different_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Rank 1 finds no run where rank 0 finds one: it is said, and nothing is trained."""
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+    alone = [sys.executable, *map(str, distill_args(folder, tmp_path / "here" / "run", "pairs_seen=8"))]
+    subprocess.run(alone, check=True, env=environment(), timeout=300)
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    process = torchrun(2, tmp_path / "elsewhere.py", *distill_args(folder, Path("run"), "pairs_seen=8")[2:])
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "rank 0 finds a run of 8 pairs there, rank 1 one of 0" in err, err
+    assert "folder that all ranks see" in err and not (tmp_path / "there" / "run" / "log.jsonl").exists()
 
 
 def test_alone_nothing_is_said() -> None:

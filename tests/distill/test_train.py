@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion2gan.distill import train
+from diffusion2gan.distill import checkpoints, train
 from diffusion2gan.distill.run import CHECKPOINT, Run, load_student, open_run, start_weights
 from diffusion2gan.distill.student import Student
 from diffusion2gan.distill.train import distill, dry_run, learning_rate, step_seed
@@ -146,7 +146,11 @@ def test_a_signal_in_mid_step_saves_after_it_and_resumes_exactly(
     number: signal.Signals,
 ) -> None:
     out, slow = tmp_path / "run", recipe.model_copy(update={"checkpoint_every_s": 1e6})
-    real = train.learning_rate
+    real, write = train.learning_rate, checkpoints.write
+
+    def preempted_again(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(*args)
 
     def signalled(recipe: Recipe, pairs_seen: int) -> float:
         if pairs_seen == 4 * BATCH:
@@ -155,6 +159,7 @@ def test_a_signal_in_mid_step_saves_after_it_and_resumes_exactly(
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "learning_rate", signalled)
+        patch.setattr(checkpoints, "write", preempted_again)
         with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as end:
             distill(slow, pairs, out)
     assert number == signal.SIGINT or end.value.code == 0  # preempted: no failure

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -203,3 +205,32 @@ def test_what_a_store_needs_is_said(server: Server, monkeypatch: pytest.MonkeyPa
         places.patiently("fetch x", refuse)
     with pytest.raises(UserError, match="AWS_ACCESS_KEY_ID"):
         places.patiently("fetch x", lambda: (_ for _ in ()).throw(PermissionError("Forbidden")))
+
+
+def test_a_bucket_that_is_not_there_is_named(server: Server) -> None:
+    with pytest.raises(UserError, match=r"s3://no-such-bucket/set cannot be written.*Make the bucket or"):
+        write_bytes(place_of("s3://no-such-bucket/set"), "x", b"x")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_a_disk_that_takes_nothing_is_no_fault_of_the_store(number: int) -> None:
+    calls = []
+
+    def full() -> None:
+        calls.append(1)
+        raise OSError(number, os.strerror(number))
+
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+        places.patiently("fetch x", full)
+    assert len(calls) == 1
+
+
+def test_a_full_disk_is_told_where_a_fetch_meets_it(bucket: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_bytes(bucket, "x", b"x")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(places._filesystem(bucket.url)[0], "get_file", full)
+    with pytest.raises(Failure, match="the disk is full"):
+        fetch(bucket, "x")

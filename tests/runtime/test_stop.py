@@ -11,16 +11,34 @@ import pytest
 from diffusion2gan.runtime.stop import stop_signal
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_interrupts(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
+def send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_the_first_ctrl_c_asks_and_the_second_interrupts() -> None:
+    before = signal.getsignal(signal.SIGINT)
     with stop_signal() as stopped:
         assert not stopped()
-        os.kill(os.getpid(), number)
-        assert stopped()
+        send(signal.SIGINT)
+        assert stopped() == signal.SIGINT
+        send(signal.SIGTERM)
+        assert stopped() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
-    assert signal.getsignal(number) == before
+            send(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_sigterm_may_come_often() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signal() as stopped:
+        for _ in range(3):
+            send(signal.SIGTERM)
+            assert stopped() == signal.SIGTERM
+        send(signal.SIGINT)
+        assert stopped() == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_outside_the_main_thread_nothing_changes() -> None:

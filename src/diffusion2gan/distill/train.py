@@ -54,7 +54,8 @@ NUM_SAMPLES = 16
 def distill(recipe: Recipe, pairs: Place, out: Path, allow_change: Sequence[str] = ()) -> None:
     """Trains until `recipe.pairs_seen`; writes checkpoint, log.jsonl and sample sheets into `out`.
 
-    Under torchrun all ranks train one run, the first writes. SIGTERM saves and ends the process with code 0.
+    Under torchrun all ranks train one run, the first writes. SIGTERM saves and ends the process with code 0 (torchrun
+    itself, where it gets the signal, with 1).
     """
     device, here = device_of(recipe.device), ranks()
     check_ranks(recipe, here.world)
@@ -92,8 +93,10 @@ def train(run: Run, reader: PairReader, distance: Distance, out: Path) -> None:
                 run.save(out)
                 saved = time.monotonic()
             if stop:
+                run.saved()
                 leave(stopped())
-    run.save(out)
+        run.save(out)
+        run.saved()
     write_samples(run, out, reader)
 
 

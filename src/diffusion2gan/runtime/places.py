@@ -6,6 +6,7 @@ network are waited out, with growing pauses, for `PATIENCE_S` seconds; then they
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import tempfile
@@ -18,12 +19,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusion2gan.errors import Failure, UserError
+from diffusion2gan.runtime.environment import number
 from diffusion2gan.runtime.files import whole
 from diffusion2gan.runtime.progress import console
 
 T = TypeVar("T")
-PATIENCE_S = float(os.environ.get("DIFFUSION2GAN_PATIENCE_S", "60"))  # how long a store may be out of reach
+PATIENCE_S = number("DIFFUSION2GAN_PATIENCE_S", 60)  # how long a store may be out of reach
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 10.0
+OWN_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # no fault of a store, and no wait mends it
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,10 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def patiently(what: str, call: Callable[[], T]) -> T:
-    """`call()`, again after growing pauses while the store is at fault. Raises Failure after PATIENCE_S seconds."""
+    """`call()`, again after growing pauses while the store is at fault. Raises Failure after PATIENCE_S seconds.
+
+    What the store does not have, and what this machine's disk does not take, is raised at once as it came.
+    """
     start, pause = time.monotonic(), FIRST_PAUSE_S
     while True:
         try:
@@ -82,6 +88,8 @@ def patiently(what: str, call: Callable[[], T]) -> T:
         except FileNotFoundError:
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in OWN_DISK:
+                raise
             told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more is said'}"
             if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
                 raise UserError(
@@ -130,7 +138,10 @@ def _modified(row: dict[str, Any]) -> float:
 
 @contextmanager
 def put(place: Place, name: str) -> Iterator[Path]:
-    """Yields a local temporary; when the block succeeds it becomes `name` in `place`, whole or not at all."""
+    """Yields a local temporary; when the block succeeds it becomes `name` in `place`, whole or not at all.
+
+    Raises UserError where the store has no such bucket.
+    """
     if isinstance(place, Path):
         with whole(place / name) as temporary:
             yield temporary
@@ -139,7 +150,14 @@ def put(place: Place, name: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="diffusion2gan-") as scratch:
         temporary = Path(scratch) / name
         yield temporary
-        patiently(f"upload {place}/{name}", lambda: fs.put_file(str(temporary), f"{path}/{name}"))
+        try:
+            patiently(f"upload {place}/{name}", lambda: fs.put_file(str(temporary), f"{path}/{name}"))
+        except FileNotFoundError as error:
+            if not temporary.exists():
+                raise
+            raise UserError(
+                f"{place} cannot be written: no such place in the store ({error}). Make the bucket or mend the URL."
+            ) from error
 
 
 def use(place: Place, name: str, call: Callable[[Path], T]) -> T:
@@ -192,7 +210,7 @@ def cache_folder() -> Path:
 
 def cache_bytes() -> int:
     """DIFFUSION2GAN_CACHE_GIB, 20 if not given: how much of a store's files is kept."""
-    return int(float(os.environ.get("DIFFUSION2GAN_CACHE_GIB", "20")) * 2**30)
+    return int(number("DIFFUSION2GAN_CACHE_GIB", 20) * 2**30)
 
 
 def _shrink(newest: Path) -> None:

@@ -22,8 +22,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.runtime import fsdp
+from diffusion2gan.runtime.environment import number
 
-TIMEOUT_S = float(os.environ.get("DIFFUSION2GAN_RANK_TIMEOUT_S", "600"))  # how long a rank may be late
+TIMEOUT_S = number("DIFFUSION2GAN_RANK_TIMEOUT_S", 600)  # how long a rank may be late
 PATIENCE_S = 6 * TIMEOUT_S  # and with a share that nobody else waits for in between
 
 
@@ -115,18 +116,23 @@ class Group:
 
     def meet(self) -> None:
         """Waits until every rank is here. Raises Failure, naming those that are not, after PATIENCE_S."""
+        self.hear("met", "")
+
+    def hear(self, what: str, said: str) -> list[str]:
+        """What every rank `said` of this, by rank; once for each `what`. Raises Failure as `meet` does."""
         if self.ranks.world == 1:
-            return
-        self._store.set(f"met/{self.ranks.rank}", "")
-        names = [f"met/{rank}" for rank in range(self.ranks.world)]
+            return [said]
+        self._store.set(f"{what}/{self.ranks.rank}", said)
+        names = [f"{what}/{rank}" for rank in range(self.ranks.world)]
         try:
             self._store.wait(names, timedelta(seconds=PATIENCE_S))
         except RuntimeError as error:
-            late = [name.removeprefix("met/") for name in names if not self._store.check([name])]
+            late = [name.removeprefix(f"{what}/") for name in names if not self._store.check([name])]
             raise Failure(
                 f"rank {', '.join(late) or '?'} did not finish its share within {PATIENCE_S:.0f} s of this one. Look "
                 "at its machine; what is made is kept, the same command continues."
             ) from error
+        return [self._store.get(name).decode() for name in names]
 
     def gather(self, *modules: nn.Module | None) -> None:
         """Makes modules that are cut over the ranks whole, until `sum` has their gradients; others are so anyway."""
@@ -167,6 +173,26 @@ class Group:
         return int(self._store.get(f"sum/{rank}")) if self._store.check([f"sum/{rank}"]) else 0
 
 
+def attempt() -> str:
+    """What the keys of this attempt begin with, in the store that torchrun lends the ranks.
+
+    It may lend its own, which outlives an attempt: without the number of the attempt, ranks find the addresses of dead
+    ones (https://github.com/pytorch/pytorch/issues/135712). But each node counts only its own restarts. So raises
+    UserError where several nodes may restart with such a store; with a store made anew nothing needs to be told apart.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return "attempt"
+    nodes, restarts = int(env.get("GROUP_WORLD_SIZE", 1)), int(env.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if nodes > 1 and restarts > 0:
+        raise UserError(
+            f"torchrun --max-restarts {restarts} on {nodes} nodes would keep one store for all attempts, and ranks "
+            "started anew would wait for dead ones. Start it on every node with --rdzv-backend c10d and "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, or with --max-restarts 0."
+        )
+    return f"attempt/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
 @contextmanager
 def ranks_connected(device: torch.device) -> Iterator[Group]:
     """The ranks that torchrun started, connected: nccl on cuda, gloo elsewhere. Alone, nothing is connected."""
@@ -176,10 +202,9 @@ def ranks_connected(device: torch.device) -> Iterator[Group]:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=TIMEOUT_S)
+    prefix = attempt()
     store, rank, world = next(rendezvous("env://", timeout=timeout))
-    # torchrun keeps one store for all its restarts: without a prefix, ranks find the addresses of dead ones
-    # (https://github.com/pytorch/pytorch/issues/135712).
-    store = dist.distributed_c10d.PrefixStore(f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = dist.distributed_c10d.PrefixStore(prefix, store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     try:
         yield Group(here, dist.distributed_c10d._get_default_store())

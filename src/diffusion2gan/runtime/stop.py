@@ -10,14 +10,15 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_signal() -> Iterator[Callable[[], int | None]]:
-    """Yields `stopped()`, the signal's number once Ctrl-C or SIGTERM has come; a second one interrupts at once.
+    """Yields `stopped()`, the first signal's number once Ctrl-C or SIGTERM has come; a second Ctrl-C interrupts.
 
-    The job asks between its steps, saves, and ends itself. Outside the main thread nothing changes.
+    The job asks between its steps, saves, and ends itself; a scheduler may send SIGTERM again meanwhile. Outside the
+    main thread nothing changes.
     """
     came: list[int] = []
 
     def handle(number: int, frame: object) -> None:
-        if came:
+        if number == signal.SIGINT and number in came:
             raise KeyboardInterrupt
         came.append(number)
 

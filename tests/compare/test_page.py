@@ -77,7 +77,8 @@ def test_a_picture_opens_large_and_the_keyboard_walks(url: str, open_page: Open)
     page.keyboard.press("ArrowLeft")  # past the gap: the third system has no second picture
     assert name.inner_text() == "student" and page.inner_text("#large-prompt") == PROMPTS[1]
     page.keyboard.press("Escape")
-    assert page.evaluate("document.activeElement.firstElementChild.alt") == f"student: {PROMPTS[1]}"
+    closed = f"document.activeElement.firstElementChild?.alt === 'student: {PROMPTS[1]}'"  # the focus follows the event
+    page.wait_for_function(closed, timeout=20_000)
 
 
 def test_the_slider_shows_teacher_and_student(url: str, open_page: Open) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -26,6 +26,7 @@ from diffusion2gan.runtime.environment import number
 
 TIMEOUT_S = number("DIFFUSION2GAN_RANK_TIMEOUT_S", 600)  # how long a rank may be late
 PATIENCE_S = 6 * TIMEOUT_S  # and with a share that nobody else waits for in between
+LEAVE_S = 10  # how long a rank that is done waits for the others before it ends
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,16 @@ class Group:
             ) from error
         return [self._store.get(name).decode() for name in names]
 
+    def leave(self) -> None:
+        """Waits some seconds for the others to be done too; whoever has gone is not missed.
+
+        gloo's thread lets go of an exchange a moment after it is answered. A process that ends meanwhile, as a rank
+        with nothing left to do would, is aborted by its runtime ("terminate called without an active exception").
+        """
+        self._store.set(f"left/{self.ranks.rank}", "")
+        with suppress(RuntimeError):
+            self._store.wait([f"left/{rank}" for rank in range(self.ranks.world)], timedelta(seconds=LEAVE_S))
+
     def gather(self, *modules: nn.Module | None) -> None:
         """Makes modules that are cut over the ranks whole, until `sum` has their gradients; others are so anyway."""
         for module in modules:
@@ -207,6 +218,8 @@ def ranks_connected(device: torch.device) -> Iterator[Group]:
     store = dist.distributed_c10d.PrefixStore(prefix, store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     try:
-        yield Group(here, dist.distributed_c10d._get_default_store())
+        group = Group(here, dist.distributed_c10d._get_default_store())
+        yield group
+        group.leave()
     finally:
         dist.destroy_process_group()

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from diffusion2gan.cli_pairs import here, pairs_app
+from diffusion2gan.cli_pairs import DeviceOption, here, pairs_app
 from diffusion2gan.errors import Diffusion2GANError, UserError
 
 app = typer.Typer(
@@ -28,7 +28,6 @@ app.add_typer(pocket_app, name="pocket")
 UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 CONTINUE = "run the same command to continue"
 
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, …")]
 PrecisionOption = Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="The systems'.")]
 PriceOption = Annotated[float | None, typer.Option(min=0.0, help="With --dry-run: money, in whatever it is in.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="A recipe's setting, key=value; repeatable.")]

@@ -1,4 +1,7 @@
-"""What each rank of `test_fsdp.py` does, `parts_worker.py FOLDER OUT`: a checkpoint, and a kill in the next's parts."""
+"""What each rank of `test_fsdp.py` does, `parts_worker.py FOLDER OUT`: a checkpoint, and a kill in the next's parts.
+
+Both die, one before its part and one after: a rank that lived might clear the parts away, or be ended before it does.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,16 @@ from diffusion2gan.runtime.lock import claimed
 from diffusion2gan.runtime.ranks import ranks_connected
 from diffusion2gan.teacher.pipeline import load_teacher
 
+write_data = HuggingFaceStorageWriter.write_data
+
 
 def killed(*args: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def written_and_killed(*args: Any) -> None:
+    write_data(*args)
+    killed()
 
 
 def main(folder: Path, out: Path) -> None:
@@ -36,8 +46,9 @@ def main(folder: Path, out: Path) -> None:
         distance, batches = distance_of(recipe, torch.device("cpu")), reader.batches(8)
         for number in (0, 1):
             step(run, next(batches), distance)
-            if number == 1 and group.ranks.rank == 1:
-                HuggingFaceStorageWriter.write_data = killed  # type: ignore[method-assign]
+            if number == 1:
+                last = killed if group.ranks.rank == 1 else written_and_killed
+                HuggingFaceStorageWriter.write_data = last  # type: ignore[method-assign]
             run.save(out)
             run.saved()
 

@@ -15,30 +15,21 @@ def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_the_first_ctrl_c_asks_and_the_second_interrupts() -> None:
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize(
+    "came",
+    [[signal.SIGINT, signal.SIGTERM], [signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, signal.SIGINT]],
+    ids=["ctrl-c first", "sigterm often"],
+)
+def test_the_first_signal_asks_and_a_second_ctrl_c_interrupts(came: list[signal.Signals]) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with stop_signal() as stopped:
         assert not stopped()
-        send(signal.SIGINT)
-        assert stopped() == signal.SIGINT
-        send(signal.SIGTERM)
-        assert stopped() == signal.SIGINT
+        for number in came:
+            send(number)
+            assert stopped() == came[0]
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) == before
-
-
-def test_sigterm_may_come_often() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with stop_signal() as stopped:
-        for _ in range(3):
-            send(signal.SIGTERM)
-            assert stopped() == signal.SIGTERM
-        send(signal.SIGINT)
-        assert stopped() == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            send(signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_outside_the_main_thread_nothing_changes() -> None:

@@ -97,7 +97,7 @@ def test_a_run_is_cut_anew_on_another_number_of_ranks(folder: Path, tmp_path: Pa
             [sys.executable, *map(str, one)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env=environment(),
         ),
-        moved, 10 * BATCH,
+        moved, 10 * BATCH, code=0,
     )  # fmt: skip
     assert first + 2 < len(log_of(moved)) < 20
     assert_kept(moved, in_parts=(False, False))

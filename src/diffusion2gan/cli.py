@@ -289,7 +289,7 @@ def perceptual_fit(
     seed: Annotated[int, typer.Option(min=0, max=65535)] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
 ) -> None:
-    """Train a feature network on the latents of labelled pictures; run again to continue."""
+    """Train a feature network on the latents of labelled pictures; run again to continue. torchrun shares the work."""
     if pixels == (vae is not None):
         raise UserError("name the VAE whose latents are meant with --vae, or ask for --pixels: one of the two")
     if not all(width.strip().isdigit() and int(width) > 0 for width in widths.split(",")):
@@ -298,10 +298,11 @@ def perceptual_fit(
 
     numbers = tuple(int(width) for width in widths.split(","))
     result = fit(images, out, vae, numbers, size, epochs, batch_size, seed=seed, device=device)
-    typer.echo(
-        f"{out}: top-1 {result['top1']:.2%} on {result['held_out']} held-out pictures, {len(result['unreadable'])} "
-        f"unreadable. Next: diffusion2gan perceptual calibrate --triplets FOLDER --network {out} --out NAME"
-    )
+    if result is not None:
+        typer.echo(
+            f"{out}: top-1 {result['top1']:.2%} on {result['held_out']} held-out pictures, {len(result['unreadable'])} "
+            f"unreadable. Next: diffusion2gan perceptual calibrate --triplets FOLDER --network {out} --out NAME"
+        )
 
 
 @perceptual_app.command("calibrate")

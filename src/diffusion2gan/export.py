@@ -18,6 +18,7 @@ from diffusion2gan.distill.student import Student
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import parse_recipe
 from diffusion2gan.runtime.files import read_json, whole
+from diffusion2gan.runtime.lock import claimed
 from diffusion2gan.teacher.pipeline import Teacher, absent_parts
 
 ALL_NOISE = 1e9  # a flow's shift: σ/(σ + (1−σ)/shift) is one in float32 at every σ that a scheduler asks for
@@ -64,7 +65,7 @@ def export(run: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
     """Writes `out`, whole or not at all: a folder for `DiffusionPipeline.from_pretrained`, one step, no guidance.
 
     `run`: its folder, or one of its checkpoints. An earlier export there is replaced. Raises UserError where `out`
-    holds anything else.
+    holds anything else, or another process writes it.
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "diffusion2gan.json").is_file()):
         raise UserError(f"{out} is there already and is no export, so it is not replaced; choose another --out")
@@ -73,7 +74,7 @@ def export(run: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
     student.trained.load_state_dict(average)
     if (run / "metrics.json").is_file():
         described = described | {"metrics": read_json(run / "metrics.json")}
-    with whole(out) as temporary:
+    with claimed(out), whole(out) as temporary:
         write_pipeline(teacher, student.fused(), temporary, dtype)
         lora = student.lora()
         if lora is not None:

@@ -168,11 +168,13 @@ def test_type_and_a_picture_arrives(tmp_path: Path, open_page: Open) -> None:
 
 
 def answer(page: Any, realism: str, alignment: str) -> None:
-    before = page.inner_text("#line")
+    """Answers both questions and goes on; the next pair is then there, its questions unanswered."""
+    num_voted = int(page.inner_text("#line").split()[0])
     page.locator("#realism").get_by_label(realism).check()
     page.locator("#alignment").get_by_label(alignment).check()
     page.click("#next")
-    page.wait_for_function("before => document.getElementById('line').innerText != before", arg=before)
+    page.locator("#line", has_text=f"{num_voted + 1} of {len(PROMPTS)} voted").wait_for()
+    page.wait_for_function("!document.querySelector('#realism input:checked, #alignment input:checked')")
 
 
 @pytest.mark.slow

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
 from diffusion2gan.distill.losses import distance_of
 from diffusion2gan.distill.run import Run
@@ -17,6 +21,11 @@ from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.ranks import Group, ranks_connected
 from diffusion2gan.teacher.pipeline import load_teacher
+
+COLLECTIVES = (
+    "all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_to_all", "barrier",
+    "reduce", "gather", "scatter", "all_gather_object", "broadcast_object_list", "send", "recv",
+)  # fmt: skip
 
 
 def stir(run: Run) -> None:
@@ -35,6 +44,19 @@ def poison(run: Run) -> list[Any]:
     return [victim.register_hook(lambda gradient: gradient * float("nan")) for victim in victims]
 
 
+@contextmanager
+def exchanges() -> Iterator[list[str]]:
+    """The names of torch.distributed's collectives, as they are called."""
+    made: list[str] = []
+    with ExitStack() as stack:
+        for name in COLLECTIVES:
+            whole = getattr(dist, name)
+            stack.enter_context(
+                patch.object(dist, name, lambda *a, name=name, whole=whole, **k: (made.append(name), whole(*a, **k))[1])
+            )
+        yield made
+
+
 def two_steps(recipe: Recipe, pairs: Path, group: Group, out: Path, poisoned: int | None = None) -> None:
     """Two updates, the second without R1; the rank `poisoned` has NaN in its gradients of the first."""
     run = Run(recipe, load_teacher(recipe.teacher), group)
@@ -45,11 +67,13 @@ def two_steps(recipe: Recipe, pairs: Path, group: Group, out: Path, poisoned: in
     gradients = {f"g{i}": p.grad.clone() for i, p in enumerate(run.student.trained.parameters()) if p.grad is not None}
     for hook in hooks:
         hook.remove()
-    entries.append(step(run, next(batches), distance))
+    with exchanges() as made:
+        entries.append(step(run, next(batches), distance))
     assert run.discriminator is not None
     tensors = checkpoint.pack("student", run.student.trained) | checkpoint.pack("d", run.discriminator) | gradients
     tensors |= {f"ema/{key}": value for key, value in run.ema.shadow.items()}
-    checkpoint.save(out.with_name(f"{out.name}-{group.ranks.rank}"), tensors, {"entries": json.dumps(entries)})
+    said = {"entries": json.dumps(entries), "exchanges": made}
+    checkpoint.save(out.with_name(f"{out.name}-{group.ranks.rank}"), tensors, said)
 
 
 def main(folder: Path) -> None:

@@ -116,6 +116,9 @@ def test_any_number_of_ranks_is_the_same_update(alone: Path, world: int) -> None
     for accumulate in (1, 2):
         assert_same_updates(alone, f"w{world}a{accumulate}-0")
         first, last = (result(alone, f"w{world}a{accumulate}-{rank}") for rank in (0, world - 1))
+        for rank in range(world):  # one exchange an update: D's, the student's
+            meta = checkpoint.meta(alone / f"w{world}a{accumulate}-{rank}")
+            assert meta["exchanges"] == ["all_reduce", "all_reduce"]
         assert first[1] == last[1] and all(torch.equal(first[0][key], last[0][key]) for key in first[0])
     (poisoned, entries), (well, _) = result(alone, f"w{world}nan-0"), result(alone, "w1a1-0")
     assert not math.isfinite(entries[0]["grad_norm"]) and not math.isfinite(entries[0]["d_grad_norm"])

@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.machinery
 import json
 import shutil
+import signal
 import sys
+import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from distill.test_ranks import done, torchrun
 from PIL import Image
 
 from diffusion2gan.errors import UserError
@@ -21,8 +25,10 @@ from diffusion2gan.perceptual.fit import fit
 from diffusion2gan.perceptual.images import held_out, open_labelled, read_picture
 from diffusion2gan.runtime import cache as module_cache
 from diffusion2gan.runtime import fit as module_fit
-from diffusion2gan.runtime.cache import Unreadable, make_cache
+from diffusion2gan.runtime.cache import Cache, Unreadable, make_cache
 from diffusion2gan.runtime.fit import shuffled
+from diffusion2gan.runtime.lock import claimed
+from diffusion2gan.runtime.ranks import Group, Ranks
 from diffusion2gan.teacher.autoencoder import encode, load_vae
 
 WIDTHS = (4, 4, 8, 8, 8)
@@ -146,12 +152,72 @@ def test_folders_that_are_no_classes(pictures: Path, tmp_path: Path) -> None:
 def test_several_processes_are_refused(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"batch norm needs 2 .* at once, and each of 2 ranks as many; give a multiple"):
+        run(pictures, tmp_path / "out", batch_size=7)
     told = "trains in one process, and WORLD_SIZE says that this is one of 2. Start it without torchrun"
-    with pytest.raises(UserError, match=f"perceptual fit {told}"):
-        run(pictures, tmp_path / "out")
     with pytest.raises(UserError, match=f"perceptual calibrate {told}"):
         calibrate(pictures, "pocket", tmp_path / "out", "pocket")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_one_network(pictures: Path, tmp_path: Path) -> None:
+    """Stopped by SIGTERM after the first save and started again: the same network, and one that has learned."""
+    words = [
+        "-m", "diffusion2gan", "perceptual", "fit", "--images", pictures, "--vae", "pocket", "--size", "16",
+        "--widths", "4,4,8,8,8", "--batch-size", "8", "--epochs", "40", "--out",
+    ]  # fmt: skip
+    done(torchrun(2, *words, tmp_path / "whole"))
+    result = json.loads((tmp_path / "whole" / "fit.json").read_text())
+    assert (result["trained_on"], result["held_out"], result["top1"]) == (36, 4, 1.0)
+    process, state = torchrun(2, *words, tmp_path / "cut"), tmp_path / "cut" / "work" / "cache.json"
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    assert process.returncode != 0 and not (tmp_path / "cut" / "fit.json").exists()
+    done(torchrun(2, *words, tmp_path / "cut"))
+    for name in ("model.safetensors", "fit.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_one_out_is_written_by_one_process(pictures: Path, tmp_path: Path) -> None:
+    with claimed(tmp_path / "out"), pytest.raises(UserError, match="is being written by another process"):
+        run(pictures, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+class InTurn(Group):
+    """A rank of two, whose wait for the other is the other's work."""
+
+    def __init__(self, rank: int, other: Callable[[], object]) -> None:
+        super().__init__(Ranks(rank, 2))
+        self.other = other
+
+    def hear(self, what: str, said: str) -> list[str]:
+        self.other()
+        return [said, said]
+
+
+def test_ranks_share_a_cache_and_have_the_same(tmp_path: Path) -> None:
+    reads: dict[int, list[int]] = {0: [], 1: []}
+
+    def made(folder: Path, group: Group) -> Cache:
+        def read(i: int) -> dict[str, torch.Tensor]:
+            reads[group.ranks.rank].append(i)
+            if i == 150:
+                raise Unreadable("150.png")
+            return {"x": torch.tensor(float(i))}
+
+        return make_cache(folder, {}, 200, read, lambda rows: rows, "pictures", chunk=64, batch=16, group=group)
+
+    alone = made(tmp_path / "alone", Group(Ranks()))
+    assert reads[0] == list(range(200)) and alone.unreadable == ["150.png"] and len(alone) == 199
+    reads[0].clear()
+    shared = made(tmp_path / "shared", InTurn(0, lambda: made(tmp_path / "shared", InTurn(1, lambda: None))))
+    assert reads == {0: [*range(64), *range(128, 192)], 1: [*range(64, 128), *range(192, 200)]}
+    assert torch.equal(shared.whole("x"), alone.whole("x")) and shared.unreadable == alone.unreadable
 
 
 def test_a_device_that_is_not_here_is_refused(pictures: Path, tmp_path: Path) -> None:

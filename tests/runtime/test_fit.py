@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from distill.test_ranks import done, torchrun
 from torch import Tensor, nn
 
 from diffusion2gan.runtime import fit as module_fit
@@ -128,3 +130,52 @@ def test_learning_rate_ends() -> None:
     rates = [learning_rate(i / 1000, 1.0) for i in range(30, 1001)]
     assert all(a > b for a, b in itertools.pairwise(rates))
     assert learning_rate(0.0, 1.0, warmup=0.0) == 1.0
+
+
+RANKED = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from runtime.test_fit import BATCH, NUM_PICTURES, noisy_loss, tiny
+from diffusion2gan.runtime.fit import fit
+from diffusion2gan.runtime.ranks import ranks_connected
+out = Path(sys.argv[1])
+with ranks_connected(torch.device("cpu")) as group:
+    net = tiny()
+    done = fit("stage", net, noisy_loss(net, []), num_pictures=NUM_PICTURES, batch_size=BATCH, peak_lr=0.05,
+               folder=out, seed=5, ema_decay=0.9, group=group)
+    torch.save(done.state_dict(), out / f"rank{group.ranks.rank}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_ranks_average_gradients_and_batch_norms(tmp_path: Path) -> None:
+    """Two ranks against one process that runs both halves of each batch from the same state, and averages."""
+    script = tmp_path / "ranked.py"
+    script.write_text(RANKED)
+    done(torchrun(2, script, tmp_path, Path(__file__).parents[1]))
+    ours, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    net, half = tiny().train(), BATCH // 2
+    loss, optimizer = noisy_loss(net, []), torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+    shadow = {key: value.clone() for key, value in net.state_dict().items()}
+    for n, seen in enumerate(range(0, NUM_PICTURES, BATCH), 1):
+        optimizer.param_groups[0]["lr"] = learning_rate(seen / NUM_PICTURES, 0.05)
+        before, after, gradients = copy.deepcopy(net.state_dict()), [], []
+        for start in (seen, seen + half):
+            net.load_state_dict(before)
+            optimizer.zero_grad()
+            torch.manual_seed(hash((5, start)) % 2**31)
+            loss(range(start, start + half)).backward()
+            gradients.append([p.grad.clone() for p in net.parameters()])
+            after.append([buffer.clone() for buffer in net.buffers()])
+        for p, one, two in zip(net.parameters(), *gradients, strict=True):
+            p.grad = (one + two) / 2
+        for buffer, one, two in zip(net.buffers(), *after, strict=True):
+            buffer.copy_((one + two) / 2)
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        weight = 1 - min(0.9, (1 + n) / (10 + n))
+        for key, value in net.state_dict().items():
+            shadow[key] = value.clone() if value.dtype == torch.int64 else shadow[key].lerp(value, weight)
+    for key, value in shadow.items():
+        assert torch.equal(ours[key], other[key]) and torch.allclose(ours[key], value, rtol=1e-5, atol=1e-6), key

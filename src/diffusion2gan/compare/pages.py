@@ -239,7 +239,10 @@ def vote_page(
         button = gr.Button("Next", variant="primary", elem_id="next")
         outputs = [voter, trial, words, line, left, right, *answers, button]
         page.load(show, voter, outputs, api_visibility="private", show_progress="hidden")
-        button.click(vote, [voter, trial, *answers], outputs, api_visibility="private", concurrency_limit=None)
+        button.click(
+            vote, [voter, trial, *answers], outputs, api_visibility="private", concurrency_limit=None,
+            show_progress="hidden",
+        )  # fmt: skip
     return page
 
 

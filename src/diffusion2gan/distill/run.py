@@ -133,7 +133,8 @@ def open_run(run: Run, out: Path, spec: PairsSpec, allow_change: Sequence[str] =
         raise UserError(f"--allow-change {wrong[0]}: only {', '.join(sorted(HARMLESS))} may change in a run")
     path = out / "recipe.json"
     checkpoints.check_lost(out)
-    check_same(run.group, out)
+    file = out / CHECKPOINT
+    run.group.check_same(out, checkpoint.meta(file)["pairs_seen"] if file.exists() else 0, "pairs")
     if run.recipe.start != "teacher" and not (out / CHECKPOINT).exists():
         run.begin(start_weights(run.recipe, run.teacher))
     described = {"recipe": run.recipe.model_dump(), "pairs": asdict(spec) | {"latent_shape": list(spec.latent_shape)}}
@@ -158,18 +159,6 @@ def open_run(run: Run, out: Path, spec: PairsSpec, allow_change: Sequence[str] =
         if run.pairs_seen:
             checkpoints.keep(out, run.recipe)  # a kill may have come between the file and its other names
         _cut_log(out, run.pairs_seen)
-
-
-def check_same(group: Group, out: Path) -> None:
-    """Raises UserError, on every rank, where they do not all find the run in `out` equally far."""
-    file = out / CHECKPOINT
-    found = group.hear("pairs_seen", str(checkpoint.meta(file)["pairs_seen"] if file.exists() else 0))
-    if len(set(found)) > 1:
-        other = next(rank for rank, pairs_seen in enumerate(found) if pairs_seen != found[0])
-        raise UserError(
-            f"--out {out}: rank 0 finds a run of {found[0]} pairs there, rank {other} one of {found[other]}. It must "
-            "be a folder that all ranks see: one on a disk that the nodes share."
-        )
 
 
 def _cut_log(out: Path, pairs_seen: int) -> None:

@@ -21,6 +21,7 @@ from diffusion2gan.perceptual.triplets import Triplets, open_triplets, read_trip
 from diffusion2gan.perceptual.weights import load_network
 from diffusion2gan.runtime.cache import Cache, Rows, claim, make_cache
 from diffusion2gan.runtime.files import sha256, write_json
+from diffusion2gan.runtime.lock import claimed
 from diffusion2gan.runtime.ranks import check_alone, device_of
 from diffusion2gan.teacher.autoencoder import encode, load_vae, num_latent_channels, spatial_factor, vae_revision
 
@@ -41,26 +42,27 @@ def calibrate(
     vgg, heads, formula = load_network(network, "pixel_vgg" if vae is None else "latent_vgg")
     distance = LatentLPIPS(vgg, heads, **formula).to(place)
     opened, to_score = open_triplets(triplets), None if scored is None else open_triplets(scored)
-    cache = cached_differences(opened, distance, work, network, vae, size, place)
-    claim(work / "settings.json", {"epochs": epochs, "peak_lr": peak_lr, "seed": seed, "scored": str(scored)})
-    subset = cache.whole("subset")
-    apart = torch.zeros(len(subset), dtype=torch.bool)
-    if scored is None:
-        apart = held_out(subset, seed)
-        check_scored(opened, subset[apart])
-    d0, d1, judge = (cache.whole(name) for name in ("d0", "d1", "judge"))
-    new = calibrate_heads(
-        d0[~apart], d1[~apart], judge[~apart], heads, folder=work, epochs=epochs, peak_lr=peak_lr, seed=seed
-    )
-    if to_score is not None:
-        opened = to_score
-        cache = cached_differences(opened, distance, work / "scored", network, vae, size, place)
-        apart = torch.ones(len(cache), dtype=torch.bool)
-    result = {name: scores(cache, apart, number, heads, new) for number, name in enumerate(opened.subsets)}
-    told = "; ".join(f"{name} {row['after']:.1%} (before: {row['before']:.1%})" for name, row in result.items())
-    LatentLPIPS(vgg.cpu(), new, **formula).save_pretrained(out, note=f"Heads calibrated. 2AFC score: {told}.")
-    write_json(out / "calibrate.json", result)
-    return result
+    with claimed(out):
+        cache = cached_differences(opened, distance, work, network, vae, size, place)
+        claim(work / "settings.json", {"epochs": epochs, "peak_lr": peak_lr, "seed": seed, "scored": str(scored)})
+        subset = cache.whole("subset")
+        apart = torch.zeros(len(subset), dtype=torch.bool)
+        if scored is None:
+            apart = held_out(subset, seed)
+            check_scored(opened, subset[apart])
+        d0, d1, judge = (cache.whole(name) for name in ("d0", "d1", "judge"))
+        new = calibrate_heads(
+            d0[~apart], d1[~apart], judge[~apart], heads, folder=work, epochs=epochs, peak_lr=peak_lr, seed=seed
+        )
+        if to_score is not None:
+            opened = to_score
+            cache = cached_differences(opened, distance, work / "scored", network, vae, size, place)
+            apart = torch.ones(len(cache), dtype=torch.bool)
+        result = {name: scores(cache, apart, number, heads, new) for number, name in enumerate(opened.subsets)}
+        told = "; ".join(f"{name} {row['after']:.1%} (before: {row['before']:.1%})" for name, row in result.items())
+        LatentLPIPS(vgg.cpu(), new, **formula).save_pretrained(out, note=f"Heads calibrated. 2AFC score: {told}.")
+        write_json(out / "calibrate.json", result)
+        return result
 
 
 def check_scored(triplets: Triplets, apart: Tensor) -> None:

@@ -1,11 +1,14 @@
 """`diffusion2gan perceptual fit`: a network for any VAE, trained to classify its latents. Run it again to go on.
 
+Under torchrun the ranks share the encoding and each batch.
+
 Diffusion2GAN (Kang et al. 2024, section 3.2) trains VGG-16 with batch norm on ImageNet's latents; any labelled pictures
 do here. The classifier is one linear layer on the mean of the last map (the paper's is not published; ours).
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ from diffusion2gan.runtime.cache import Cache, Rows, claim, make_cache
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.fit import fit as fit_module
 from diffusion2gan.runtime.fit import shuffled
-from diffusion2gan.runtime.ranks import check_alone, device_of
+from diffusion2gan.runtime.lock import claimed
+from diffusion2gan.runtime.ranks import Group, device_of, ranks, ranks_connected
 from diffusion2gan.teacher.autoencoder import encode, load_vae, num_latent_channels, spatial_factor, vae_revision
 
 
@@ -40,38 +44,47 @@ class Classifier(nn.Module):
 def fit(
     images: Path, out: Path, vae: str | None, widths: tuple[int, ...], size: int = 256, epochs: int = 30,
     batch_size: int = 64, peak_lr: float = 1e-3, seed: int = 0, device: str = "cpu",
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any] | None:  # fmt: skip
     """Trains on nine tenths of `images`, measures on the rest, writes the network to `out`; returns what it measured.
+
+    Under torchrun all ranks train one network, each on its rows of a batch (batch norm sees those alone, so the network
+    depends a little on how many there are), and all but the first return nothing.
 
     `vae`: its folder or `pocket`; None fits the pixel twin. `size`: the pictures' side. The heads written are all one:
     `perceptual calibrate` is next. What it goes on from lies in `out/work`, which nobody needs once the network is
     there. Raises UserError at what `open_labelled` and `make_cache` refuse.
     """
-    check_alone("perceptual fit")
-    place = device_of(device, "give --device cpu")
+    here, place = ranks(), device_of(device, "give --device cpu")
     if len(widths) != len(STAGES):
         raise UserError(f"--widths {','.join(map(str, widths))}: {len(widths)} numbers, five are needed, one a stage")
-    if batch_size < 2:
-        raise UserError(f"--batch-size {batch_size}: batch norm needs 2 pictures or more at once")
+    if batch_size % here.world or batch_size < 2 * here.world:
+        raise UserError(
+            f"--batch-size {batch_size}: batch norm needs 2 pictures or more at once"
+            + f", and each of {here.world} ranks as many; give a multiple of {here.world}" * (here.world > 1)
+        )
     work, labelled = out / "work", open_labelled(images)
     settings = {"widths": list(widths), "epochs": epochs, "batch_size": batch_size, "peak_lr": peak_lr, "seed": seed}
-    cache, vgg = cached_inputs(labelled, work, vae, size, widths, seed, place)
-    claim(work / "settings.json", settings)
-    labels = cache.whole("label")
-    check_classes(labelled.classes, labels.tolist(), images)
-    mask = held_out(labels, seed)
-    training = (~mask).nonzero()[:, 0]
-    classifier = Classifier(vgg, len(labelled.classes)).to(place)
+    with claimed(out) if here.first else nullcontext(), ranks_connected(place) as group:
+        cache, vgg = cached_inputs(labelled, work, vae, size, widths, seed, place, group)
+        claim(work / "settings.json", settings)
+        labels = cache.whole("label")
+        check_classes(labelled.classes, labels.tolist(), images)
+        mask = held_out(labels, seed)
+        training = (~mask).nonzero()[:, 0]
+        torch.manual_seed(seed + 1)  # the same head on every rank, whoever encoded what
+        classifier = Classifier(vgg, len(labelled.classes)).to(place)
 
-    def loss(numbers: range) -> Tensor:
-        places = training[shuffled(numbers, len(training), seed)].tolist()
-        inputs = to_inputs(cache.take("input", places)).to(place)
-        return F.cross_entropy(classifier(inputs), labels[places].to(place))
+        def loss(numbers: range) -> Tensor:
+            places = training[shuffled(numbers, len(training), seed)].tolist()
+            inputs = to_inputs(cache.take("input", places)).to(place)
+            return F.cross_entropy(classifier(inputs), labels[places].to(place))
 
-    fit_module(
-        "fit", classifier, loss, num_pictures=epochs * len(training), batch_size=batch_size, peak_lr=peak_lr,
-        folder=work, seed=seed,
-    )  # fmt: skip
+        fit_module(
+            "fit", classifier, loss, num_pictures=epochs * len(training), batch_size=batch_size, peak_lr=peak_lr,
+            folder=work, seed=seed, group=group,
+        )  # fmt: skip
+    if not here.first:
+        return None
     result = {
         "top1": top1(classifier, cache, labels, mask.nonzero()[:, 0].tolist(), place), "held_out": int(mask.sum()),
         "trained_on": len(training), "classes": len(labelled.classes), "unreadable": cache.unreadable,
@@ -89,7 +102,7 @@ def fit(
 
 def cached_inputs(
     labelled: Labelled, folder: Path, vae: str | None, size: int, widths: tuple[int, ...], seed: int,
-    device: torch.device,
+    device: torch.device, group: Group,
 ) -> tuple[Cache, VGG]:  # fmt: skip
     """(rows `input`, `label`: float16 latents or uint8 pictures; a fresh network that reads them)."""
     spec: dict[str, Any] = {"images": labelled.digest, "size": size, "vae": None}
@@ -111,7 +124,7 @@ def cached_inputs(
             return rows
         return rows | {"input": encode(network, to_images(rows["input"]).to(device)).half().cpu()}
 
-    return make_cache(folder, spec, len(labelled.names), read, finish, "pictures"), vgg
+    return make_cache(folder, spec, len(labelled.names), read, finish, "pictures", group=group), vgg
 
 
 def to_inputs(rows: Tensor) -> Tensor:

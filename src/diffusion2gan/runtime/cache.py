@@ -14,6 +14,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import read_json, write_json
 from diffusion2gan.runtime.progress import Bar, console
+from diffusion2gan.runtime.ranks import Group, Ranks
 from diffusion2gan.runtime.stop import stop_signal
 
 MAX_UNREADABLE = 0.01  # share of the files
@@ -52,30 +53,32 @@ class Cache:
 
 def make_cache(
     folder: Path, spec: dict[str, Any], count: int, read: Callable[[int], Rows], finish: Callable[[Rows], Rows],
-    what: str, chunk: int = 1024, batch: int = 32,
+    what: str, chunk: int = 1024, batch: int = 32, group: Group | None = None,
 ) -> Cache:  # fmt: skip
     """Reads `count` things into `folder`: `read(i)` one by one, `finish` on batches of them (a network's turn).
 
-    `spec` says what the cache is made of. A thing for which `read` raises Unreadable is skipped and named. Raises
-    UserError where the folder holds another cache, or more than 1 % are unreadable.
+    `spec` says what the cache is made of. A thing for which `read` raises Unreadable is skipped and named. The ranks of
+    `group` take the chunks in turn and wait for each other. Raises UserError where the folder holds another cache, or
+    more than 1 % are unreadable.
     """
     claim(folder / "cache.json", spec)
+    group = group or Group(Ranks())
+    parts = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+    paths = [folder / f"{numbers.start:08d}.safetensors" for numbers in parts]
     unreadable: list[str] = []
-    chunks: list[Rows] = []
     with stop_signal() as stopped, Bar(what, count) as bar:
-        for start in range(0, count, chunk):
+        for place, (numbers, path) in enumerate(zip(parts, paths, strict=True)):
             if stopped():
                 raise KeyboardInterrupt
-            numbers = range(start, min(start + chunk, count))
-            path = folder / f"{start:08d}.safetensors"
-            if not path.exists():
+            if place % group.ranks.world == group.ranks.rank and not path.exists():
                 rows, names = _read_chunk(numbers, read, finish, batch)
-                _check_share(unreadable + names, count, what, folder)
+                unreadable += names
+                _check_share(unreadable, count, what, folder)
                 checkpoint.save(path, rows, {"unreadable": names})
-            rows, meta = checkpoint.load(path)
-            unreadable += meta["unreadable"]
-            chunks += [rows] if rows else []
             bar.advance(len(numbers))
+    group.hear(f"made {what}", "")
+    made = [checkpoint.load(path) for path in paths]
+    chunks, unreadable = [rows for rows, _ in made if rows], [name for _, meta in made for name in meta["unreadable"]]
     _check_share(unreadable, count, what, folder)
     if unreadable:
         console.print(f"skipped {len(unreadable)} of {count} {what}: {_some(unreadable)}", soft_wrap=True)

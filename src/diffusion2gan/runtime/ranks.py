@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,6 +135,16 @@ class Group:
                 "at its machine; what is made is kept, the same command continues."
             ) from error
         return [self._store.get(name).decode() for name in names]
+
+    def check_same(self, out: Path, seen: int, what: str) -> None:
+        """Raises UserError, on every rank, where they do not all find the run in `out` equally far; once a run."""
+        found = self.hear("seen", str(seen))
+        if len(set(found)) > 1:
+            other = next(rank for rank, number in enumerate(found) if number != found[0])
+            raise UserError(
+                f"--out {out}: rank 0 finds a run of {found[0]} {what} there, rank {other} one of {found[other]}. It "
+                "must be a folder that all ranks see: one on a disk that the nodes share."
+            )
 
     def leave(self) -> None:
         """Waits some seconds for the others to be done too; whoever has gone is not missed.

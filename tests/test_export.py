@@ -20,6 +20,7 @@ from diffusion2gan.export import export, write_pipeline
 from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.store import PairsSpec, noise_of
 from diffusion2gan.recipe import Recipe
+from diffusion2gan.runtime.lock import claimed
 from diffusion2gan.teacher.pipeline import load_teacher
 
 PROMPTS = ["a red ring on a blue ground", "two stars"]
@@ -132,6 +133,14 @@ def test_export_again_replaces_the_export_and_nothing_else(runs: dict[str, Path]
         with pytest.raises(UserError, match="is no export, so it is not replaced"):
             export(runs["tiny_teacher"], taken)
     assert (mine / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_second_export_at_the_same_time_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "one_step"
+    with claimed(out), pytest.raises(UserError, match="is being written by another process"):
+        export(runs["tiny_teacher"], out)
+    assert not out.exists()
+    export(runs["tiny_teacher"], out)  # its lock is gone with its owner
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

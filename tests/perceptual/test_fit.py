@@ -24,6 +24,7 @@ from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.fit import fit
 from diffusion2gan.perceptual.images import held_out, open_labelled, read_picture
 from diffusion2gan.runtime import cache as module_cache
+from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime import fit as module_fit
 from diffusion2gan.runtime.cache import Cache, Unreadable, make_cache
 from diffusion2gan.runtime.fit import shuffled
@@ -162,30 +163,42 @@ def test_several_processes_are_refused(pictures: Path, tmp_path: Path, monkeypat
 
 @pytest.mark.slow
 def test_two_ranks_train_one_network(pictures: Path, tmp_path: Path) -> None:
-    """Stopped by SIGTERM after the first save and started again: the same network, and one that has learned."""
+    """Stopped by SIGTERM between two of its saves and started again: the same network, and one that has learned."""
+    script = tmp_path / "saves_each_step.py"
+    script.write_text("from diffusion2gan import cli\nfrom diffusion2gan.runtime import fit\n"
+                      "fit.CHECKPOINT_EVERY_S = 0.0\ncli.main()\n")  # fmt: skip
     words = [
-        "-m", "diffusion2gan", "perceptual", "fit", "--images", pictures, "--vae", "pocket", "--size", "16",
-        "--widths", "4,4,8,8,8", "--batch-size", "8", "--epochs", "40", "--out",
+        script, "perceptual", "fit", "--images", pictures, "--vae", "pocket", "--size", "16", "--widths", "4,4,8,8,8",
+        "--batch-size", "8", "--epochs", "40", "--out",
     ]  # fmt: skip
     done(torchrun(2, *words, tmp_path / "whole"))
     result = json.loads((tmp_path / "whole" / "fit.json").read_text())
     assert (result["trained_on"], result["held_out"], result["top1"]) == (36, 4, 1.0)
-    process, state = torchrun(2, *words, tmp_path / "cut"), tmp_path / "cut" / "work" / "cache.json"
+    process, state = torchrun(2, *words, tmp_path / "cut"), tmp_path / "cut" / "work" / "fit.safetensors"
     while not state.exists() and process.poll() is None:
-        time.sleep(0.02)
-    time.sleep(1.0)
+        time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=300)
-    assert process.returncode != 0 and not (tmp_path / "cut" / "fit.json").exists()
+    _, told = process.communicate(timeout=300)
+    assert 0 < checkpoint.meta(state)["pictures_seen"] < 40 * 36, told
     done(torchrun(2, *words, tmp_path / "cut"))
     for name in ("model.safetensors", "fit.json"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_one_out_is_written_by_one_process(pictures: Path, tmp_path: Path) -> None:
-    with claimed(tmp_path / "out"), pytest.raises(UserError, match="is being written by another process"):
-        run(pictures, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def test_one_out_is_written_by_one_process(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with claimed(out / "model.safetensors"), pytest.raises(UserError, match="is being written by another process"):
+        run(pictures, out)
+    assert not any(out.iterdir())
+    monkeypatch.chdir(out)
+    run(pictures, Path("."))
+    assert {path.name for path in out.iterdir()} == {
+        "README.md",
+        "config.json",
+        "fit.json",
+        "model.safetensors",
+        "work",
+    }
 
 
 class InTurn(Group):
@@ -196,7 +209,8 @@ class InTurn(Group):
         self.other = other
 
     def hear(self, what: str, said: str) -> list[str]:
-        self.other()
+        if what.startswith("made"):
+            self.other()
         return [said, said]
 
 
@@ -218,6 +232,20 @@ def test_ranks_share_a_cache_and_have_the_same(tmp_path: Path) -> None:
     shared = made(tmp_path / "shared", InTurn(0, lambda: made(tmp_path / "shared", InTurn(1, lambda: None))))
     assert reads == {0: [*range(64), *range(128, 192)], 1: [*range(64, 128), *range(192, 200)]}
     assert torch.equal(shared.whole("x"), alone.whole("x")) and shared.unreadable == alone.unreadable
+    with pytest.raises(UserError, match=r"of rank 0 is not there on rank 1\. All ranks must see one --out"):
+        made(tmp_path / "of another machine", InTurn(1, lambda: None))
+
+
+def test_a_stop_in_the_last_chunk_is_not_forgotten(tmp_path: Path) -> None:
+    def read(i: int) -> dict[str, torch.Tensor]:
+        if i == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return {"x": torch.tensor(i)}
+
+    with pytest.raises(KeyboardInterrupt):
+        make_cache(tmp_path, {}, 10, read, lambda rows: rows, "numbers")
+    made = make_cache(tmp_path, {}, 10, lambda i: {}, lambda rows: rows, "numbers")  # it was kept
+    assert made.whole("x").tolist() == list(range(10))
 
 
 def test_a_device_that_is_not_here_is_refused(pictures: Path, tmp_path: Path) -> None:

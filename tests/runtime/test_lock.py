@@ -49,10 +49,11 @@ def test_a_dead_owner_holds_nothing(tmp_path: Path) -> None:
     process.wait()
     (tmp_path / ".x.123.tmp").write_text("half")  # what the killed one left
     (tmp_path / ".y.123.tmp").write_text("another's")
+    (tmp_path / ".x.half.host-123.tmp").mkdir()  # of `x.half`, which somebody may be writing
     assert (tmp_path / ".x.lock").exists()
     with claimed(tmp_path / "x"):
         assert not (tmp_path / ".x.123.tmp").exists()
-    assert [path.name for path in tmp_path.iterdir()] == [".y.123.tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.half.host-123.tmp", ".y.123.tmp"]
 
 
 def test_many_at_once_are_never_two(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ heads weigh, ΣC numbers a pair, is kept (`channel_differences`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,11 @@ def calibrate(
     work = out / "work"
     vgg, heads, formula = load_network(network, "pixel_vgg" if vae is None else "latent_vgg")
     distance = LatentLPIPS(vgg, heads, **formula).to(place)
-    opened, to_score = open_triplets(triplets), None if scored is None else open_triplets(scored)
-    with claimed(out):
-        cache = cached_differences(opened, distance, work, network, vae, size, place)
+    opened = open_triplets(triplets)
+    to_score = opened if scored is None else open_triplets(scored)
+    make, make_scored = (differences_of(each, distance, network, vae, size, place) for each in (opened, to_score))
+    with claimed(out / "model.safetensors"):
+        cache = make(work)
         claim(work / "settings.json", {"epochs": epochs, "peak_lr": peak_lr, "seed": seed, "scored": str(scored)})
         subset = cache.whole("subset")
         apart = torch.zeros(len(subset), dtype=torch.bool)
@@ -54,11 +57,10 @@ def calibrate(
         new = calibrate_heads(
             d0[~apart], d1[~apart], judge[~apart], heads, folder=work, epochs=epochs, peak_lr=peak_lr, seed=seed
         )
-        if to_score is not None:
-            opened = to_score
-            cache = cached_differences(opened, distance, work / "scored", network, vae, size, place)
+        if scored is not None:
+            cache = make_scored(work / "scored")
             apart = torch.ones(len(cache), dtype=torch.bool)
-        result = {name: scores(cache, apart, number, heads, new) for number, name in enumerate(opened.subsets)}
+        result = {name: scores(cache, apart, number, heads, new) for number, name in enumerate(to_score.subsets)}
         told = "; ".join(f"{name} {row['after']:.1%} (before: {row['before']:.1%})" for name, row in result.items())
         LatentLPIPS(vgg.cpu(), new, **formula).save_pretrained(out, note=f"Heads calibrated. 2AFC score: {told}.")
         write_json(out / "calibrate.json", result)
@@ -72,11 +74,13 @@ def check_scored(triplets: Triplets, apart: Tensor) -> None:
             raise UserError(f"sub-set {name!r} in {triplets.folder} is too small to hold a triplet out; name --scored")
 
 
-def cached_differences(
-    triplets: Triplets, distance: LatentLPIPS, folder: Path, network: str, vae: str | None, size: int,
-    device: torch.device,
-) -> Cache:  # fmt: skip
-    """Rows `d0`, `d1` [ΣC] float32, `judge`, `subset`. Raises UserError where VAE or `size` do not fit the network."""
+def differences_of(
+    triplets: Triplets, distance: LatentLPIPS, network: str, vae: str | None, size: int, device: torch.device
+) -> Callable[[Path], Cache]:
+    """What makes in a folder the rows `d0`, `d1` [ΣC] float32, `judge`, `subset`.
+
+    Raises UserError where VAE or `size` do not fit the network.
+    """
     coder = None if vae is None else load_vae(vae, device)
     channels = 3 if coder is None else num_latent_channels(coder)
     if channels != distance.channels:
@@ -100,9 +104,10 @@ def cached_differences(
             d0, d1 = (torch.cat(distance.differences(p, ref), 1).cpu() for p in (p0, p1))
         return {"d0": d0, "d1": d1, "judge": rows["judge"], "subset": rows["subset"]}
 
-    return make_cache(
-        folder, spec, len(triplets.refs), lambda i: read_triplet(triplets, i, size), finish, "triplets"
-    )  # fmt: skip
+    def read(i: int) -> Rows:
+        return read_triplet(triplets, i, size)
+
+    return lambda folder: make_cache(folder, spec, len(triplets.refs), read, finish, "triplets")
 
 
 def scores(cache: Cache, apart: Tensor, number: int, before: list[Tensor], after: list[Tensor]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ do here. The classifier is one linear layer on the mean of the last map (the pap
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -64,47 +65,48 @@ def fit(
         )
     work, labelled = out / "work", open_labelled(images)
     settings = {"widths": list(widths), "epochs": epochs, "batch_size": batch_size, "peak_lr": peak_lr, "seed": seed}
-    with claimed(out) if here.first else nullcontext(), ranks_connected(place) as group:
-        cache, vgg = cached_inputs(labelled, work, vae, size, widths, seed, place, group)
-        claim(work / "settings.json", settings)
-        labels = cache.whole("label")
-        check_classes(labelled.classes, labels.tolist(), images)
-        mask = held_out(labels, seed)
-        training = (~mask).nonzero()[:, 0]
-        torch.manual_seed(seed + 1)  # the same head on every rank, whoever encoded what
-        classifier = Classifier(vgg, len(labelled.classes)).to(place)
+    vgg, make = inputs_of(labelled, vae, size, widths, seed, place)
+    with claimed(out / "model.safetensors") if here.first else nullcontext():
+        with ranks_connected(place) as group:
+            cache = make(work, group)
+            claim(work / "settings.json", settings)
+            labels = cache.whole("label")
+            check_classes(labelled.classes, labels.tolist(), images)
+            mask = held_out(labels, seed)
+            training = (~mask).nonzero()[:, 0]
+            torch.manual_seed(seed + 1)  # the same head on every rank, whoever encoded what
+            classifier = Classifier(vgg, len(labelled.classes)).to(place)
 
-        def loss(numbers: range) -> Tensor:
-            places = training[shuffled(numbers, len(training), seed)].tolist()
-            inputs = to_inputs(cache.take("input", places)).to(place)
-            return F.cross_entropy(classifier(inputs), labels[places].to(place))
+            def loss(numbers: range) -> Tensor:
+                places = training[shuffled(numbers, len(training), seed)].tolist()
+                inputs = to_inputs(cache.take("input", places)).to(place)
+                return F.cross_entropy(classifier(inputs), labels[places].to(place))
 
-        fit_module(
-            "fit", classifier, loss, num_pictures=epochs * len(training), batch_size=batch_size, peak_lr=peak_lr,
-            folder=work, seed=seed, group=group,
-        )  # fmt: skip
-    if not here.first:
-        return None
-    result = {
-        "top1": top1(classifier, cache, labels, mask.nonzero()[:, 0].tolist(), place), "held_out": int(mask.sum()),
-        "trained_on": len(training), "classes": len(labelled.classes), "unreadable": cache.unreadable,
-        "epochs": epochs, "seed": seed, "size": size, "vae": "none: pixels" if vae is None else Path(vae).name,
-    }  # fmt: skip
-    heads = [torch.ones(width) for width in widths]
-    note = (
-        f"Trained to classify {len(labelled.classes)} classes: top-1 {result['top1']:.1%} on {result['held_out']} "
-        "held-out pictures. Its heads are all one: not calibrated."
-    )
-    LatentLPIPS(vgg.cpu(), heads).save_pretrained(out, note=note)
-    write_json(out / "fit.json", result)
-    return result
+            fit_module(
+                "fit", classifier, loss, num_pictures=epochs * len(training), batch_size=batch_size, peak_lr=peak_lr,
+                folder=work, seed=seed, group=group,
+            )  # fmt: skip
+        if not here.first:
+            return None
+        result = {
+            "top1": top1(classifier, cache, labels, mask.nonzero()[:, 0].tolist(), place), "held_out": int(mask.sum()),
+            "trained_on": len(training), "classes": len(labelled.classes), "unreadable": cache.unreadable,
+            "epochs": epochs, "seed": seed, "size": size, "vae": "none: pixels" if vae is None else Path(vae).name,
+        }  # fmt: skip
+        heads = [torch.ones(width) for width in widths]
+        note = (
+            f"Trained to classify {len(labelled.classes)} classes: top-1 {result['top1']:.1%} on {result['held_out']} "
+            "held-out pictures. Its heads are all one: not calibrated."
+        )
+        LatentLPIPS(vgg.cpu(), heads).save_pretrained(out, note=note)
+        write_json(out / "fit.json", result)
+        return result
 
 
-def cached_inputs(
-    labelled: Labelled, folder: Path, vae: str | None, size: int, widths: tuple[int, ...], seed: int,
-    device: torch.device, group: Group,
-) -> tuple[Cache, VGG]:  # fmt: skip
-    """(rows `input`, `label`: float16 latents or uint8 pictures; a fresh network that reads them)."""
+def inputs_of(
+    labelled: Labelled, vae: str | None, size: int, widths: tuple[int, ...], seed: int, device: torch.device
+) -> tuple[VGG, Callable[[Path, Group], Cache]]:
+    """A fresh network, and what makes in a folder the rows it reads: `input`, float16 latents or uint8, and `label`."""
     spec: dict[str, Any] = {"images": labelled.digest, "size": size, "vae": None}
     network, factor, channels = None, 1, 3
     if vae is not None:
@@ -124,7 +126,10 @@ def cached_inputs(
             return rows
         return rows | {"input": encode(network, to_images(rows["input"]).to(device)).half().cpu()}
 
-    return make_cache(folder, spec, len(labelled.names), read, finish, "pictures", group=group), vgg
+    def make(folder: Path, group: Group) -> Cache:
+        return make_cache(folder, spec, len(labelled.names), read, finish, "pictures", group=group)
+
+    return vgg, make
 
 
 def to_inputs(rows: Tensor) -> Tensor:

@@ -58,11 +58,15 @@ def make_cache(
     """Reads `count` things into `folder`: `read(i)` one by one, `finish` on batches of them (a network's turn).
 
     `spec` says what the cache is made of. A thing for which `read` raises Unreadable is skipped and named. The ranks of
-    `group` take the chunks in turn and wait for each other. Raises UserError where the folder holds another cache, or
-    more than 1 % are unreadable.
+    `group` take the chunks in turn and wait for each other. Raises UserError where the folder holds another cache, not
+    all ranks see it, or more than 1 % are unreadable (at once where one rank alone finds so many).
     """
-    claim(folder / "cache.json", spec)
     group = group or Group(Ranks())
+    if group.ranks.first:
+        claim(folder / "cache.json", spec)
+    group.hear(f"claimed {what}", "")
+    if not (folder / "cache.json").exists():
+        raise UserError(f"{folder} of rank 0 is not there on rank {group.ranks.rank}. All ranks must see one --out.")
     parts = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
     paths = [folder / f"{numbers.start:08d}.safetensors" for numbers in parts]
     unreadable: list[str] = []
@@ -70,12 +74,17 @@ def make_cache(
         for place, (numbers, path) in enumerate(zip(parts, paths, strict=True)):
             if stopped():
                 raise KeyboardInterrupt
-            if place % group.ranks.world == group.ranks.rank and not path.exists():
-                rows, names = _read_chunk(numbers, read, finish, batch)
-                unreadable += names
-                _check_share(unreadable, count, what, folder)
-                checkpoint.save(path, rows, {"unreadable": names})
+            if place % group.ranks.world == group.ranks.rank:
+                if path.exists():
+                    unreadable += checkpoint.meta(path)["unreadable"]
+                else:
+                    rows, names = _read_chunk(numbers, read, finish, batch)
+                    unreadable += names
+                    _check_share(unreadable, count, what, folder)
+                    checkpoint.save(path, rows, {"unreadable": names})
             bar.advance(len(numbers))
+        if stopped():
+            raise KeyboardInterrupt
     group.hear(f"made {what}", "")
     made = [checkpoint.load(path) for path in paths]
     chunks, unreadable = [rows for rows, _ in made if rows], [name for _, meta in made for name in meta["unreadable"]]

@@ -63,7 +63,7 @@ def fit(
         tensors, meta = checkpoint.load(path)
         seen, ema.num_updates = meta["pictures_seen"], meta["num_updates"]
         module.load_state_dict(checkpoint.unpack("module", tensors))
-        ema.shadow = checkpoint.unpack("ema", tensors)
+        ema.shadow = {key: value.to(ema.shadow[key].device) for key, value in checkpoint.unpack("ema", tensors).items()}
         checkpoint.unpack_optimizer("adam", optimizer, tensors)
 
     def keep() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -50,7 +52,9 @@ def _owner(file: Path) -> str:
 
 def _sweep(path: Path) -> None:
     """Removes what a killed process left half-written of `path`: nobody else writes it while it is claimed."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not re.fullmatch(r"(\w+-)?\d+\.tmp", left.name.removeprefix(f".{path.name}.")):
+            continue  # of a `path` whose name begins with this one's
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:

@@ -142,7 +142,7 @@ class Group:
         if len(set(found)) > 1:
             other = next(rank for rank, number in enumerate(found) if number != found[0])
             raise UserError(
-                f"--out {out}: rank 0 finds a run of {found[0]} {what} there, rank {other} one of {found[other]}. It "
+                f"{out}: rank 0 finds a run of {found[0]} {what} there, rank {other} one of {found[other]}. It "
                 "must be a folder that all ranks see: one on a disk that the nodes share."
             )
 

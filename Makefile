@@ -47,3 +47,4 @@ bench: $(STAMP) ## every benchmark; each prints a table
 
 faults: $(STAMP) ## the fault campaign: 100 rounds of kills a job, hours (ROUNDS=100)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --rounds $(or $(ROUNDS),100)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/others.py

@@ -4,8 +4,8 @@
 
 A round starts the command (in a fork, or two as ranks 0 and 1 of a run), kills it with SIGKILL after a random time
 within one whole run's, and runs the same command again to its end. Writes docs/results/faults.json: rounds, kills that
-hit before the end, and what was lost: files that differ, largest difference of a loss, temporaries left. Other faults
-have tests of their own, named there by what they try.
+hit before the end, and what was lost: files that differ, largest difference of a loss, temporaries left. Other
+faults have tests of their own: `others.py`.
 """
 
 from __future__ import annotations
@@ -42,33 +42,6 @@ from diffusion2gan.runtime.files import sha256, write_json
 from diffusion2gan.teacher.pipeline import load_teacher
 
 TIMED = {"seconds_per_image", "seconds_per_image_p90", "images_per_second", "peak_memory_bytes"}
-OTHER_FAULTS = {
-    "disk full": "tests/runtime/test_files.py::test_a_full_disk_is_a_failure, "
-    "test_a_full_disk_leaves_the_old_checkpoint",
-    "read-only output": "tests/faults/test_read_only.py::test_a_read_only_disk, test_a_file_where_a_folder_should_be",
-    "clock jumps": "tests/faults/test_faults.py::test_a_clock_that_jumps_changes_nothing",
-    "shard truncated": "tests/pairs/test_store.py::test_a_cut_off_shard_is_a_failure",
-    "shard bit-flipped": "tests/pairs/test_store.py::test_no_flipped_byte_passes_unnoticed",
-    "shard swapped between two sets": "tests/pairs/test_store.py::test_a_shard_of_another_set_is_refused",
-    "shard duplicated": "tests/pairs/test_check.py::test_a_duplicated_shard_is_told",
-    "newest checkpoint or recipe.json missing": "tests/distill/test_checkpoints.py::"
-    "test_going_back_to_an_earlier_one_gives_the_same_run",
-    "checkpoint damaged": "tests/runtime/test_checkpoint.py::test_a_damaged_checkpoint_is_a_failure",
-    "a checkpoint's part missing, cut off or damaged": "tests/runtime/test_parts.py::test_a_wrong_part_is_named",
-    "a rank killed between two parts": "tests/distill/test_fsdp.py::"
-    "test_a_kill_between_two_parts_leaves_the_checkpoint_before",
-    "a rank that cannot write its part": "tests/runtime/test_parts.py::test_a_rank_that_cannot_write_is_told_by_all",
-    "two processes writing one folder": "tests/runtime/test_lock.py, tests/distill/test_ranks.py::"
-    "test_preemption_ends_well_and_a_second_run_is_refused",
-    "a rank that hangs": "tests/distill/test_ranks.py::test_a_rank_that_hangs_is_named, "
-    "tests/evaluate/test_share.py::test_a_rank_that_never_comes_is_named",
-    "a rank killed under torchrun --max-restarts": "tests/distill/test_ranks.py::test_the_loss_of_a_rank_is_survived",
-    "NaN in one rank only": "tests/distill/test_ranks.py::test_any_number_of_ranks_is_the_same_update, "
-    "tests/distill/test_fsdp.py::test_memory_is_shared_and_nan_on_one_rank_skips_on_all",
-    "object store answers 500, or vanishes": "tests/runtime/test_places.py::test_faults_are_waited_out, "
-    "test_a_server_that_vanishes_for_ten_seconds",
-}
-
 LOADED = (cli, train, evaluate, export, check, generate)  # before the forks, which then start at once
 pictures.CHUNK = 4  # so that two ranks have something to share of eight captions
 OUT = Path(__file__).parents[2] / "docs" / "results" / "faults.json"
@@ -250,7 +223,6 @@ def main(rounds: int, out: Path, seed: int, note: str, only: list[str]) -> dict[
                 "seed": seed,
                 "pairs_format": store.PairsSpec.format,
                 "note": note,
-                "other_faults": OTHER_FAULTS,
             }
             write_json(out, told)
     return told

@@ -1,4 +1,4 @@
-"""A short fault campaign: nothing is lost. The long one: `make faults`."""
+"""A short fault campaign: nothing is lost; and that the other faults are what they say. The long one: `make faults`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from faults.others import OTHER_FAULTS, OUT, ROOT, tried
 
 from diffusion2gan.distill.train import distill
 from diffusion2gan.pairs.make import make_pairs
@@ -20,7 +21,6 @@ from diffusion2gan.runtime.files import sha256
 from diffusion2gan.teacher.pipeline import load_teacher
 
 CAMPAIGN = Path(__file__).with_name("campaign.py")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
@@ -53,26 +53,30 @@ def test_a_clock_that_jumps_changes_nothing(
     assert len(files[0]) > 8 and files[0] == files[1]
 
 
-def other_faults() -> dict[str, str]:
-    """The campaign's list, read and not imported: the campaign changes settings of the package."""
-    tree = ast.parse(CAMPAIGN.read_text("utf-8"))
-    assigned = [
-        node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OTHER_FAULTS"
-    ]
-    return dict(ast.literal_eval(assigned[0].value))
-
-
 def test_the_tests_of_other_faults_exist() -> None:
-    """`FILE::NAME, NAME, FILE::NAME`: a name alone is in the file before it; a file alone is meant whole."""
-    named = other_faults()
-    assert len(named) > 15
+    named = {test for tests in OTHER_FAULTS.values() for test in tests}
     missing = []
-    for fault, told in named.items():
-        file = Path()
-        for word in told.split(", "):
-            path, _, name = word.rpartition("::") if "::" in word else (word, "", "") if "/" in word else ("", "", word)
-            file = ROOT / path if path else file
-            functions = {n.name for n in ast.walk(ast.parse(file.read_text("utf-8"))) if isinstance(n, ast.FunctionDef)}
-            missing += [f"{fault}: {word}"] if name and name not in functions else []
-    assert not missing
-    assert json.loads((ROOT / "docs/results/faults.json").read_text("utf-8"))["other_faults"] == named
+    for file, _, name in (test.partition("::") for test in named):
+        tree = ast.parse((ROOT / file).read_text("utf-8"))
+        functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        missing += [f"{file}::{name}"] if name and name not in functions else []
+    assert len(named) > 20 and not missing
+    told = json.loads(OUT.read_text("utf-8"))["other_faults"]["faults"]
+    assert {fault: row["tests"] for fault, row in told.items()} == OTHER_FAULTS
+    assert all(row["tried"] and not row["lost"] for row in told.values())
+
+
+def test_a_fault_whose_test_fails_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "test_x.py").write_text(
+        "import pytest\n\n"
+        "@pytest.mark.parametrize('n', [1, 2])\ndef test_some(n):\n    assert n == 1\n\n"
+        "def test_other():\n    pytest.skip()\n"
+    )
+    faults = {"some": ["test_x.py::test_some"], "other": ["test_x.py::test_other"]}
+    some, other = tried(2, faults, tmp_path).values()
+    assert (some["tried"], some["lost"]) == (4, ["round 0: test_some[2]", "round 1: test_some[2]"])
+    assert other == {"tests": ["test_x.py::test_other"], "tried": 0, "skipped": 2, "lost": []}
+    none = tried(1, faults | {"none": ["test_x.py::test_none"]}, tmp_path)
+    assert all(
+        row["tried"] == 0 and row["lost"] == [f"round 0: {row['tests'][0]} did not run"] for row in none.values()
+    )

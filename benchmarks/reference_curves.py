@@ -43,7 +43,7 @@ def main() -> None:
     panels = [
         lines.panel("losses", losses, 0, 4),
         lines.panel("share that D tells right", accuracies, 0, 1),
-        lines.panel("R1, squared norm", {"R1": means(log, "r1")}, 1, 1e6, logarithmic=True),
+        lines.panel("R1, squared norm", {"R1": means(log, "r1")}, 1, 1e7, logarithmic=True),
         lines.panel("gradient norms before clipping", norms, 0.01, 1000, logarithmic=True),
         lines.panel("student's latents against the teacher's", shift, -0.2, 0.2),
     ]

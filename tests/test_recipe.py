@@ -60,7 +60,7 @@ def test_a_wrong_value_says_setting_and_value(setting: str, told: str) -> None:
 
 
 def test_a_batch_of_one_has_nobody_to_mix_with() -> None:
-    with pytest.raises(UserError, match=r"mix_share 0\.25 takes fakes .* batch_size is 1; raise batch_size or set mix"):
+    with pytest.raises(UserError, match=r"mix_share 0\.1 takes fakes .* batch_size is 1; raise batch_size or set mix"):
         load_recipe("pocket", ["adversarial_weight=1", "batch_size=1"])
     assert load_recipe("pocket", ["adversarial_weight=1", "batch_size=1", "mix_share=0"]).batch_size == 1
     assert load_recipe("pocket-regression", ["batch_size=1"]).adversarial_weight == 0

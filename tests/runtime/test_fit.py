@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from distill.test_ranks import done, torchrun
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffusion2gan.runtime import fit as module_fit
@@ -135,6 +136,7 @@ def test_learning_rate_ends() -> None:
 RANKED = """
 import sys, torch
 from pathlib import Path
+from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[2])
 from runtime.test_fit import BATCH, NUM_PICTURES, noisy_loss, tiny
 from diffusion2gan.runtime.fit import fit
@@ -144,7 +146,7 @@ with ranks_connected(torch.device("cpu")) as group:
     net = tiny()
     done = fit("stage", net, noisy_loss(net, []), num_pictures=NUM_PICTURES, batch_size=BATCH, peak_lr=0.05,
                folder=out, seed=5, ema_decay=0.9, group=group)
-    torch.save(done.state_dict(), out / f"rank{group.ranks.rank}.pt")
+    save_file(done.state_dict(), out / f"rank{group.ranks.rank}.safetensors")
 """
 
 
@@ -154,7 +156,7 @@ def test_ranks_average_gradients_and_batch_norms(tmp_path: Path) -> None:
     script = tmp_path / "ranked.py"
     script.write_text(RANKED)
     done(torchrun(2, script, tmp_path, Path(__file__).parents[1]))
-    ours, other = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    ours, other = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
     net, half = tiny().train(), BATCH // 2
     loss, optimizer = noisy_loss(net, []), torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
     shadow = {key: value.clone() for key, value in net.state_dict().items()}

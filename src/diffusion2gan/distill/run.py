@@ -135,7 +135,7 @@ def open_run(run: Run, out: Path, spec: PairsSpec, allow_change: Sequence[str] =
     checkpoints.check_lost(out)
     file = out / CHECKPOINT
     run.group.check_same(out, checkpoint.meta(file)["pairs_seen"] if file.exists() else 0, "pairs")
-    if run.recipe.start != "teacher" and not (out / CHECKPOINT).exists():
+    if run.recipe.start != "teacher" and not file.exists():
         run.begin(start_weights(run.recipe, run.teacher))
     described = {"recipe": run.recipe.model_dump(), "pairs": asdict(spec) | {"latent_shape": list(spec.latent_shape)}}
     if path.exists():
@@ -153,7 +153,7 @@ def open_run(run: Run, out: Path, spec: PairsSpec, allow_change: Sequence[str] =
             )
     elif run.group.ranks.first:
         write_json(path, described)
-    if (out / CHECKPOINT).exists():
+    if file.exists():
         run.load(out)
     if run.group.ranks.first:
         if run.pairs_seen:

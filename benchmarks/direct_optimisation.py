@@ -20,11 +20,11 @@ import lines
 import torch
 from torch import Tensor
 
-from diffusion2gan.evaluate.evaluate import HELD_OUT_WORLD
+from diffusion2gan.evaluate.run import HELD_OUT_WORLD
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, PixelLPIPS
 from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime.files import read_json, write_image, write_json
-from diffusion2gan.runtime.images import sheet
+from diffusion2gan.runtime.images import contact_sheet
 from diffusion2gan.runtime.progress import Bar
 from diffusion2gan.teacher.autoencoder import decode, encode, load_vae
 
@@ -37,13 +37,18 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 def distances(pixel: PixelLPIPS) -> dict[str, Distance]:
     plain: dict[str, Distance] = {
-        "mse": lambda a, b: (a - b).square().mean((1, 2, 3)), "pixel_lpips": pixel,
+        "mse": lambda a, b: (a - b).square().mean((1, 2, 3)),
+        "pixel_lpips": pixel,
         "latent_lpips": LatentLPIPS.from_pretrained(),
-    }  # fmt: skip
-    return plain | {f"e_latent_lpips {name}": ELatentLPIPS.from_pretrained(transforms=name) for name in FAMILIES}
+    }
+    return plain | {
+        f"e_latent_lpips {name}": ELatentLPIPS.from_pretrained(transforms=name) for name in FAMILIES
+    }
 
 
-def optimise(distance: Distance, target: Tensor, steps: int, peak_lr: float, residual: Distance) -> dict[str, Any]:
+def optimise(
+    distance: Distance, target: Tensor, steps: int, peak_lr: float, residual: Distance
+) -> dict[str, Any]:
     """Adam from N(0, I), the rate a cosine to zero. The curve: (step, mean residual) every twentieth of the way."""
     torch.manual_seed(0)
     x = torch.randn(target.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -61,15 +66,21 @@ def optimise(distance: Distance, target: Tensor, steps: int, peak_lr: float, res
     with torch.no_grad():
         each = residual(x, target)
     return {
-        "residual": float(each.mean()), "residuals": each.tolist(), "curve": curve, "latents": x.detach(),
-        "latent_mse": float((x - target).square().mean()), "seconds": time.perf_counter() - start,
-    }  # fmt: skip
+        "residual": float(each.mean()),
+        "residuals": each.tolist(),
+        "curve": curve,
+        "latents": x.detach(),
+        "latent_mse": float((x - target).square().mean()),
+        "seconds": time.perf_counter() - start,
+    }
 
 
 def draw_curves(rows: dict[str, Any]) -> None:
     series = {name: row["curve"] for name, row in rows.items()}
     lines.draw(
-        CURVES, [lines.panel("residual: pixel LPIPS to the target", series, 1e-4, 10, logarithmic=True)], "steps"
+        CURVES,
+        [lines.panel("residual: pixel LPIPS to the target", series, 1e-4, 10, logarithmic=True)],
+        "steps",
     )
 
 
@@ -78,7 +89,9 @@ def main() -> None:
     parser.add_argument("--targets", type=int, default=8)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--peak-lr", type=float, default=0.1)
-    parser.add_argument("--redraw", action="store_true", help="the curves alone, from the results that are there")
+    parser.add_argument(
+        "--redraw", action="store_true", help="the curves alone, from the results that are there"
+    )
     args = parser.parse_args()
     if args.redraw:
         draw_curves(read_json(RESULTS)["rows"])
@@ -95,14 +108,21 @@ def main() -> None:
             bar.advance(1, f"{name}: {rows[name]['residual']:.4f}")
     settings = f"--targets {args.targets} --steps {args.steps} --peak-lr {args.peak_lr:g}"
     result = {
-        "command": f"python benchmarks/direct_optimisation.py {settings}", "gpu": "not measured",
-        "device": f"CPU, {torch.get_num_threads()} threads", "rows": rows,
-    }  # fmt: skip
+        "command": f"python benchmarks/direct_optimisation.py {settings}",
+        "gpu": "not measured",
+        "device": f"CPU, {torch.get_num_threads()} threads",
+        "rows": rows,
+    }
     write_json(RESULTS, result)
     draw_curves(rows)
-    write_image(DOCS / "images" / "direct_optimisation.png", sheet(torch.cat(pictures), args.targets).save)
+    write_image(
+        DOCS / "images" / "direct_optimisation.png",
+        contact_sheet(torch.cat(pictures), args.targets).save,
+    )
     for name, row in rows.items():
-        print(f"{name:32} residual {row['residual']:.4f}  latent MSE {row['latent_mse']:.4f}  {row['seconds']:.0f} s")
+        print(
+            f"{name:32} residual {row['residual']:.4f}  latent MSE {row['latent_mse']:.4f}  {row['seconds']:.0f} s"
+        )
 
 
 if __name__ == "__main__":

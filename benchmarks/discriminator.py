@@ -19,28 +19,38 @@ from typing import Any
 
 import torch
 
+from diffusion2gan.cost.distill import dry_run
 from diffusion2gan.demo import complete_shipped_pairs
-from diffusion2gan.distill.train import distill, dry_run
-from diffusion2gan.evaluate.evaluate import HELD_OUT_WORLD, evaluate
-from diffusion2gan.evaluate.systems import load_system
+from diffusion2gan.distill.train import distill
+from diffusion2gan.evaluate.run import HELD_OUT_WORLD, evaluate
 from diffusion2gan.export import export
-from diffusion2gan.pairs.store import noise_of, open_set
+from diffusion2gan.noise import noise_from_seeds
+from diffusion2gan.pairs.store import open_set
+from diffusion2gan.pipelines.system import load_system
 from diffusion2gan.pocket import scenes
 from diffusion2gan.recipe import Recipe, load_recipe
 from diffusion2gan.runtime.files import read_json, write_image, write_json
-from diffusion2gan.runtime.images import from_uint8, sheet
+from diffusion2gan.runtime.images import contact_sheet, from_uint8
 
 DOCS = Path(__file__).parent.parent / "docs"
 SHOWN = 8
-FROM_BIRTH = ["adversarial_from=0"]  # D plays all along; --set start=RUN gives every row the same student to begin with
+FROM_BIRTH = [
+    "gan_start_pairs=0"
+]  # D plays all along; --set init_from=RUN gives every row the same student to begin with
 OFF = {
-    "noise_input": "false", "r1_weight": "0", "multi_scale_input": "false", "multi_scale_output": "false",
+    "noise_input": "false",
+    "r1_weight": "0",
+    "multi_scale_input": "false",
+    "multi_scale_output": "false",
     "mix_share": "0",
-}  # fmt: skip
+}
 PIECES = {
-    "diffusion": [], "noise": ["noise_input"], "r1": ["r1_weight"],
-    "multi_scale": ["multi_scale_input", "multi_scale_output"], "mix_and_match": ["mix_share"],
-}  # fmt: skip
+    "diffusion": [],
+    "noise": ["noise_input"],
+    "r1": ["r1_weight"],
+    "multi_scale": ["multi_scale_input", "multi_scale_output"],
+    "mix_and_match": ["mix_share"],
+}
 MEASURED = ("frechet_distance", "clip_score", "attribute_accuracy", "same_noise_distance")
 
 
@@ -57,7 +67,9 @@ def rows() -> dict[str, list[str]]:
 def row(name: str) -> str:
     """A row's name, as argparse takes it."""
     if name not in rows() and "=" not in name:
-        raise argparse.ArgumentTypeError(f"{name!r} is neither key=value nor one of {', '.join(rows())}")
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is neither key=value nor one of {', '.join(rows())}"
+        )
     return name
 
 
@@ -74,13 +86,18 @@ def recipe_of(args: argparse.Namespace, name: str, seed: int) -> Recipe:
     """--set comes first: no row may be switched on again by it. At equal compute, a row sees fewer pairs."""
     pairs_seen = int(args.pairs_seen * args.shares.get(name, 1.0))
     settings = name.split() if "=" in name else rows()[name]
-    return load_recipe(args.recipe, [*FROM_BIRTH, *args.set, *settings, f"pairs_seen={pairs_seen}", f"seed={seed}"])
+    return load_recipe(
+        args.recipe,
+        [*FROM_BIRTH, *args.set, *settings, f"total_pairs={pairs_seen}", f"seed={seed}"],
+    )
 
 
 def measure(args: argparse.Namespace, name: str, folder: Path, seed: int) -> dict[str, Any]:
     recipe = recipe_of(args, name, seed)
-    metrics = evaluate(str(folder / "export"), count=args.count, seed=0, cache=args.work / "pictures")
-    return {"pairs_seen": recipe.pairs_seen, "system": f"student, {name}, seed {seed}"} | {
+    metrics = evaluate(
+        str(folder / "export"), count=args.count, seed=0, cache=args.work / "pictures"
+    )
+    return {"pairs_seen": recipe.total_pairs, "system": f"student, {name}, seed {seed}"} | {
         key: value for key, value in metrics.items() if key != "system"
     }
 
@@ -88,28 +105,38 @@ def measure(args: argparse.Namespace, name: str, folder: Path, seed: int) -> dic
 def summary(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over the seeds (None of a single one) of each measure."""
     values = {key: [row[key] for row in seeds.values()] for key in MEASURED}
-    return {key: {"mean": mean(v), "std": stdev(v) if len(v) > 1 else None} for key, v in values.items()}
+    return {
+        key: {"mean": mean(v), "std": stdev(v) if len(v) > 1 else None} for key, v in values.items()
+    }
 
 
 def compute_shares(args: argparse.Namespace) -> dict[str, float]:
     """For the alternatives, the last cumulative row's seconds a step over theirs: more pairs where steps are cheap."""
     last = list(PIECES)[-1]
     names = (f"+ {last}", "random weights", "patch")
-    steps_s = {n: float(dry_run(recipe_of(args, n, 0), args.pairs)["seconds_per_step"]) for n in names}
+    steps_s = {
+        n: float(dry_run(recipe_of(args, n, 0), args.pairs)["seconds_per_step"]) for n in names
+    }
     return {name: steps_s[names[0]] / steps_s[name] for name in names[1:]}
 
 
 def figure(args: argparse.Namespace, folders: list[Path]) -> None:
     """Eight prompts of each row's first seed and, in the last row, the teacher, from the same noises."""
     prompts = scenes.captions(range(SHOWN), HELD_OUT_WORLD)
-    systems = [load_system(str(folder / "export")) for folder in folders] + [load_system("pocket-teacher")]
-    noise = noise_of(range(SHOWN), systems[0].latent_shape)
+    systems = [load_system(str(folder / "export")) for folder in folders] + [
+        load_system("pocket-teacher")
+    ]
+    noise = noise_from_seeds(range(SHOWN), systems[0].latent_shape)
     pictures = [from_uint8(system.generate(prompts, noise)) for system in systems]
-    write_image(DOCS / "images" / f"{args.name}.png", sheet(torch.cat(pictures), SHOWN).save)
+    write_image(
+        DOCS / "images" / f"{args.name}.png", contact_sheet(torch.cat(pictures), SHOWN).save
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=Path, default=Path("work/pairs"))
     parser.add_argument("--recipe", default="pocket")
     parser.add_argument("--rows", nargs="+", default=list(rows()), type=row, metavar="ROW")
@@ -117,7 +144,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--equal-compute", action="store_true", help="the alternatives train as long, not as many pairs"
+        "--equal-compute",
+        action="store_true",
+        help="the alternatives train as long, not as many pairs",
     )
     parser.add_argument("--work", type=Path, default=Path("work/discriminator"))
     parser.add_argument("--name", default="discriminator")
@@ -129,18 +158,22 @@ def main() -> None:
     path = DOCS / "results" / f"{args.name}.json"
     result: dict[str, Any] = read_json(path) if path.exists() else {"rows": {}}
     if args.equal_compute:
-        args.shares = result.get("compute_shares") or compute_shares(args)  # once: a resumed run must repeat it
+        args.shares = result.get("compute_shares") or compute_shares(
+            args
+        )  # once: a resumed run must repeat it
     result |= {
         "command": f"python benchmarks/discriminator.py --recipe {args.recipe} --name {args.name} --pairs-seen "
-        f"{args.pairs_seen} --count {args.count}" + " --equal-compute" * args.equal_compute
+        f"{args.pairs_seen} --count {args.count}"
+        + " --equal-compute" * args.equal_compute
         + ("" if args.rows == list(rows()) else f" --rows {shlex.join(args.rows)}")
         + (f" --set {' '.join(args.set)}" if args.set else ""),
         "device": f"CPU, {torch.get_num_threads()} threads",
-        "pairs": vars(open_set(args.pairs)) | {"latent_shape": list(open_set(args.pairs).latent_shape)},
+        "pairs": vars(open_set(args.pairs))
+        | {"latent_shape": list(open_set(args.pairs).latent_shape)},
         "recipe": load_recipe(args.recipe, [*FROM_BIRTH, *args.set]).model_dump(),
         "settings": rows(),
         "compute_shares": args.shares,
-    }  # fmt: skip
+    }
     write_json(path, result)
     for seed in args.seeds:  # seed by seed: one whole table first
         for name in args.rows:
@@ -149,13 +182,21 @@ def main() -> None:
             found["seeds"][str(seed)] = measure(args, name, folder, seed)
             found |= summary(found["seeds"])
             write_json(path, result)
-    result["rows"]["teacher"] = evaluate("pocket-teacher", count=args.count, seed=0, cache=args.work / "pictures")
+    result["rows"]["teacher"] = evaluate(
+        "pocket-teacher", count=args.count, seed=0, cache=args.work / "pictures"
+    )
     write_json(path, result)
     figure(args, [args.work / name.replace(" ", "_") / str(args.seeds[0]) for name in args.rows])
     for name in args.rows:
         found = result["rows"][name]
-        deviations = {key: f" ± {found[key]['std']:.4f}" if found[key]["std"] is not None else "" for key in MEASURED}
-        print(f"{name:16} " + "  ".join(f"{key} {found[key]['mean']:.4f}{deviations[key]}" for key in MEASURED))
+        deviations = {
+            key: f" ± {found[key]['std']:.4f}" if found[key]["std"] is not None else ""
+            for key in MEASURED
+        }
+        print(
+            f"{name:16} "
+            + "  ".join(f"{key} {found[key]['mean']:.4f}{deviations[key]}" for key in MEASURED)
+        )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ WIDTH, HEIGHT, LEFT, RIGHT = 420, 220, 48, 220
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
 
-def panel(title: str, series: Series, low: float, high: float, logarithmic: bool = False) -> list[str]:
+def panel(
+    title: str, series: Series, low: float, high: float, logarithmic: bool = False
+) -> list[str]:
     """SVG elements of one chart: a line per name through its (x, y); y from `low` to `high`, beyond is cut off."""
 
     def scale(y: float) -> float:
@@ -30,11 +32,17 @@ def panel(title: str, series: Series, low: float, high: float, logarithmic: bool
     for tick in ticks:
         value = 10**tick if logarithmic else tick
         y = y_of(value)
-        made.append(f'<path d="M{LEFT} {y:.0f}h{WIDTH}" stroke="#ddd"/><text x="2" y="{y + 4:.0f}">{value:.3g}</text>')
+        made.append(
+            f'<path d="M{LEFT} {y:.0f}h{WIDTH}" stroke="#ddd"/><text x="2" y="{y + 4:.0f}">{value:.3g}</text>'
+        )
     for i, (name, points) in enumerate(series.items()):
         path = " ".join(f"{LEFT + WIDTH * x / last:.1f},{y_of(y):.1f}" for x, y in points)
-        made.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[i]}" stroke-width="2"/>')
-        made.append(f'<text x="{LEFT + WIDTH + 10}" y="{12 + 18 * i}" fill="{COLOURS[i]}">{name}</text>')
+        made.append(
+            f'<polyline points="{path}" fill="none" stroke="{COLOURS[i]}" stroke-width="2"/>'
+        )
+        made.append(
+            f'<text x="{LEFT + WIDTH + 10}" y="{12 + 18 * i}" fill="{COLOURS[i]}">{name}</text>'
+        )
     made.append(f'<text x="{LEFT + WIDTH}" y="{HEIGHT + 18}" text-anchor="end">{last:.6g}</text>')
     return made
 
@@ -42,8 +50,13 @@ def panel(title: str, series: Series, low: float, high: float, logarithmic: bool
 def draw(path: Path, panels: Sequence[Sequence[str]], of: str) -> None:
     """Writes the panels below one another; `of` names the horizontal axis."""
     step, width = HEIGHT + 60, LEFT + WIDTH + RIGHT
-    placed = [f'<g transform="translate(0 {30 + step * i})">{"".join(one)}</g>' for i, one in enumerate(panels)]
-    placed += [f'<text x="{LEFT}" y="{48 + step * i + HEIGHT}">0 {of}</text>' for i in range(len(panels))]
+    placed = [
+        f'<g transform="translate(0 {30 + step * i})">{"".join(one)}</g>'
+        for i, one in enumerate(panels)
+    ]
+    placed += [
+        f'<text x="{LEFT}" y="{48 + step * i + HEIGHT}">0 {of}</text>' for i in range(len(panels))
+    ]
     box = f'viewBox="0 0 {width} {step * len(panels)}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {box} font-family="sans-serif" font-size="12">'
     paper = f'<rect width="{width}" height="{step * len(panels)}" fill="white"/>'

@@ -40,10 +40,16 @@ PATH = Path(__file__).parent.parent / "docs" / "results" / "loss_cost.json"
 ROWS = ("mse", "pixel_lpips", "latent_lpips", "e_latent_lpips", "T alone")
 FAMILIES = ("geometric", "cutout")
 SIDES = {"pocket": 16, "sd15": 64, "sdxl": 128}  # of the latents
-BIG_VAE: dict[str, Any] = {  # Stable Diffusion 1.5's; SDXL's differs in sample_size and scaling_factor alone
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32,
-}  # fmt: skip
+BIG_VAE: dict[
+    str, Any
+] = {  # Stable Diffusion 1.5's; SDXL's differs in sample_size and scaling_factor alone
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+}
 
 
 def vae_of(size: str) -> AutoencoderKL:
@@ -61,7 +67,9 @@ def network_of(size: str, channels: int, num_dropped: int) -> tuple[VGG, list[Te
     return VGG(channels, tuple(widths), num_dropped), [torch.ones(width) for width in widths]
 
 
-def loss_of(row: str, size: str, device: str, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+def loss_of(
+    row: str, size: str, device: str, dtype: torch.dtype
+) -> Callable[[Tensor, Tensor], Tensor]:
     """(a, b) → [B]; T alone answers a sum of what it made."""
     latent = network_of(size, 4, num_dropped_pools(4 if size == "pocket" else 8))
     match row:
@@ -126,30 +134,46 @@ def in_a_fresh_process(row: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="pocket", choices=SIDES)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the networks")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the networks"
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--out", type=Path, default=PATH, help="a JSON file; an entry is added to it")
+    parser.add_argument(
+        "--out", type=Path, default=PATH, help="a JSON file; an entry is added to it"
+    )
     parser.add_argument("--row", choices=ROWS, help="this row alone, as one line of JSON")
     args = parser.parse_args()
     if args.row:
         print(json.dumps(measure(args.row, args)))
         return
     rows = {row: in_a_fresh_process(row) for row in ROWS}
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}"
+    hardware = (
+        torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}"
+    )
     entry = {
         "command": shlex.join(["python", "benchmarks/loss_cost.py", *sys.argv[1:]]),
-        "hardware": hardware, "threads": torch.get_num_threads(), "torch": torch.__version__, "dtype": args.dtype,
-        "batch": args.batch, "repeats": args.repeats, "compile": args.compile, "rows": rows,
-    }  # fmt: skip
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": args.dtype,
+        "batch": args.batch,
+        "repeats": args.repeats,
+        "compile": args.compile,
+        "rows": rows,
+    }
     result = read_json(args.out) if args.out.exists() else {}
     name = f"{args.size}, {args.device}, {args.dtype}" + (", compiled" if args.compile else "")
     write_json(args.out, result | {name: entry})
-    print(f"{name} · {hardware} · batch {args.batch}\n{'loss':16}{'ms':>10}{'MiB':>10}{'× pixel':>10}")
+    print(
+        f"{name} · {hardware} · batch {args.batch}\n{'loss':16}{'ms':>10}{'MiB':>10}{'× pixel':>10}"
+    )
     for row, found in rows.items():
         if "failed" in found:
             print(f"{row:16}failed: {found['failed']}")

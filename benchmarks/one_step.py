@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from real_sizes import SIZES, teacher_of
 
-from diffusion2gan.evaluate.systems import System
-from diffusion2gan.evaluate.timing import latencies, median_and_p90, peak_memory_bytes
-from diffusion2gan.export import one_step_scheduler
-from diffusion2gan.pairs.store import noise_of
+from diffusion2gan.noise import noise_from_seeds
+from diffusion2gan.pipelines.system import System
+from diffusion2gan.pipelines.timing import latencies, median_and_p90, peak_memory_bytes
 from diffusion2gan.runtime.files import read_json, write_json
+from diffusion2gan.teacher.one_step import one_step_scheduler
 
 PROMPT = ["a blue star on sand"]
 
@@ -35,18 +35,26 @@ def faster(pipeline: Any, args: argparse.Namespace) -> None:
 
 
 def measure(system: System, repeats: int) -> dict[str, float]:
-    noise = noise_of([0], system.latent_shape)
+    noise = noise_from_seeds([0], system.latent_shape)
     system.generate(PROMPT, noise)  # what compiles, compiles here
-    median, p90 = median_and_p90(latencies(lambda: system.generate(PROMPT, noise), repeats, system.device))
+    median, p90 = median_and_p90(
+        latencies(lambda: system.generate(PROMPT, noise), repeats, system.device)
+    )
     peak = peak_memory_bytes(lambda: system.generate(PROMPT, noise), system.device)
-    return {"ms": median * 1000, "p90_ms": p90 * 1000} | ({} if peak is None else {"peak_gib": peak / 2**30})
+    return {"ms": median * 1000, "p90_ms": p90 * 1000} | (
+        {} if peak is None else {"peak_gib": peak / 2**30}
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", default="pocket", choices=SIZES)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--precision", default="float32", choices=("float32", "float16", "bfloat16"))
+    parser.add_argument(
+        "--precision", default="float32", choices=("float32", "float16", "bfloat16")
+    )
     parser.add_argument("--steps", type=int, default=50, help="of the teacher")
     parser.add_argument("--guidance-scale", type=float, default=7.5)
     parser.add_argument("--repeats", type=int, default=20)
@@ -65,15 +73,26 @@ def main() -> None:
         pipeline.scheduler = scheduler
         rows[name] = measure(System(name, pipeline, steps, guidance, "random"), args.repeats)
     one, many = rows.values()
-    hardware = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}"
+    hardware = (
+        torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}"
+    )
     flags = [name for name in ("compile", "channels_last") if getattr(args, name)]
     name = ", ".join([args.size, args.device, args.precision, *flags])
-    print(f"{name} · {hardware} · torch {torch.__version__}\n{'':12}{'ms':>10}{'p90':>10}{'peak GiB':>10}")
+    print(
+        f"{name} · {hardware} · torch {torch.__version__}\n{'':12}{'ms':>10}{'p90':>10}{'peak GiB':>10}"
+    )
     for row, found in rows.items():
-        print(f"{row:12}{found['ms']:10.1f}{found['p90_ms']:10.1f}{found.get('peak_gib', float('nan')):10.2f}")
+        print(
+            f"{row:12}{found['ms']:10.1f}{found['p90_ms']:10.1f}{found.get('peak_gib', float('nan')):10.2f}"
+        )
     print(f"{many['ms'] / one['ms']:.1f} times faster")
     if args.out:
-        entry = {"hardware": hardware, "torch": torch.__version__, "rows": rows, "times_faster": many["ms"] / one["ms"]}
+        entry = {
+            "hardware": hardware,
+            "torch": torch.__version__,
+            "rows": rows,
+            "times_faster": many["ms"] / one["ms"],
+        }
         write_json(args.out, (read_json(args.out) if args.out.exists() else {}) | {name: entry})
 
 

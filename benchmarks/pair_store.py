@@ -31,10 +31,11 @@ import webdataset as wds
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diffusion2gan.noise import pair_seed
 from diffusion2gan.pairs import store
 from diffusion2gan.pairs.exchange import export_webdataset, tar_name
 from diffusion2gan.pairs.sampler import PairReader
-from diffusion2gan.pairs.store import Pairs, PairsSpec, pair_seed
+from diffusion2gan.pairs.store import Pairs, PairsSpec
 from diffusion2gan.runtime.files import write_json
 
 SHAPE = (4, 64, 64)
@@ -71,7 +72,9 @@ def write_lmdb(folder: Path, made: Path) -> float:
         pairs = store.read_shard(made, shard, spec=spec, dtype=torch.float16)
         start = time.perf_counter()
         with environment.begin(write=True) as transaction:
-            for index, seed, prompt, latents in zip(pairs.index, pairs.seed, pairs.prompts, pairs.latents, strict=True):
+            for index, seed, prompt, latents in zip(
+                pairs.index, pairs.seed, pairs.prompts, pairs.latents, strict=True
+            ):
                 about = json.dumps({"seed": seed, "prompt": prompt}).encode()
                 value = len(about).to_bytes(4, "little") + about + latents.numpy().tobytes()
                 transaction.put(f"{index:08d}".encode(), value)
@@ -99,12 +102,18 @@ def read_parquet(folder: Path, count: int, seed: int) -> Iterator[Batch]:
 
 def tar_row(row: dict[str, Any]) -> tuple[int, str, np.ndarray]:
     about = json.loads(row["json"])
-    return about["seed"], about["prompt"], np.load(io.BytesIO(row["latents.npy"]), allow_pickle=False)
+    return (
+        about["seed"],
+        about["prompt"],
+        np.load(io.BytesIO(row["latents.npy"]), allow_pickle=False),
+    )
 
 
 def read_webdataset(folder: Path, count: int, seed: int) -> Iterator[Batch]:
     urls = [str(folder / tar_name(shard)) for shard in range(count // SHARD)]
-    data = wds.WebDataset(urls, shardshuffle=100, seed=seed, workersplitter=wds.split_by_worker, empty_check=False)
+    data = wds.WebDataset(
+        urls, shardshuffle=100, seed=seed, workersplitter=wds.split_by_worker, empty_check=False
+    )
     data = data.shuffle(SHARD).map(tar_row).batched(BATCH, collation_fn=collate, partial=False)
     yield from DataLoader(data, batch_size=None, num_workers=WORKERS, prefetch_factor=4)
 
@@ -124,12 +133,18 @@ class Lmdb(Dataset[tuple[int, str, np.ndarray]]):
         value = self.transaction.get(f"{self.order[place]:08d}".encode())
         start = 4 + int.from_bytes(value[:4], "little")
         about = json.loads(bytes(value[4:start]))
-        return about["seed"], about["prompt"], np.frombuffer(value[start:], np.float16).reshape(SHAPE)
+        return (
+            about["seed"],
+            about["prompt"],
+            np.frombuffer(value[start:], np.float16).reshape(SHAPE),
+        )
 
 
 def read_lmdb(folder: Path, count: int, seed: int) -> Iterator[Batch]:
     order = np.random.default_rng(seed).permutation(count).tolist()
-    yield from DataLoader(Lmdb(folder, order), BATCH, num_workers=WORKERS, collate_fn=collate, drop_last=True)
+    yield from DataLoader(
+        Lmdb(folder, order), BATCH, num_workers=WORKERS, collate_fn=collate, drop_last=True
+    )
 
 
 def forget(folder: Path) -> None:
@@ -160,7 +175,11 @@ def size_kib(folder: Path) -> float:
 
 
 def measure(
-    name: str, folder: Path, count: int, took_s: float, read: Callable[[Path, int, int], Iterator[Batch]]
+    name: str,
+    folder: Path,
+    count: int,
+    took_s: float,
+    read: Callable[[Path, int, int], Iterator[Batch]],
 ) -> dict[str, Any]:
     forget(folder)
     row = {"kib_per_pair": size_kib(folder) / count, "write_pairs_per_s": count / took_s}
@@ -171,23 +190,37 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=20_000)
-    parser.add_argument("--folder", type=Path, help="where the sets are written; a temporary folder if not given")
+    parser.add_argument(
+        "--folder", type=Path, help="where the sets are written; a temporary folder if not given"
+    )
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--note", default="", help="kept in the JSON: what else the machine was doing")
+    parser.add_argument(
+        "--note", default="", help="kept in the JSON: what else the machine was doing"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     count, systems = args.count // SHARD * SHARD, {}
 
     def keep(name: str, row: dict[str, Any]) -> None:
         systems[name] = row
-        write_json(args.out, {
-            "command": shlex.join(["python", "benchmarks/pair_store.py", *sys.argv[1:]]),
-            "count": count, "latent_shape": SHAPE, "batch_size": BATCH, "workers": WORKERS, "systems": systems,
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores", "load_average": os.getloadavg()[1],
-            "note": args.note,
-        })  # fmt: skip
+        write_json(
+            args.out,
+            {
+                "command": shlex.join(["python", "benchmarks/pair_store.py", *sys.argv[1:]]),
+                "count": count,
+                "latent_shape": SHAPE,
+                "batch_size": BATCH,
+                "workers": WORKERS,
+                "systems": systems,
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                "load_average": os.getloadavg()[1],
+                "note": args.note,
+            },
+        )
 
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         base = Path(name)
@@ -195,7 +228,11 @@ def main() -> None:
         keep("parquet", measure("parquet", base / "parquet", count, took_s, read_parquet))
         few = max(SHARD, count // 5)
         took_s = write_parquet(base / "noise", few, keep_noise=True)
-        row = {"kib_per_pair": size_kib(base / "noise") / few, "write_pairs_per_s": few / took_s, "count": few}
+        row = {
+            "kib_per_pair": size_kib(base / "noise") / few,
+            "write_pairs_per_s": few / took_s,
+            "count": few,
+        }
         keep("parquet_with_noise", {key: round(value, 2) for key, value in row.items()})
         start = time.perf_counter()
         export_webdataset(base / "parquet", base / "tars")  # reading included

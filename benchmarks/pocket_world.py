@@ -15,15 +15,15 @@ from typing import Any
 
 import torch
 
-from diffusion2gan.evaluate.evaluate import HELD_OUT_WORLD, evaluate, real_pictures
 from diffusion2gan.evaluate.features import attributes_right, load_probe
 from diffusion2gan.evaluate.metrics import share
-from diffusion2gan.evaluate.systems import load_system
-from diffusion2gan.pairs.store import noise_of
+from diffusion2gan.evaluate.run import HELD_OUT_WORLD, evaluate, real_pictures
+from diffusion2gan.noise import noise_from_seeds
+from diffusion2gan.pipelines.system import load_system
 from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime.files import write_image, write_json
-from diffusion2gan.runtime.images import from_uint8, sheet
-from diffusion2gan.teacher.pipeline import load_teacher
+from diffusion2gan.runtime.images import contact_sheet, from_uint8
+from diffusion2gan.teacher.loading import load_teacher
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -53,7 +53,9 @@ def measured(system: str, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--num-noises", type=int, default=8, help="pictures a caption, for the diversity")
+    parser.add_argument(
+        "--num-noises", type=int, default=8, help="pictures a caption, for the diversity"
+    )
     parser.add_argument("--work", type=Path, default=Path("work/pocket_world"))
     args = parser.parse_args()
     pace = scenes_per_second()
@@ -66,7 +68,9 @@ def main() -> None:
         "gpu": "not measured",
         "scenes_per_second": pace,
         "vae_psnr_db": psnr,
-        "probe_accuracy_on_real": share([answer for answers in right.values() for answer in answers]),
+        "probe_accuracy_on_real": share(
+            [answer for answers in right.values() for answer in answers]
+        ),
         "probe_accuracy_on_real_by_kind": {kind: share(answers) for kind, answers in right.items()},
         "teacher": measured("pocket-teacher", args),
         "student": measured("pocket-student", args),
@@ -75,13 +79,15 @@ def main() -> None:
         ),
     }
     write_json(DOCS / "results" / "pocket_world.json", result)
-    write_image(DOCS / "images" / "scenes.png", sheet(images[:32], 8).save)
+    write_image(DOCS / "images" / "scenes.png", contact_sheet(images[:32], 8).save)
     pairs = torch.cat([torch.cat([images[i : i + 8], decoded[i : i + 8]]) for i in (0, 8)])
-    write_image(DOCS / "images" / "vae.png", sheet(pairs, 8).save)
+    write_image(DOCS / "images" / "vae.png", contact_sheet(pairs, 8).save)
     for name in ("teacher", "student"):  # the same noises
         system = load_system(f"pocket-{name}")
-        shown = from_uint8(system.generate(prompts[:32], noise_of(range(32), system.latent_shape)))
-        write_image(DOCS / "images" / f"{name}.png", sheet(shown, 8).save)
+        shown = from_uint8(
+            system.generate(prompts[:32], noise_from_seeds(range(32), system.latent_shape))
+        )
+        write_image(DOCS / "images" / f"{name}.png", contact_sheet(shown, 8).save)
     for key, value in result.items():
         print(f"{key}: {value}", file=sys.stdout)
 

@@ -22,11 +22,20 @@ from diffusion2gan.pocket import models
 from diffusion2gan.teacher.pipeline import Teacher
 
 SIZES = ("pocket", "sd15", "sdxl")
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+}
 VAE: dict[str, Any] = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32,
-}  # fmt: skip
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+}
 CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
 
@@ -34,11 +43,18 @@ def clip(kind: Any, width: int, layers: int, heads: int) -> Any:
     words = len(models.tokenizer())
     return kind(
         CLIPTextConfig(
-            vocab_size=words, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-            num_attention_heads=heads, max_position_embeddings=77, projection_dim=width, bos_token_id=words - 2,
-            eos_token_id=words - 1, pad_token_id=words - 1,
+            vocab_size=words,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=77,
+            projection_dim=width,
+            bos_token_id=words - 2,
+            eos_token_id=words - 1,
+            pad_token_id=words - 1,
         )
-    )  # fmt: skip
+    )
 
 
 def tokenizer() -> Any:
@@ -49,29 +65,49 @@ def tokenizer() -> Any:
 
 def sd15() -> StableDiffusionPipeline:
     unet = UNet2DConditionModel(
-        sample_size=64, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768, attention_head_dim=8,
-        down_block_types=(CROSS[0],) * 3 + ("DownBlock2D",), up_block_types=("UpBlock2D",) + (CROSS[1],) * 3,
-    )  # fmt: skip
+        sample_size=64,
+        block_out_channels=(320, 640, 1280, 1280),
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        down_block_types=(CROSS[0],) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + (CROSS[1],) * 3,
+    )
     return StableDiffusionPipeline(
-        vae=AutoencoderKL(**VAE, sample_size=512, scaling_factor=0.18215), tokenizer=tokenizer(),
-        text_encoder=clip(CLIPTextModel, 768, 12, 12), unet=unet, scheduler=DDIMScheduler(**SCHEDULE),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=AutoencoderKL(**VAE, sample_size=512, scaling_factor=0.18215),
+        tokenizer=tokenizer(),
+        text_encoder=clip(CLIPTextModel, 768, 12, 12),
+        unet=unet,
+        scheduler=DDIMScheduler(**SCHEDULE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def sdxl() -> StableDiffusionXLPipeline:
     unet = UNet2DConditionModel(
-        sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048, attention_head_dim=(5, 10, 20),
-        transformer_layers_per_block=(1, 2, 10), use_linear_projection=True, addition_embed_type="text_time",
-        addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-        down_block_types=("DownBlock2D", CROSS[0], CROSS[0]), up_block_types=(CROSS[1], CROSS[1], "UpBlock2D"),
-    )  # fmt: skip
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        cross_attention_dim=2048,
+        attention_head_dim=(5, 10, 20),
+        transformer_layers_per_block=(1, 2, 10),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+        down_block_types=("DownBlock2D", CROSS[0], CROSS[0]),
+        up_block_types=(CROSS[1], CROSS[1], "UpBlock2D"),
+    )
     return StableDiffusionXLPipeline(
-        vae=AutoencoderKL(**VAE, sample_size=1024, scaling_factor=0.13025), tokenizer=tokenizer(),
-        tokenizer_2=tokenizer(), text_encoder=clip(CLIPTextModel, 768, 12, 12), unet=unet,
-        text_encoder_2=clip(CLIPTextModelWithProjection, 1280, 32, 20), scheduler=DDIMScheduler(**SCHEDULE),
+        vae=AutoencoderKL(**VAE, sample_size=1024, scaling_factor=0.13025),
+        tokenizer=tokenizer(),
+        tokenizer_2=tokenizer(),
+        text_encoder=clip(CLIPTextModel, 768, 12, 12),
+        unet=unet,
+        text_encoder_2=clip(CLIPTextModelWithProjection, 1280, 32, 20),
+        scheduler=DDIMScheduler(**SCHEDULE),
         add_watermarker=False,
-    )  # fmt: skip
+    )
 
 
 def pipeline_of(size: str, device: str) -> Any:

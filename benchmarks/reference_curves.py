@@ -23,12 +23,16 @@ def means(log: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     """(pairs seen, mean) of each part of the log that has the key."""
     size = -(-len(log) // PARTS)
     parts = [log[i : i + size] for i in range(0, len(log), size)]
-    values = [(part[-1]["pairs_seen"], [e[key] for e in part if e.get(key) is not None]) for part in parts]
+    values = [
+        (part[-1]["pairs_seen"], [e[key] for e in part if e.get(key) is not None]) for part in parts
+    ]
     return [(at, statistics.fmean(found)) for at, found in values if found]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path)
     args = parser.parse_args()
     log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]

@@ -19,12 +19,17 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from serve_latency import TOLD, WAIT_MS, chromium, served
 
 OUT = Path(__file__).parents[1] / "docs" / "images"
-PROMPTS = ("two small dotted blue stars on pink", "a large striped red ring left of a small blue star on sand")
+PROMPTS = (
+    "two small dotted blue stars on pink",
+    "a large striped red ring left of a small blue star on sand",
+)
 PIXELS = 880  # a picture's largest width
 
 
 def opened(browser: Browser, url: str, width: int, height: int, dark: bool = False) -> Page:
-    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
+    page = browser.new_page(
+        viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light"
+    )
     page.set_default_timeout(WAIT_MS)
     page.goto(url)
     return page
@@ -55,7 +60,9 @@ def of_serve(browser: Browser, folder: Path) -> None:
 
 def of_votes(browser: Browser, folder: Path) -> None:
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-    with served(folder, "--vote", "pocket-student", "pocket-teacher", "--prompts", "prompts.txt") as (url, _):
+    with served(
+        folder, "--vote", "pocket-student", "pocket-teacher", "--prompts", "prompts.txt"
+    ) as (url, _):
         page = opened(browser, url, 1100, 760)
         page.wait_for_selector("#right img")
         page.locator("#realism").get_by_label("Right").check()
@@ -72,9 +79,16 @@ def of_report(browser: Browser, report: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--report", type=Path, help="an index.html that compare or demo wrote")
-    parser.add_argument("--only", nargs="+", choices=("serve", "vote", "report"), default=["serve", "vote", "report"])
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=("serve", "vote", "report"),
+        default=["serve", "vote", "report"],
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as driver:
         browser = chromium(driver)

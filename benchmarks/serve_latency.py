@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
-from diffusion2gan.evaluate.systems import load_system
-from diffusion2gan.pairs.store import noise_of
+from diffusion2gan.noise import noise_from_seeds
+from diffusion2gan.pipelines.system import load_system
 from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime.files import write_json
 
@@ -56,7 +56,7 @@ CLOCK = """() => {
     }
   };
   new MutationObserver(look).observe(document.querySelector('#student'), { subtree: true, childList: true, attributes: true });
-}"""  # noqa: E501
+}"""
 
 
 def listens(port: int) -> bool:
@@ -75,7 +75,10 @@ def served(folder: Path, *argv: str) -> Iterator[tuple[str, float]]:
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=folder)
     try:
-        while not ((found := re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text())) and listens(int(found[1]))):
+        while not (
+            (found := re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text()))
+            and listens(int(found[1]))
+        ):
             if process.poll() is not None or time.perf_counter() - start > WAIT_MS / 1000:
                 raise SystemExit(f"serve did not start:\n{log.read_text()}")
             time.sleep(0.05)
@@ -87,8 +90,12 @@ def served(folder: Path, *argv: str) -> Iterator[tuple[str, float]]:
 
 def chromium(driver: Playwright) -> Browser:
     """The installed one."""
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    return driver.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    return driver.chromium.launch(
+        executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else []
+    )
 
 
 def one(page: Page, text: str) -> dict[str, float]:
@@ -124,37 +131,52 @@ def in_the_browser(system: str, count: int, folder: Path) -> dict[str, Any]:
         browser.close()
     total, own = (np.array([row[key] for row in rows]) for key in ("total_s", "pipeline_s"))
     return {
-        "count": count, "command_to_page_s": start_s, "first_picture_s": first,
-        "key_to_picture_median_s": float(np.median(total)), "key_to_picture_p90_s": float(np.quantile(total, 0.9)),
-        "of_it_pipeline_median_s": float(np.median(own)), "of_it_pipeline_p90_s": float(np.quantile(own, 0.9)),
+        "count": count,
+        "command_to_page_s": start_s,
+        "first_picture_s": first,
+        "key_to_picture_median_s": float(np.median(total)),
+        "key_to_picture_p90_s": float(np.quantile(total, 0.9)),
+        "of_it_pipeline_median_s": float(np.median(own)),
+        "of_it_pipeline_p90_s": float(np.quantile(own, 0.9)),
         "each_key_to_picture_s": [round(float(x), 4) for x in total],
-    }  # fmt: skip
+    }
 
 
 def by_evaluate(name: str) -> dict[str, float]:
     """`evaluate`'s own timings of a system: one picture alone, and 32 in one batch."""
     system, captions = load_system(name), scenes.captions(range(32), WORLD)
-    return system.timings(captions, noise_of(range(32), system.latent_shape))
+    return system.timings(captions, noise_from_seeds(range(32), system.latent_shape))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--system", default="pocket-student")
     parser.add_argument("--count", type=int, default=30, help="captions typed")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--note", default="", help="kept in the JSON: what else the machine was doing")
+    parser.add_argument(
+        "--note", default="", help="kept in the JSON: what else the machine was doing"
+    )
     args = parser.parse_args()
     before = os.getloadavg()
     with tempfile.TemporaryDirectory() as folder:
         found = in_the_browser(args.system, args.count, Path(folder))
     pace = by_evaluate(args.system)
     result = {
-        "command": shlex.join(["python", "benchmarks/serve_latency.py", *sys.argv[1:]]), "system": args.system,
-        "hardware": f"{os.cpu_count()} cores, {platform.machine()}", "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "gradio": gradio.__version__, "load_before": list(before),
-        "load_after": list(os.getloadavg()), "niceness": os.nice(0), "note": args.note, "serve": found,
+        "command": shlex.join(["python", "benchmarks/serve_latency.py", *sys.argv[1:]]),
+        "system": args.system,
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "gradio": gradio.__version__,
+        "load_before": list(before),
+        "load_after": list(os.getloadavg()),
+        "niceness": os.nice(0),
+        "note": args.note,
+        "serve": found,
         "evaluate": pace,
-    }  # fmt: skip
+    }
     write_json(args.out, result)
     print(json.dumps(result, indent=1))
 

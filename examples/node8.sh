@@ -10,5 +10,5 @@ $torch -m diffusion2gan pairs --teacher "$teacher" --prompts prompts.txt --count
 diffusion2gan pairs verify pairs --deep 8 --teacher "$teacher"
 
 # --max-restarts: torchrun starts all ranks anew from the last checkpoint when one is lost.
-$torch --max-restarts 3 -m diffusion2gan distill sd15 --set accumulate=8 --pairs pairs --out runs/sd15
+$torch --max-restarts 3 -m diffusion2gan distill sd15 --set gradient_accumulation_steps=8 --pairs pairs --out runs/sd15
 diffusion2gan export runs/sd15 --out export/sd15 --half

@@ -25,7 +25,17 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
 def test_a_training_step(tmp_path: Path) -> None:
     """The row with the discriminator and its penalty; the others are less."""
     out = tmp_path / "train_step.json"
-    options = ["--rows", "with_d_and_r1", "--batch", "2", "--repeats", "1", "--fused", "--out", str(out)]
+    options = [
+        "--rows",
+        "with_d_and_r1",
+        "--batch",
+        "2",
+        "--repeats",
+        "1",
+        "--fused",
+        "--out",
+        str(out),
+    ]
     told = run([sys.executable, "benchmarks/train_step.py", *FLAGS, *options], tmp_path)
     (entry,) = json.loads(out.read_text()).values()
     row = entry["rows"]["with_d_and_r1"]
@@ -37,7 +47,17 @@ def test_a_training_step(tmp_path: Path) -> None:
 def test_one_step_against_many(tmp_path: Path) -> None:
     out = tmp_path / "one_step.json"
     run(
-        [sys.executable, "benchmarks/one_step.py", *FLAGS, "--steps", "4", "--repeats", "5", "--out", str(out)],
+        [
+            sys.executable,
+            "benchmarks/one_step.py",
+            *FLAGS,
+            "--steps",
+            "4",
+            "--repeats",
+            "5",
+            "--out",
+            str(out),
+        ],
         tmp_path,
     )
     (entry,) = json.loads(out.read_text()).values()
@@ -62,11 +82,22 @@ def test_all_that_waits_for_a_gpu_in_miniature(tmp_path: Path) -> None:
         SECONDS_A_PART="3600",
     )
     assert [f"=== part {n}" in told for n in (1, 2, 3)] == [True] * 3 and "failed" not in told
-    assert {path.name for path in tmp_path.iterdir()} >= {"loss_cost.json", "train_step.json", "one_step.json"}
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        "loss_cost.json",
+        "train_step.json",
+        "one_step.json",
+    }
 
 
 def test_no_part_takes_longer_than_it_may(tmp_path: Path) -> None:
     """With no time left everything is left out, and said."""
-    env = os.environ | {"TINY": "1", "SECONDS_A_PART": "0", "OUT": str(tmp_path), "PYTHON": sys.executable}
-    done = subprocess.run(["bash", "benchmarks/gpu.sh", "2"], cwd=ROOT, env=env, capture_output=True, text=True)
+    env = os.environ | {
+        "TINY": "1",
+        "SECONDS_A_PART": "0",
+        "OUT": str(tmp_path),
+        "PYTHON": sys.executable,
+    }
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu.sh", "2"], cwd=ROOT, env=env, capture_output=True, text=True
+    )
     assert done.returncode == 1 and "left out, no time: train_step" in done.stdout

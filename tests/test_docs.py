@@ -58,7 +58,11 @@ class Block:
     @property
     def not_run(self) -> str | None:
         """The reason given, or None where the block is to run."""
-        reasons = [c.removeprefix("not run").lstrip(":").strip() for c in self.comments if c.startswith("not run")]
+        reasons = [
+            c.removeprefix("not run").lstrip(":").strip()
+            for c in self.comments
+            if c.startswith("not run")
+        ]
         return reasons[0] if reasons else None
 
     def __str__(self) -> str:
@@ -97,10 +101,17 @@ def run(block: Block, folder: Path) -> None:
         command = ["bash", "-euo", "pipefail", "-c", commands(block)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        command,
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
         timeout=3600 if block.slow else 300,
-    )  # fmt: skip
-    assert done.returncode == 0, f"{block}\n{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
+    assert done.returncode == 0, (
+        f"{block}\n{block.code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
 
 
 class Reader:
@@ -113,23 +124,31 @@ class Reader:
     def reach(self, block: Block) -> None:
         """Runs `block` and what comes before it and has not run yet (slow ones only for a slow one)."""
         if block not in self.waiting:
-            raise AssertionError(f"{block} has run before, for a later block, and failed there or here")
+            raise AssertionError(
+                f"{block} has run before, for a later block, and failed there or here"
+            )
         before = self.waiting[: self.waiting.index(block)]
         for each in [*(b for b in before if block.slow or not b.slow), block]:
             self.waiting.remove(each)
             run(each, self.folder)
 
 
-ALL_BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document, document.read_text("utf-8"))]
+ALL_BLOCKS = [
+    block for document in DOCUMENTS for block in blocks_of(document, document.read_text("utf-8"))
+]
 BLOCKS = [block for block in ALL_BLOCKS if block.language in RUN]
 
 
-PARAMETERS = [pytest.param(b, marks=[pytest.mark.slow] if b.slow else [], id=str(b)) for b in BLOCKS]
+PARAMETERS = [
+    pytest.param(b, marks=[pytest.mark.slow] if b.slow else [], id=str(b)) for b in BLOCKS
+]
 
 
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Reader]:
-    return {document: Reader(document, tmp_path_factory.mktemp(document.stem)) for document in DOCUMENTS}
+    return {
+        document: Reader(document, tmp_path_factory.mktemp(document.stem)) for document in DOCUMENTS
+    }
 
 
 @pytest.mark.parametrize("block", PARAMETERS)
@@ -151,14 +170,29 @@ with open(os.environ["SAID"], "a") as file:
 
 def said(document: Path, folder: Path) -> list[list[str]]:
     """The commands of a document's blocks that are not run, as bash calls them: nothing but their words is kept."""
-    names = ("diffusion2gan", "torchrun", "python", "make", "git", "pip", "open", "cp", "mkdir", ".venv/bin/python")
+    names = (
+        "diffusion2gan",
+        "torchrun",
+        "python",
+        "make",
+        "git",
+        "pip",
+        "open",
+        "cp",
+        "mkdir",
+        ".venv/bin/python",
+    )
     for name in names:
         stub = folder / "bin" / Path(name).name
         stub.parent.mkdir(exist_ok=True)
         stub.write_text(STUB.format(python=sys.executable))
         stub.chmod(0o755)
     (folder / "said").touch()
-    blocks = [b for b in BLOCKS if b.document == document and b.not_run is not None and b.language in SHELL]
+    blocks = [
+        b
+        for b in BLOCKS
+        if b.document == document and b.not_run is not None and b.language in SHELL
+    ]
     environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "SAID": str(folder / "said")}
     script = "\n".join(commands(b) for b in blocks)
     done = subprocess.run(
@@ -188,7 +222,10 @@ def check_command(argv: list[str]) -> None:
     if argv[0] != "diffusion2gan":
         return
     command: Any = typer.main.get_command(app)
-    words, name = [word for word in argv[1:] if word != "…"], ""  # an ellipsis stands for options told elsewhere
+    words, name = (
+        [word for word in argv[1:] if word != "…"],
+        "",
+    )  # an ellipsis stands for options told elsewhere
     while words and words[0] in getattr(command, "commands", {}):
         command, name, words = command.commands[words[0]], words[0], words[1:]
     assert name, f"{argv}: no such command"
@@ -202,7 +239,9 @@ def check_command(argv: list[str]) -> None:
 
 def ranks_of(argv: list[str]) -> int:
     """torchrun's --nnodes times --nproc-per-node."""
-    given = [int(argv[argv.index(word) + 1]) for word in ("--nnodes", "--nproc-per-node") if word in argv]
+    given = [
+        int(argv[argv.index(word) + 1]) for word in ("--nnodes", "--nproc-per-node") if word in argv
+    ]
     return math.prod(given)
 
 
@@ -233,17 +272,23 @@ def test_reproduce_measures_every_row_of_its_tables(tmp_path: Path) -> None:
 def test_commands_that_do_not_exist_are_found() -> None:
     check_command(["diffusion2gan", "evaluate", "x", "--seed", "3"])
     for wrong, told in (
-        ("diffusion2gan evalute x", AssertionError), ("diffusion2gan evaluate x --sede 3", USAGE),
-        ("diffusion2gan evaluate x --seed three", USAGE), ("diffusion2gan compare", USAGE),
+        ("diffusion2gan evalute x", AssertionError),
+        ("diffusion2gan evaluate x --sede 3", USAGE),
+        ("diffusion2gan evaluate x --seed three", USAGE),
+        ("diffusion2gan compare", USAGE),
         ("diffusion2gan distill sd16 --pairs p --out o", UserError),
         ("diffusion2gan distill sd15 --pairs p --out o --set los=mse", UserError),
         ("python benchmarks/loss_cost.py --sise sd15", AssertionError),
         ("torchrun --nproc-per-node 8 -m diffusion2gan pairs --cont 3", USAGE),
         ("torchrun --nproc-per-node 8 -m diffusion2gan distill sdxl --pairs p --out o", UserError),
-        ("torchrun --nnodes 8 --nproc-per-node 8 -m diffusion2gan distill sd15 --pairs p --out o", UserError),
+        (
+            "torchrun --nnodes 8 --nproc-per-node 8 -m diffusion2gan distill sd15 --pairs p --out o",
+            UserError,
+        ),
         ("diffusion2gan distill sdxl --set strategy=fsdp --pairs p --out o", UserError),
-        ("diffusion2gan plan sd15 --gpus 3", UserError), ("diffusion2gan plan flux-lora", UserError),
-    ):  # fmt: skip
+        ("diffusion2gan plan sd15 --gpus 3", UserError),
+        ("diffusion2gan plan flux-lora", UserError),
+    ):
         with pytest.raises(told):
             check_command(wrong.split())
 
@@ -264,7 +309,11 @@ def spans(text: str) -> list[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 class TestDocument:
     def test_no_snippet_hides_behind_another_name(self, document: Path) -> None:
-        hidden = [str(b) for b in ALL_BLOCKS if b.document == document and b.language in NOT_RUN_BY_ANOTHER_NAME]
+        hidden = [
+            str(b)
+            for b in ALL_BLOCKS
+            if b.document == document and b.language in NOT_RUN_BY_ANOTHER_NAME
+        ]
         assert not hidden, f"call these blocks one of {RUN}, so that they are run: {hidden}"
 
     def test_links_lead_somewhere(self, document: Path) -> None:
@@ -283,7 +332,9 @@ class TestDocument:
     def test_files_named_exist(self, document: Path) -> None:
         named = [span for span in spans(document.read_text("utf-8")) if PATH.fullmatch(span)]
         missing = [
-            n for n in named if not any(any(base.glob(n.rstrip("/"))) for base in (ROOT, ROOT / "src/diffusion2gan"))
+            n
+            for n in named
+            if not any(any(base.glob(n.rstrip("/"))) for base in (ROOT, ROOT / "src/diffusion2gan"))
         ]
         assert not missing, f"{document.name} names {missing}"
 

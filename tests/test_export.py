@@ -17,11 +17,12 @@ from diffusion2gan.distill.student import Student
 from diffusion2gan.distill.train import distill
 from diffusion2gan.errors import UserError
 from diffusion2gan.export import export, write_pipeline
+from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pairs.make import make_pairs
-from diffusion2gan.pairs.store import PairsSpec, noise_of
+from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe
-from diffusion2gan.runtime.lock import claimed
-from diffusion2gan.teacher.pipeline import load_teacher
+from diffusion2gan.runtime.lock import exclusive_lock
+from diffusion2gan.teacher.loading import load_teacher
 
 PROMPTS = ["a red ring on a blue ground", "two stars"]
 STYLES = ("tiny_teacher", "sd_style_teacher")
@@ -47,17 +48,21 @@ save_file(found, sys.argv[3])
 
 
 @pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
     """A run of three steps of each style, so that the averaged weights are neither the teacher's nor the last."""
     root = tmp_path_factory.mktemp("runs")
     for style in STYLES:
         teacher = load_teacher(str(request.getfixturevalue(style)))
-        spec = PairsSpec(teacher.name, teacher.revision, "words", 4, 0, 1, 1.0, teacher.latent_shape, 4)
+        spec = PairsSpec(
+            teacher.name, teacher.revision, "words", 4, 0, 1, 1.0, teacher.latent_shape, 4
+        )
         make_pairs(teacher, lambda indices: ["a star"] * len(indices), spec, root / style / "pairs")
         recipe = Recipe(
             teacher=str(request.getfixturevalue(style)),
             loss="mse",
-            pairs_seen=6,
+            total_pairs=6,
             batch_size=2,
             learning_rate=1e-3,
             adversarial_weight=0,
@@ -67,16 +72,29 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_stock_diffusers_runs_it_exactly(runs: dict[str, Path], tmp_path: Path) -> None:
-    noise = noise_of([1, 2], (4, 16, 16))
+    noise = noise_from_seeds([1, 2], (4, 16, 16))
     save_file({"noise": noise}, tmp_path / "noise.safetensors")
     for style, run in runs.items():
         export(run, tmp_path / style)
-    outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1"
+    }
     done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(tmp_path / "noise.safetensors"), "|".join(PROMPTS),
-         str(tmp_path / "found.safetensors"), *(str(tmp_path / style) for style in runs)],
-        capture_output=True, text=True, env=outside, cwd=tmp_path, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            STOCK,
+            str(tmp_path / "noise.safetensors"),
+            "|".join(PROMPTS),
+            str(tmp_path / "found.safetensors"),
+            *(str(tmp_path / style) for style in runs),
+        ],
+        capture_output=True,
+        text=True,
+        env=outside,
+        cwd=tmp_path,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("refused:") == len(runs), done.stdout
     found = load_file(tmp_path / "found.safetensors")
@@ -89,7 +107,9 @@ def test_stock_diffusers_runs_it_exactly(runs: dict[str, Path], tmp_path: Path) 
             born = teacher.denoise(noise, teacher.last_timestep, teacher.encode(PROMPTS))
         rms = expected.square().mean().sqrt()
         assert float((found[f"latents{place}"] - expected).square().mean().sqrt() / rms) < 1e-5
-        assert float((born - expected).square().mean().sqrt() / rms) > 1e-3  # it did learn something
+        assert (
+            float((born - expected).square().mean().sqrt() / rms) > 1e-3
+        )  # it did learn something
         images = (teacher.decode(expected) + 1) / 2
         torch.testing.assert_close(found[f"images{place}"], images, rtol=0, atol=1e-3)
 
@@ -98,11 +118,20 @@ def test_the_folder_tells_what_it_is(runs: dict[str, Path], tmp_path: Path) -> N
     out = tmp_path / "deep" / "export"
     export(runs["tiny_teacher"], out)
     described = json.loads((out / "diffusion2gan.json").read_text())
-    assert described["pairs_seen"] == 6 and described["recipe"]["loss"] == "mse" and described["pairs"]["count"] == 4
+    assert (
+        described["pairs_seen"] == 6
+        and described["recipe"]["loss"] == "mse"
+        and described["pairs"]["count"] == 4
+    )
     assert "num_inference_steps=1, guidance_scale=0" in (out / "README.md").read_text()
     index = json.loads((out / "model_index.json").read_text())
-    assert index["scheduler"] == ["diffusers", "LCMScheduler"] and index["requires_safety_checker"] is False
-    assert not list(out.rglob("*.bin")) and [path.name for path in out.parent.iterdir()] == ["export"]
+    assert (
+        index["scheduler"] == ["diffusers", "LCMScheduler"]
+        and index["requires_safety_checker"] is False
+    )
+    assert not list(out.rglob("*.bin")) and [path.name for path in out.parent.iterdir()] == [
+        "export"
+    ]
 
 
 def test_no_config_tells_where_the_teacher_lay(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -111,17 +140,23 @@ def test_no_config_tells_where_the_teacher_lay(runs: dict[str, Path], tmp_path: 
         teacher = str(load_student(run)[2]["recipe"]["teacher"])
         for path in (tmp_path / style).rglob("*.json"):
             if path.name != "diffusion2gan.json":  # the recipe, in the user's own words
-                assert teacher not in path.read_text() and "_name_or_path" not in path.read_text(), path
+                assert (
+                    teacher not in path.read_text() and "_name_or_path" not in path.read_text()
+                ), path
 
 
-def test_export_again_replaces_the_export_and_nothing_else(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_export_again_replaces_the_export_and_nothing_else(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
     out = tmp_path / "export"
     export(runs["tiny_teacher"], out)
     first = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
     (out / "stale").write_text("")
     export(runs["tiny_teacher"], out)
     second = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(first[key], second[key]) for key in first) and not (out / "stale").exists()
+    assert (
+        all(torch.equal(first[key], second[key]) for key in first) and not (out / "stale").exists()
+    )
     export(runs["tiny_teacher"], out, torch.float16)
     half = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(half[key], first[key].half()) for key in first)
@@ -137,23 +172,29 @@ def test_export_again_replaces_the_export_and_nothing_else(runs: dict[str, Path]
 
 def test_a_second_export_at_the_same_time_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "one_step"
-    with claimed(out), pytest.raises(UserError, match="is being written by another process"):
+    with exclusive_lock(out), pytest.raises(UserError, match="is being written by another process"):
         export(runs["tiny_teacher"], out)
     assert not out.exists()
     export(runs["tiny_teacher"], out)  # its lock is gone with its owner
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_teacher_in_memory_is_left_as_it_is(runs: dict[str, Path], tmp_path: Path, dtype: torch.dtype) -> None:
+def test_the_teacher_in_memory_is_left_as_it_is(
+    runs: dict[str, Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
     teacher, student, _ = load_student(runs["tiny_teacher"])
     modules = {name: getattr(teacher.pipeline, name) for name in ("unet", "vae", "text_encoder")}
-    before = {(n, k): v.clone() for n, module in modules.items() for k, v in module.state_dict().items()}
+    before = {
+        (n, k): v.clone() for n, module in modules.items() for k, v in module.state_dict().items()
+    }
     scheduler = teacher.pipeline.scheduler
     assert any(not torch.equal(before["unet", key], value) for key, value in student.items())
     write_pipeline(teacher, student, tmp_path / "out", dtype)
     for name, module in modules.items():
         assert getattr(teacher.pipeline, name) is module
-        assert all(torch.equal(before[name, key], value) for key, value in module.state_dict().items()), name
+        assert all(
+            torch.equal(before[name, key], value) for key, value in module.state_dict().items()
+        ), name
     assert teacher.pipeline.scheduler is scheduler
 
 

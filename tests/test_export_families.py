@@ -20,11 +20,12 @@ from diffusion2gan.distill.student import Student
 from diffusion2gan.distill.train import distill
 from diffusion2gan.errors import UserError
 from diffusion2gan.export import export
+from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pairs.make import make_pairs
-from diffusion2gan.pairs.store import PairsSpec, noise_of
+from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe, parse_recipe
 from diffusion2gan.teacher.families import pack, unpack
-from diffusion2gan.teacher.pipeline import load_teacher
+from diffusion2gan.teacher.loading import load_teacher
 
 PROMPTS = ["a red ring on a blue ground", "two stars"]
 STOCK = """
@@ -62,11 +63,13 @@ def run_of(name: str, folder: Path, root: Path, **settings: Any) -> Path:
     """A run of three steps, so that the averaged weights are neither the teacher's nor the last."""
     teacher = load_teacher(str(folder), resolution=RESOLUTION[name])
     guidance = 3.0 if teacher.guidance == "between" else 0.0
-    spec = PairsSpec(teacher.name, teacher.revision, "words", 4, 0, 2, guidance, teacher.latent_shape, 4)
+    spec = PairsSpec(
+        teacher.name, teacher.revision, "words", 4, 0, 2, guidance, teacher.latent_shape, 4
+    )
     make_pairs(teacher, lambda indices: ["a star"] * len(indices), spec, root / "pairs")
     options = {
         "loss": "mse",
-        "pairs_seen": 6,
+        "total_pairs": 6,
         "batch_size": 2,
         "learning_rate": 1e-2,
         "adversarial_weight": 0,
@@ -76,15 +79,30 @@ def run_of(name: str, folder: Path, root: Path, **settings: Any) -> Path:
     return root / "run"
 
 
-def stock(folders: list[Path], base: Path, noise: Tensor, size: int, tmp_path: Path) -> tuple[dict[str, Tensor], str]:
+def stock(
+    folders: list[Path], base: Path, noise: Tensor, size: int, tmp_path: Path
+) -> tuple[dict[str, Tensor], str]:
     save_file({"noise": noise}, tmp_path / "noise.safetensors")
-    paths = [str(tmp_path / "noise.safetensors"), str(tmp_path / "found.safetensors"), str(base), str(size)]
-    libraries = [path for path in os.environ.get("PYTHONPATH", "").split(":") if path and not path.endswith("src")]
+    paths = [
+        str(tmp_path / "noise.safetensors"),
+        str(tmp_path / "found.safetensors"),
+        str(base),
+        str(size),
+    ]
+    libraries = [
+        path
+        for path in os.environ.get("PYTHONPATH", "").split(":")
+        if path and not path.endswith("src")
+    ]
     outside = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(libraries)}
     done = subprocess.run(
         [sys.executable, "-c", STOCK, *paths, *map(str, folders)],
-        capture_output=True, text=True, env=outside, cwd=tmp_path, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        env=outside,
+        cwd=tmp_path,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return load_file(tmp_path / "found.safetensors"), done.stdout
 
@@ -92,7 +110,7 @@ def stock(folders: list[Path], base: Path, noise: Tensor, size: int, tmp_path: P
 def expected_of(run: Path, noise: Tensor) -> tuple[Tensor, Tensor]:
     """What our student answers with its averaged weights, and what the teacher's network answers."""
     teacher, average, described = load_student(run)
-    student = Student.of(parse_recipe(described["recipe"], ""), teacher)
+    student = Student.from_recipe(parse_recipe(described["recipe"], ""), teacher)
     student.trained.load_state_dict(average)
     cond = teacher.encode(PROMPTS)
     with torch.no_grad():
@@ -103,16 +121,23 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).square().mean().sqrt() / b.square().mean().sqrt())
 
 
-QUICK = (("sd15", "full"), ("sd3", "full"))  # a UNet and a transformer; all the others are slow tests
+QUICK = (
+    ("sd15", "full"),
+    ("sd3", "full"),
+)  # a UNet and a transformer; all the others are slow tests
 CASES = [
-    pytest.param(name, kind, id=f"{name}-{kind}", marks=[] if (name, kind) in QUICK else [pytest.mark.slow])
+    pytest.param(
+        name, kind, id=f"{name}-{kind}", marks=[] if (name, kind) in QUICK else [pytest.mark.slow]
+    )
     for name in (*ONE_EACH, "sd21_zero_snr", "sd3_without_t5", "flux_schnell")
     for kind in ("full", "lora")
 ]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
-def test_stock_diffusers_runs_it_exactly(name: str, kind: str, family_folder: Folder, tmp_path: Path) -> None:
+def test_stock_diffusers_runs_it_exactly(
+    name: str, kind: str, family_folder: Folder, tmp_path: Path
+) -> None:
     settings: dict[str, Any] = {}
     if kind == "lora":
         pytest.importorskip("peft")
@@ -122,7 +147,7 @@ def test_stock_diffusers_runs_it_exactly(name: str, kind: str, family_folder: Fo
     export(run, tmp_path / "export")
     folders = [tmp_path / "export"] + ([tmp_path / "export" / "lora"] if kind == "lora" else [])
     channels = 32 if name == "sana" else 16 if name.startswith(("sd3", "flux")) else 4
-    noise = noise_of([1, 2], (channels, SIZE, SIZE))
+    noise = noise_from_seeds([1, 2], (channels, SIZE, SIZE))
     flux = name.startswith("flux")
     given = pack(noise).contiguous() if flux else noise
     found, told = stock(folders, base, given, RESOLUTION[name], tmp_path)
@@ -134,25 +159,37 @@ def test_stock_diffusers_runs_it_exactly(name: str, kind: str, family_folder: Fo
     assert told.count("refused:") + len(found) == 3 * len(folders)
 
 
-def test_a_lora_trains_and_keeps_its_own_weights_alone(family_folder: Folder, tmp_path: Path) -> None:
+def test_a_lora_trains_and_keeps_its_own_weights_alone(
+    family_folder: Folder, tmp_path: Path
+) -> None:
     pytest.importorskip("peft")
     teacher = load_teacher(str(family_folder("sdxl")))
     before = {key: value.clone() for key, value in teacher.network.state_dict().items()}
     student = Student(teacher, lora_rank=2, lora_targets=["to_q", "to_out.0"])
-    noise, cond = noise_of([1], teacher.latent_shape), teacher.encode(PROMPTS[:1])
-    assert torch.equal(student(noise, cond), teacher.denoise(noise, teacher.last_timestep, cond))  # born zero
+    noise, cond = noise_from_seeds([1], teacher.latent_shape), teacher.encode(PROMPTS[:1])
+    assert torch.equal(
+        student(noise, cond), teacher.denoise(noise, teacher.last_timestep, cond)
+    )  # born zero
     student(noise, cond).square().sum().backward()
     named = dict(student.trained.named_parameters())
     assert named and all("lora_" in key and ("to_q" in key or "to_out" in key) for key in named)
-    assert sum(p.numel() for p in named.values()) < 0.1 * sum(p.numel() for p in teacher.network.parameters())
-    assert all(p.grad is None for key, p in student.network.named_parameters() if "lora_" not in key)
+    assert sum(p.numel() for p in named.values()) < 0.1 * sum(
+        p.numel() for p in teacher.network.parameters()
+    )
+    assert all(
+        p.grad is None for key, p in student.network.named_parameters() if "lora_" not in key
+    )
     with torch.no_grad():
         for parameter in student.trained.parameters():
             parameter += 0.1
     assert teacher.network.state_dict().keys() == before.keys() == student.fused().keys()
-    assert all(torch.equal(before[key], value) for key, value in teacher.network.state_dict().items())
+    assert all(
+        torch.equal(before[key], value) for key, value in teacher.network.state_dict().items()
+    )
     shared = {p.data_ptr() for p in teacher.network.parameters()}
-    assert {p.data_ptr() for p in student.network.parameters() if not p.requires_grad} <= shared  # no second copy
+    assert {
+        p.data_ptr() for p in student.network.parameters() if not p.requires_grad
+    } <= shared  # no second copy
 
 
 def test_lora_targets_that_are_not_there_are_said(family_folder: Folder) -> None:
@@ -161,7 +198,9 @@ def test_lora_targets_that_are_not_there_are_said(family_folder: Folder) -> None
         Student(load_teacher(str(family_folder("sd15"))), lora_rank=2, lora_targets=["to_z"])
 
 
-def test_the_card_tells_teacher_licence_size_and_lora(family_folder: Folder, tmp_path: Path) -> None:
+def test_the_card_tells_teacher_licence_size_and_lora(
+    family_folder: Folder, tmp_path: Path
+) -> None:
     pytest.importorskip("peft")
     import shutil
 
@@ -173,7 +212,13 @@ def test_the_card_tells_teacher_licence_size_and_lora(family_folder: Folder, tmp
     export(run, tmp_path / "export")
     card = (tmp_path / "export" / "README.md").read_text()
     for told in (
-        "license: some-community-licence", "my-sd3", "height=64, width=64", "text_encoder_3=None, tokenizer_3=None",
-        "load_lora_weights", "FlowMatchEulerDiscreteScheduler.from_pretrained", "frechet_distance 12.5", "rank 2",
-    ):  # fmt: skip
+        "license: some-community-licence",
+        "my-sd3",
+        "height=64, width=64",
+        "text_encoder_3=None, tokenizer_3=None",
+        "load_lora_weights",
+        "FlowMatchEulerDiscreteScheduler.from_pretrained",
+        "frechet_distance 12.5",
+        "rank 2",
+    ):
         assert told in card, told

@@ -15,23 +15,34 @@ ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "diffusion2gan"
 FILES = sorted(SRC.rglob("*.py"))
 
-# A room imports rooms of its own level or below. `pocket` stands beside the order, with rules of its own.
+# A room imports rooms of its own level or below, and no two rooms import each other.
 LEVEL = {
     "errors": 0,
-    "recipe": 1, "runtime": 1, "plan": 2,
+    "assets": 1,
+    "noise": 1,
+    "prompts": 1,
+    "recipe": 1,
+    "runtime": 1,
     "teacher": 2,
+    "adversarial": 3,
     "pairs": 3,
-    "adversarial": 4, "perceptual": 4,
-    "distill": 5, "export": 5,
-    "evaluate": 6, "generate": 6,
+    "perceptual": 3,
+    "pipelines": 3,
+    "pocket": 4,
+    "distill": 5,
+    "generate": 5,
+    "cost": 6,
+    "evaluate": 6,
+    "export": 6,
     "compare": 7,
-    "demo": 8,
-    "cli": 9, "cli_pairs": 9, "__main__": 10,
-}  # fmt: skip
+    "serve": 8,
+    "demo": 9,
+    "cli": 10,
+    "__main__": 11,
+}
 TOP = {
     "demo",
     "cli",
-    "cli_pairs",
     "__main__",
     "__init__",
 }  # these may import everything; `__init__` is the public surface
@@ -39,16 +50,14 @@ JOBS = {
     "pairs.make",
     "distill.train",
     "export",
-    "evaluate.evaluate",
+    "evaluate.run",
     "compare.compare",
-    "compare.serve",
+    "serve.serve",
     "perceptual.fit",
     "perceptual.calibrate",
 }
-POCKET_IMPORTS = {"pocket", "runtime", "recipe", "errors", "teacher", "perceptual"}
-POCKET_USERS = {"pocket", "evaluate", "compare", "teacher", "perceptual"} | TOP
-POCKET_PATHS_ONLY = {"teacher", "perceptual"}  # of pocket they may see where the shipped weights lie, no network
-DIFFUSERS_DOORS = ("teacher.", "pocket.", "export", "evaluate.systems", "evaluate.published")
+POCKET_USERS = {"pocket", "evaluate", "compare", "serve"} | TOP
+DIFFUSERS_DOORS = ("teacher.", "pocket.", "pipelines.", "export")
 HEAVY = ("torch", "diffusers", "transformers")
 
 
@@ -97,17 +106,24 @@ def upward(module: str, targets: set[str]) -> set[str]:
     here = room(module)
     if here in TOP:
         return set()
-    if here == "pocket":
-        return {t for t in targets if room(t) not in POCKET_IMPORTS}
-    to_pocket = {t for t in targets if room(t) == "pocket"}
-    wrong = to_pocket if here not in POCKET_USERS else set()
-    return wrong | {t for t in targets - to_pocket if LEVEL[room(t)] > LEVEL[here]}
+    to_pocket = {
+        target for target in targets if room(target) == "pocket" and here not in POCKET_USERS
+    }
+    return to_pocket | {target for target in targets if LEVEL[room(target)] > LEVEL[here]}
 
 
 def unsafe(tree: ast.AST) -> Iterator[str]:
     """What could run code out of a file: pickles, `torch.load` without `weights_only=True`, remote code."""
     for name in imports(tree, "x"):
-        if name.split(".")[0] in {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}:
+        if name.split(".")[0] in {
+            "pickle",
+            "cPickle",
+            "dill",
+            "cloudpickle",
+            "joblib",
+            "marshal",
+            "shelve",
+        }:
             yield f"import {name}"
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -126,7 +142,7 @@ def trees() -> dict[str, ast.Module]:
 
 
 def test_every_room_has_its_place(trees: dict[str, ast.Module]) -> None:
-    strangers = {room(m) for m in trees} - set(LEVEL) - {"pocket", "__init__"}
+    strangers = {room(m) for m in trees} - set(LEVEL) - {"__init__"}
     assert not strangers, f"no place in the order of rooms (LEVEL, in this file): {strangers}"
 
 
@@ -136,15 +152,45 @@ def test_imports_go_one_way(trees: dict[str, ast.Module]) -> None:
 
 
 def test_jobs_meet_only_on_disk(trees: dict[str, ast.Module]) -> None:
-    wrong = {m: found for m in JOBS & set(trees) if (found := own_imports(trees[m], m) & (JOBS - {m}))}
+    wrong = {
+        m: found for m in JOBS & set(trees) if (found := own_imports(trees[m], m) & (JOBS - {m}))
+    }
     assert not wrong, f"a job imports another job: {wrong}"
 
 
-def test_teacher_and_perceptual_know_of_pocket_only_where_its_weights_lie(trees: dict[str, ast.Module]) -> None:
-    networks = {m for m, tree in trees.items() if room(m) == "pocket" and set(imported_roots(tree, m)) & set(HEAVY)}
-    users = (m for m in trees if room(m) in POCKET_PATHS_ONLY)
-    wrong = {m: found for m in users if (found := own_imports(trees[m], m) & networks)}
-    assert not wrong, f"only pocket's modules that load no torch may be imported here: {wrong}"
+def cycles(edges: dict[str, set[str]]) -> list[tuple[str, str]]:
+    """The pairs of rooms that reach each other."""
+    reach = {name: set(targets) for name, targets in edges.items()}
+    for middle in reach:
+        for name in reach:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    return [
+        (a, b)
+        for a in sorted(reach)
+        for b in sorted(reach)
+        if a < b and b in reach[a] and a in reach[b]
+    ]
+
+
+def test_no_two_rooms_import_each_other(trees: dict[str, ast.Module]) -> None:
+    edges: dict[str, set[str]] = {room(module): set() for module in trees}
+    for module, tree in trees.items():
+        if room(module) != "__init__":
+            edges[room(module)] |= {room(target) for target in own_imports(tree, module)} - {
+                room(module),
+                "__init__",
+            }
+    assert not cycles(edges)
+
+
+def test_a_cycle_of_rooms_is_noticed() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [
+        ("a", "b"),
+        ("a", "c"),
+        ("b", "c"),
+    ]
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
 
 
 def imported_roots(tree: ast.AST, module: str) -> Iterator[str]:
@@ -180,7 +226,9 @@ def test_the_wrong_way_is_noticed() -> None:
     assert upward("teacher.ode", {"pairs.store", "runtime.files"}) == {"pairs.store"}
     assert upward("pairs.make", {"pocket.scenes", "teacher.ode"}) == {"pocket.scenes"}
     assert upward("pocket.train", {"distill.train", "perceptual.vgg"}) == {"distill.train"}
-    relative = ast.parse("from ..runtime import files\nfrom . import scenes\ndef f():\n    import diffusion2gan.errors")
+    relative = ast.parse(
+        "from ..runtime import files\nfrom . import scenes\ndef f():\n    import diffusion2gan.errors"
+    )
     assert own_imports(relative, "pocket.train") == {"runtime.files", "pocket.scenes", "errors"}
 
 
@@ -203,9 +251,25 @@ assert not loaded, f"--help loads {{loaded}}"
 
 
 # One letter of each in brackets, so that this file does not name them itself.
-REGISTRIES = re.compile(r"\bpy[p]i\b|python[h]osted|download\.py[t]orch|ana[c]onda\.org|npm[j]s", re.I)
+REGISTRIES = re.compile(
+    r"\bpy[p]i\b|python[h]osted|download\.py[t]orch|ana[c]onda\.org|npm[j]s", re.I
+)
 MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(work|root|home|Users)/\w")
-TEXT = {".py", ".md", ".toml", ".txt", ".yml", ".yaml", ".json", ".j2", ".html", ".js", ".css", ".svg", ".cfg"}
+TEXT = {
+    ".py",
+    ".md",
+    ".toml",
+    ".txt",
+    ".yml",
+    ".yaml",
+    ".json",
+    ".j2",
+    ".html",
+    ".js",
+    ".css",
+    ".svg",
+    ".cfg",
+}
 FOLDERS = ("src", "tests", "docs", "recipes", "benchmarks", "examples", ".ci")
 
 
@@ -213,7 +277,9 @@ def texts() -> Iterator[Path]:
     """Every text file that belongs to the project."""
     yield from (ROOT / name for name in ("Makefile", ".ci/run"))
     yield from (file for file in ROOT.iterdir() if file.suffix in TEXT)
-    yield from (file for folder in FOLDERS for file in (ROOT / folder).rglob("*") if file.suffix in TEXT)
+    yield from (
+        file for folder in FOLDERS for file in (ROOT / folder).rglob("*") if file.suffix in TEXT
+    )
 
 
 def test_nothing_of_one_machine_nor_of_a_registry() -> None:

@@ -16,9 +16,14 @@ def save(folder: Path) -> Path:
         torch.manual_seed(0)
         pipeline = models.pipeline()
         pipeline.unet = UNet2DConditionModel(
-            sample_size=16, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=96,
-            attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            sample_size=16,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=96,
+            attention_head_dim=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        )  # fmt: skip
+        )
         pipeline.save_pretrained(folder, safe_serialization=True)
     return folder

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["DiffusionDiscriminator", "ELatentLPIPS", "LatentLPIPS", "PixelLPIPS", "Recipe", "Strengths", "load_teacher"]
+__all__ = [
+    "DiffusionDiscriminator",
+    "ELatentLPIPS",
+    "LatentLPIPS",
+    "PixelLPIPS",
+    "Recipe",
+    "Strengths",
+    "load_teacher",
+]
 
 _HOMES = {
     "DiffusionDiscriminator": "diffusion2gan.adversarial.discriminator",
@@ -14,7 +22,7 @@ _HOMES = {
     "PixelLPIPS": "diffusion2gan.perceptual.distance",
     "Recipe": "diffusion2gan.recipe",
     "Strengths": "diffusion2gan.perceptual.augment",
-    "load_teacher": "diffusion2gan.teacher.pipeline",
+    "load_teacher": "diffusion2gan.teacher.loading",
 }
 
 

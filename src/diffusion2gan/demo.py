@@ -6,20 +6,24 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from diffusion2gan import assets
 from diffusion2gan.compare.compare import compare
 from diffusion2gan.distill.train import distill
-from diffusion2gan.evaluate.evaluate import evaluate
-from diffusion2gan.evaluate.systems import load_system
+from diffusion2gan.evaluate.run import evaluate
 from diffusion2gan.export import export
 from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.store import SPEC_FILE, open_set
-from diffusion2gan.pocket import scenes, shipped
+from diffusion2gan.pipelines.system import load_system
+from diffusion2gan.pocket import scenes
 from diffusion2gan.recipe import load_recipe
-from diffusion2gan.runtime.files import whole, write_json
+from diffusion2gan.runtime.files import atomic_write, write_json
 from diffusion2gan.runtime.progress import console
-from diffusion2gan.teacher.pipeline import load_teacher
+from diffusion2gan.teacher.loading import load_teacher
 
-SHOWN_WORLD, SHOWN_NOISE = 2000, 255  # prompts and noises of the report: neither trained nor measured on
+SHOWN_WORLD, SHOWN_NOISE = (
+    2000,
+    255,
+)  # prompts and noises of the report: neither trained nor measured on
 
 
 def demo(out: Path, *, count: int, num_prompts: int, settings: list[str]) -> dict[str, Any]:
@@ -46,7 +50,12 @@ def demo(out: Path, *, count: int, num_prompts: int, settings: list[str]) -> dic
     metrics = {
         "systems": {
             name: evaluate(
-                path, count=count, seed=0, cache=out / "pictures", num_inference_steps=steps, guidance_scale=guidance
+                path,
+                count=count,
+                seed=0,
+                cache=out / "pictures",
+                num_inference_steps=steps,
+                guidance_scale=guidance,
             )
             for name, (path, steps, guidance) in named.items()
         }
@@ -57,17 +66,20 @@ def demo(out: Path, *, count: int, num_prompts: int, settings: list[str]) -> dic
     systems = {name: load_system(*args) for name, args in named.items()}
     prompts = scenes.captions(range(num_prompts), SHOWN_WORLD)
     compare(systems, prompts, out, seed=SHOWN_NOISE, metrics=metrics["systems"])
-    console.print(f"Done. Open {out / 'index.html'}; the numbers are in {out / 'metrics.json'}.", soft_wrap=True)
+    console.print(
+        f"Done. Open {out / 'index.html'}; the numbers are in {out / 'metrics.json'}.",
+        soft_wrap=True,
+    )
     return metrics
 
 
 def complete_shipped_pairs(folder: Path) -> None:
     """Copies the shipped shards into `folder` and makes the set's remaining ones there."""
     if not (folder / SPEC_FILE).exists():
-        with whole(folder) as temporary:
-            shutil.copytree(shipped.folder("pairs"), temporary)
+        with atomic_write(folder) as temporary:
+            shutil.copytree(assets.folder("pairs"), temporary)
     spec = open_set(folder)
-    world = shipped.pairs_world(spec.seed)
+    world = assets.pairs_world(spec.seed)
     make_pairs(load_teacher(), lambda indices: scenes.captions(indices, world), spec, folder)
 
 

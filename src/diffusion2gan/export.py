@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 from torch import Tensor, nn
 
 from diffusion2gan.distill.run import load_student
 from diffusion2gan.distill.student import Student
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import parse_recipe
-from diffusion2gan.runtime.files import read_json, whole
-from diffusion2gan.runtime.lock import claimed
-from diffusion2gan.teacher.pipeline import Teacher, absent_parts
-
-ALL_NOISE = 1e9  # a flow's shift: σ/(σ + (1−σ)/shift) is one in float32 at every σ that a scheduler asks for
+from diffusion2gan.runtime.files import atomic_write, read_json
+from diffusion2gan.runtime.lock import exclusive_lock
+from diffusion2gan.teacher.loading import absent_parts
+from diffusion2gan.teacher.one_step import one_step_scheduler
+from diffusion2gan.teacher.pipeline import Teacher
 
 CARD = """---
 library_name: diffusers
@@ -67,14 +66,18 @@ def export(run: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
     `run`: its folder, or one of its checkpoints. An earlier export there is replaced. Raises UserError where `out`
     holds anything else, or another process writes it.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "diffusion2gan.json").is_file()):
-        raise UserError(f"{out} is there already and is no export, so it is not replaced; choose another --out")
+    if out.is_file() or (
+        out.is_dir() and any(out.iterdir()) and not (out / "diffusion2gan.json").is_file()
+    ):
+        raise UserError(
+            f"{out} is there already and is no export, so it is not replaced; choose another --out"
+        )
     teacher, average, described = load_student(run)
-    student = Student.of(parse_recipe(described["recipe"], str(run)), teacher)
+    student = Student.from_recipe(parse_recipe(described["recipe"], str(run)), teacher)
     student.trained.load_state_dict(average)
     if (run / "metrics.json").is_file():
         described = described | {"metrics": read_json(run / "metrics.json")}
-    with claimed(out), whole(out) as temporary:
+    with exclusive_lock(out), atomic_write(out) as temporary:
         write_pipeline(teacher, student.fused(), temporary, dtype)
         lora = student.lora()
         if lora is not None:
@@ -82,7 +85,9 @@ def export(run: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
         _write_card(described, teacher, temporary)
 
 
-def write_pipeline(teacher: Teacher, student: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+def write_pipeline(
+    teacher: Teacher, student: dict[str, Tensor], folder: Path, dtype: torch.dtype
+) -> None:
     """The teacher's pipeline with the student's network and a scheduler for exactly one step at T.
 
     The teacher itself is left as it is.
@@ -105,23 +110,12 @@ def write_pipeline(teacher: Teacher, student: dict[str, Tensor], folder: Path, d
         _forget_origin(path)
 
 
-def one_step_scheduler(teacher: Teacher) -> LCMScheduler | FlowMatchEulerDiscreteScheduler:
-    """A stock scheduler whose one step is x0 at T, and which never runs another number of them wrongly.
-
-    Diffusion: LCMScheduler with `original_inference_steps=1` starts at the last timestep and returns x0 (its boundary
-    terms are 6e-8 there); any other number of steps raises. Flows: Euler with so large a shift that every step but the
-    last stays at σ = 1, so any number of steps gives the same x0, or raises where diffusers counts equal timesteps.
-    """
-    config = teacher.scheduler.config
-    if not teacher.family.flow:
-        return LCMScheduler.from_config(config, original_inference_steps=1, clip_sample=False)
-    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps, shift=ALL_NOISE)
-
-
 def write_lora(teacher: Teacher, lora: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
     """`pytorch_lora_weights.safetensors`, which the teacher's own pipeline takes by `load_lora_weights`."""
     layers = {name: weight.detach().to(dtype).contiguous() for name, weight in lora.items()}
-    type(teacher.pipeline).save_lora_weights(folder, **{f"{teacher.family.network}_lora_layers": layers})
+    type(teacher.pipeline).save_lora_weights(
+        folder, **{f"{teacher.family.network}_lora_layers": layers}
+    )
 
 
 def _forget_origin(path: Path) -> None:
@@ -136,18 +130,34 @@ def _write_card(described: dict[str, Any], teacher: Teacher, folder: Path) -> No
     licence = licence_of(teacher)
     call = {
         "absent": "".join(f", {name}=None" for name in absent_parts(folder)),
-        "size": "" if teacher.family.network == "unet" else ", height={}, width={}".format(*teacher.pixels),
+        "size": ""
+        if teacher.family.network == "unet"
+        else ", height={}, width={}".format(*teacher.pixels),
     }
-    lora = LORA.format(scheduler=type(one_step_scheduler(teacher)).__name__, **call) if recipe["lora_rank"] else ""
+    lora = (
+        LORA.format(scheduler=type(one_step_scheduler(teacher)).__name__, **call)
+        if recipe["lora_rank"]
+        else ""
+    )
     text = CARD.format(
-        teacher=pairs["teacher"], revision=pairs["revision"], count=pairs["count"], steps=pairs["num_inference_steps"],
-        guidance=pairs["guidance_scale"], seen=described["pairs_seen"], loss=recipe["loss"],
-        kind=f"a LoRA of rank {recipe['lora_rank']}, fused" if lora else "all weights trained", lora=lora,
-        measured=measured(described), licence=licence or "other",
-        licence_told=licence or "not stated in its folder, so look where it came from", **call,
-    )  # fmt: skip
+        teacher=pairs["teacher"],
+        revision=pairs["revision"],
+        count=pairs["count"],
+        steps=pairs["num_inference_steps"],
+        guidance=pairs["guidance_scale"],
+        seen=described["pairs_seen"],
+        loss=recipe["loss"],
+        kind=f"a LoRA of rank {recipe['lora_rank']}, fused" if lora else "all weights trained",
+        lora=lora,
+        measured=measured(described),
+        licence=licence or "other",
+        licence_told=licence or "not stated in its folder, so look where it came from",
+        **call,
+    )
     (folder / "README.md").write_text(text, encoding="utf-8")
-    (folder / "diffusion2gan.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    (folder / "diffusion2gan.json").write_text(
+        json.dumps(described, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def licence_of(teacher: Teacher) -> str | None:
@@ -155,7 +165,11 @@ def licence_of(teacher: Teacher) -> str | None:
     if teacher.folder is None:
         return None
     card = (teacher.folder if teacher.folder.is_dir() else teacher.folder.parent) / "README.md"
-    found = re.search(r"^license(?:_name)?: *(\S+)", card.read_text("utf-8"), re.M) if card.is_file() else None
+    found = (
+        re.search(r"^license(?:_name)?: *(\S+)", card.read_text("utf-8"), re.M)
+        if card.is_file()
+        else None
+    )
     return found.group(1) if found else None
 
 

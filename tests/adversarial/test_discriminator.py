@@ -11,35 +11,51 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from diffusion2gan import DiffusionDiscriminator
-from diffusion2gan.adversarial.discriminator import PatchDiscriminator, discriminator_of
+from diffusion2gan.adversarial.discriminator import PatchDiscriminator, build_discriminator
 from diffusion2gan.adversarial.losses import discriminator_loss, plain_attention, r1_penalty
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import Recipe
-from diffusion2gan.teacher.pipeline import Conditioning, load_teacher
+from diffusion2gan.teacher.conditioning import Conditioning
+from diffusion2gan.teacher.loading import load_teacher
 
-DOWN, ATTENTION_DOWN, UP, ATTENTION_UP = "DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"
+DOWN, ATTENTION_DOWN, UP, ATTENTION_UP = (
+    "DownBlock2D",
+    "CrossAttnDownBlock2D",
+    "UpBlock2D",
+    "CrossAttnUpBlock2D",
+)
 
 
 def unet(**options: Any) -> Any:
     """Stable Diffusion's network, very small: two grids, random weights, frozen."""
     settings: dict[str, Any] = {
-        "sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
-        "cross_attention_dim": 12, "attention_head_dim": 2, "down_block_types": (ATTENTION_DOWN, DOWN),
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 12,
+        "attention_head_dim": 2,
+        "down_block_types": (ATTENTION_DOWN, DOWN),
         "up_block_types": (UP, ATTENTION_UP),
-    }  # fmt: skip
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return UNet2DConditionModel(**settings | options).eval().requires_grad_(False)
 
 
 THREE_GRIDS = {
-    "block_out_channels": (8, 16, 24), "layers_per_block": 2,
-    "down_block_types": (DOWN, ATTENTION_DOWN, ATTENTION_DOWN), "up_block_types": (ATTENTION_UP, ATTENTION_UP, UP),
-}  # fmt: skip
+    "block_out_channels": (8, 16, 24),
+    "layers_per_block": 2,
+    "down_block_types": (DOWN, ATTENTION_DOWN, ATTENTION_DOWN),
+    "up_block_types": (ATTENTION_UP, ATTENTION_UP, UP),
+}
 SDXL = THREE_GRIDS | {
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 29,
-    "transformer_layers_per_block": (1, 1, 2), "use_linear_projection": True,
-}  # fmt: skip
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 29,
+    "transformer_layers_per_block": (1, 1, 2),
+    "use_linear_projection": True,
+}
 
 
 def inputs(batch: int = 3, size: int = 8, seed: int = 1) -> tuple[Tensor, Conditioning, Tensor]:
@@ -67,9 +83,13 @@ def output(teacher: Any, merged: Tensor) -> Tensor:
     return teacher.conv_out(teacher.conv_act(teacher.conv_norm_out(merged)))
 
 
-@pytest.mark.parametrize(("options", "size"), [({}, 8), (THREE_GRIDS, 8), (THREE_GRIDS, 10), (SDXL, 8)])
+@pytest.mark.parametrize(
+    ("options", "size"), [({}, 8), (THREE_GRIDS, 8), (THREE_GRIDS, 10), (SDXL, 8)]
+)
 @pytest.mark.parametrize("timestep", [0, 400])
-def test_its_features_are_born_as_the_teachers(options: dict[str, Any], size: int, timestep: int) -> None:
+def test_its_features_are_born_as_the_teachers(
+    options: dict[str, Any], size: int, timestep: int
+) -> None:
     teacher = unet(**options)
     noise, cond, latents = inputs(size=size)
     added = None
@@ -91,8 +111,14 @@ def test_it_is_a_copy_all_of_it_trainable_and_all_of_it_used() -> None:
     stirred(made)
     assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
-    kept = {key: value for key, value in before.items() if not key.startswith(("conv_out", "conv_norm_out"))}
-    numbers = sum(p.numel() for name, p in made.named_parameters() if name.startswith(("unet", "upsamplers")))
+    kept = {
+        key: value
+        for key, value in before.items()
+        if not key.startswith(("conv_out", "conv_norm_out"))
+    }
+    numbers = sum(
+        p.numel() for name, p in made.named_parameters() if name.startswith(("unet", "upsamplers"))
+    )
     assert numbers == sum(value.numel() for value in kept.values())
 
 
@@ -100,8 +126,10 @@ def test_three_heads_a_scale_on_its_grid() -> None:
     made = discriminator(unet(**THREE_GRIDS))
     scales = made.features(*inputs())
     assert [[tuple(x.shape[1:]) for x in scale] for scale in scales] == [
-        [(24, 2, 2), (24, 2, 2), (24, 2, 2)], [(24, 4, 4), (16, 4, 4), (16, 4, 4)], [(16, 8, 8), (8, 8, 8), (8, 8, 8)],
-    ]  # fmt: skip
+        [(24, 2, 2), (24, 2, 2), (24, 2, 2)],
+        [(24, 4, 4), (16, 4, 4), (16, 4, 4)],
+        [(16, 8, 8), (8, 8, 8), (8, 8, 8)],
+    ]
     logits = made(*inputs())
     assert [tuple(x.shape) for x in logits] == [(3, 1, s, s) for s in (2, 2, 2, 4, 4, 4, 8, 8, 8)]
     alone = discriminator(unet(**THREE_GRIDS), multi_scale_output=False)(*inputs())
@@ -111,20 +139,28 @@ def test_three_heads_a_scale_on_its_grid() -> None:
 def test_the_scales_are_before_on_and_after_the_merge() -> None:
     """Read off the teacher itself, at the inputs of its decoder blocks' first layers and at its upsampler."""
     teacher, seen = unet(), []
-    teacher.up_blocks[0].resnets[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    teacher.up_blocks[0].upsamplers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    teacher.up_blocks[0].resnets[0].register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    teacher.up_blocks[0].upsamplers[0].register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
     noise, cond, latents = inputs()
     with torch.no_grad():
         teacher(latents, 0, cond.prompt_embeds)
         first = discriminator(unet()).features(noise, cond, latents)[0]
-    assert torch.equal(torch.cat([first.before, first.skip], 1), seen[0]) and torch.equal(first.merged, seen[1])
+    assert torch.equal(torch.cat([first.before, first.skip], 1), seen[0]) and torch.equal(
+        first.merged, seen[1]
+    )
 
 
 @torch.no_grad()
 def test_at_birth_the_noise_changes_nothing_and_later_all() -> None:
     made = discriminator()
     noise, cond, latents = inputs()
-    for a, b in zip(made(noise, cond, latents), made(noise.flip(0) * 9, cond, latents), strict=True):
+    for a, b in zip(
+        made(noise, cond, latents), made(noise.flip(0) * 9, cond, latents), strict=True
+    ):
         assert torch.equal(a, b)
     stirred(made)
     for a, b in zip(made(noise, cond, latents), made(noise.flip(0), cond, latents), strict=True):
@@ -167,7 +203,9 @@ def test_latents_enter_each_lower_grid_once_trained() -> None:
     made, without = discriminator(), discriminator(multi_scale_input=False)
     noise, cond, latents = inputs()
     assert len(made.latents_in) == 1 and len(without.latents_in) == 0
-    for a, b in zip(made.features(noise, cond, latents), without.features(noise, cond, latents), strict=True):
+    for a, b in zip(
+        made.features(noise, cond, latents), without.features(noise, cond, latents), strict=True
+    ):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     before = made.features(noise, cond, latents)
     layer: Any = made.latents_in[0]
@@ -178,7 +216,9 @@ def test_latents_enter_each_lower_grid_once_trained() -> None:
     pooled = latents[:, :1].unflatten(2, (4, 2)).unflatten(4, (4, 2)).mean((3, 5))
     layer.weight.zero_()
     made.features(noise, cond, latents)
-    torch.testing.assert_close(seen[0] - seen[1], pooled.expand(-1, 8, -1, -1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        seen[0] - seen[1], pooled.expand(-1, 8, -1, -1), rtol=1e-4, atol=1e-5
+    )
     assert not torch.allclose(before[0].before, after[0].before)
 
 
@@ -207,9 +247,15 @@ def test_spectral_norm_bounds_the_heads() -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"down_block_types": (DOWN, DOWN), "up_block_types": (UP, UP), "mid_block_type": None}, "no cross-attention"),
+        (
+            {"down_block_types": (DOWN, DOWN), "up_block_types": (UP, UP), "mid_block_type": None},
+            "no cross-attention",
+        ),
         ({"num_class_embeds": 3}, "a class embedding"),
-        ({"up_block_types": ("ResnetUpsampleBlock2D", ATTENTION_UP)}, "decoder blocks ResnetUpsampleBlock2D"),
+        (
+            {"up_block_types": ("ResnetUpsampleBlock2D", ATTENTION_UP)},
+            "decoder blocks ResnetUpsampleBlock2D",
+        ),
     ],
 )
 def test_networks_it_cannot_grow_from(options: dict[str, Any], told: str) -> None:
@@ -225,15 +271,17 @@ def test_the_recipe_chooses_it(tiny_teacher: Path) -> None:
     answers = {}
     for name in ("diffusion", "random", "patch"):
         recipe = Recipe(adversarial_weight=1, discriminator=name, patch_width=8)  # type: ignore[arg-type]
-        made = discriminator_of(recipe, teacher)
+        made = build_discriminator(recipe, teacher)
         answers[name] = made(noise, cond, latents)
-        again = discriminator_of(recipe, teacher)(noise, cond, latents)
+        again = build_discriminator(recipe, teacher)(noise, cond, latents)
         assert all(torch.equal(a, b) for a, b in zip(answers[name], again, strict=True))
-        other = discriminator_of(recipe.model_copy(update={"seed": 1}), teacher)(noise, cond, latents)
+        other = build_discriminator(recipe.model_copy(update={"seed": 1}), teacher)(
+            noise, cond, latents
+        )
         assert not torch.equal(answers[name][-1], other[-1])
     assert torch.equal(state, torch.get_rng_state())
     assert [len(answers[name]) for name in answers] == [9, 9, 1]
-    weights = discriminator_of(Recipe(discriminator="random"), teacher).state_dict()
+    weights = build_discriminator(Recipe(discriminator="random"), teacher).state_dict()
     assert not torch.equal(weights["unet.conv_in.weight"], teacher.network.conv_in.weight)
 
 

@@ -9,10 +9,18 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.adversarial.discriminator import DiffusionDiscriminator
-from diffusion2gan.adversarial.losses import discriminator_loss, mix_and_match, r1_penalty, student_loss
-from diffusion2gan.teacher.pipeline import Conditioning
+from diffusion2gan.adversarial.losses import (
+    discriminator_loss,
+    mix_and_match,
+    r1_penalty,
+    student_loss,
+)
+from diffusion2gan.teacher.conditioning import Conditioning
 
-HEADS = [torch.randn(3, 1, size, size, generator=torch.Generator().manual_seed(size)) for size in (1, 2, 4)]
+HEADS = [
+    torch.randn(3, 1, size, size, generator=torch.Generator().manual_seed(size))
+    for size in (1, 2, 4)
+]
 OTHER = [3 * x.flip(0) - 1 for x in HEADS]
 COND = Conditioning(torch.zeros(1, 2, 12))
 
@@ -24,7 +32,9 @@ def softplus(logits: list[Tensor], sign: int) -> float:
 
 
 def test_the_pair_is_non_saturating() -> None:
-    assert float(discriminator_loss(HEADS, OTHER)) == pytest.approx(softplus(HEADS, -1) + softplus(OTHER, 1), rel=1e-6)
+    assert float(discriminator_loss(HEADS, OTHER)) == pytest.approx(
+        softplus(HEADS, -1) + softplus(OTHER, 1), rel=1e-6
+    )
     assert float(student_loss(OTHER)) == pytest.approx(softplus(OTHER, -1), rel=1e-6)
     zeros = [torch.zeros(2, 1, 3, 3)]
     assert float(discriminator_loss(zeros, zeros)) == pytest.approx(2 * math.log(2))
@@ -33,7 +43,9 @@ def test_the_pair_is_non_saturating() -> None:
 def test_each_head_counts_alike_whatever_its_grid_and_batch_order_does_not() -> None:
     big = [x.repeat_interleave(2, -1).repeat_interleave(3, -2) for x in HEADS]
     assert float(student_loss(big)) == pytest.approx(float(student_loss(HEADS)))
-    assert float(student_loss([x.flip(0) for x in HEADS[::-1]])) == pytest.approx(float(student_loss(HEADS)))
+    assert float(student_loss([x.flip(0) for x in HEADS[::-1]])) == pytest.approx(
+        float(student_loss(HEADS))
+    )
 
 
 def test_gradients_point_the_right_way_and_are_large_where_the_student_loses() -> None:
@@ -45,7 +57,10 @@ def test_gradients_point_the_right_way_and_are_large_where_the_student_loses() -
 
 
 def test_large_logits_stay_finite_and_half_precision_is_left() -> None:
-    assert float(discriminator_loss([torch.full((1, 1, 1, 1), -1e4)], [torch.full((1, 1, 1, 1), 1e4)])) == 2e4
+    assert (
+        float(discriminator_loss([torch.full((1, 1, 1, 1), -1e4)], [torch.full((1, 1, 1, 1), 1e4)]))
+        == 2e4
+    )
     assert student_loss([HEADS[0].bfloat16()]).dtype == torch.float32
 
 
@@ -73,10 +88,15 @@ def trained() -> DiffusionDiscriminator:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = UNet2DConditionModel(
-            sample_size=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=12,
-            attention_head_dim=2, down_block_types=("CrossAttnDownBlock2D",) * 2,
+            sample_size=4,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=12,
+            attention_head_dim=2,
+            down_block_types=("CrossAttnDownBlock2D",) * 2,
             up_block_types=("CrossAttnUpBlock2D",) * 2,
-        )  # fmt: skip
+        )
         made = DiffusionDiscriminator(unet).double()
         with torch.no_grad():
             for parameter in made.parameters():
@@ -87,7 +107,11 @@ def trained() -> DiffusionDiscriminator:
 def point(batch: int = 1) -> tuple[Tensor, Conditioning, Tensor]:
     generator = torch.Generator().manual_seed(1)
     noise, latents = torch.randn(2, batch, 4, 4, 4, dtype=torch.float64, generator=generator)
-    return noise, Conditioning(torch.randn(batch, 3, 12, dtype=torch.float64, generator=generator)), latents
+    return (
+        noise,
+        Conditioning(torch.randn(batch, 3, 12, dtype=torch.float64, generator=generator)),
+        latents,
+    )
 
 
 def test_r1_is_finite_differences(trained: DiffusionDiscriminator) -> None:
@@ -98,7 +122,11 @@ def test_r1_is_finite_differences(trained: DiffusionDiscriminator) -> None:
     def totals(x: Tensor) -> Tensor:
         many = len(x)
         with torch.no_grad():
-            logits = trained(noise.expand(many, -1, -1, -1), Conditioning(cond.prompt_embeds.expand(many, -1, -1)), x)
+            logits = trained(
+                noise.expand(many, -1, -1, -1),
+                Conditioning(cond.prompt_embeds.expand(many, -1, -1)),
+                x,
+            )
         return sum((x.sum((1, 2, 3)) for x in logits), torch.zeros(many))
 
     slopes = (totals(latents + moves) - totals(latents - moves)) / (2 * step)
@@ -106,14 +134,20 @@ def test_r1_is_finite_differences(trained: DiffusionDiscriminator) -> None:
     assert penalty == pytest.approx(float(slopes.square().sum()), rel=1e-6) and penalty > 0
 
 
-def test_its_gradient_in_the_weights_is_finite_differences_too(trained: DiffusionDiscriminator) -> None:
+def test_its_gradient_in_the_weights_is_finite_differences_too(
+    trained: DiffusionDiscriminator,
+) -> None:
     """The double backward, through attention: along a random direction in all weights."""
     noise, cond, latents = point()
     parameters = list(trained.parameters())
-    gradients = torch.autograd.grad(r1_penalty(trained, noise, cond, latents), parameters, allow_unused=True)
+    gradients = torch.autograd.grad(
+        r1_penalty(trained, noise, cond, latents), parameters, allow_unused=True
+    )
     generator, step = torch.Generator().manual_seed(3), 1e-6
     direction = [torch.randn(p.shape, dtype=torch.float64, generator=generator) for p in parameters]
-    expected = sum(float((g * d).sum()) for g, d in zip(gradients, direction, strict=True) if g is not None)
+    expected = sum(
+        float((g * d).sum()) for g, d in zip(gradients, direction, strict=True) if g is not None
+    )
     values = []
     for sign in (1, -1):
         with torch.no_grad():
@@ -124,11 +158,15 @@ def test_its_gradient_in_the_weights_is_finite_differences_too(trained: Diffusio
     assert (values[0] - values[1]) / (2 * step) == pytest.approx(expected, rel=1e-4)
 
 
-def test_r1_averages_over_samples_and_leaves_the_latents_alone(trained: DiffusionDiscriminator) -> None:
+def test_r1_averages_over_samples_and_leaves_the_latents_alone(
+    trained: DiffusionDiscriminator,
+) -> None:
     noise, cond, latents = point(2)
     latents.requires_grad_()
     whole = r1_penalty(trained, noise, cond, latents)
-    halves = [r1_penalty(trained, noise[i], cond.rows(i), latents[i]) for i in (slice(0, 1), slice(1, 2))]
+    halves = [
+        r1_penalty(trained, noise[i], cond.rows(i), latents[i]) for i in (slice(0, 1), slice(1, 2))
+    ]
     torch.testing.assert_close(whole, (halves[0] + halves[1]) / 2)
     whole.backward()
     assert latents.grad is None
@@ -144,7 +182,9 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("prompts", [list("abcdefgh"), list("aaaabbbc"), list("aaaaaaab"), list("abababab")])
+@pytest.mark.parametrize(
+    "prompts", [list("abcdefgh"), list("aaaabbbc"), list("aaaaaaab"), list("abababab")]
+)
 def test_what_is_mixed_in_is_real_and_never_right(prompts: list[str]) -> None:
     fake, real = pairs_of(prompts)
     before = fake.clone()

@@ -10,18 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion2gan.adversarial.discriminator import discriminator_of
+from diffusion2gan.adversarial.discriminator import build_discriminator
 from diffusion2gan.adversarial.losses import discriminator_loss, plain_attention, r1_penalty
 from diffusion2gan.adversarial.transformer import TransformerDiscriminator, blocks, depths
 from diffusion2gan.recipe import Recipe
-from diffusion2gan.teacher.pipeline import Conditioning, Teacher, load_teacher
+from diffusion2gan.teacher.conditioning import Conditioning
+from diffusion2gan.teacher.loading import load_teacher
+from diffusion2gan.teacher.pipeline import Teacher
 
 NAMES = ("sd3", "flux_dev", "sana")
 
 
 @pytest.fixture(params=NAMES)
 def teacher(request: pytest.FixtureRequest, family_folder: Callable[[str], Path]) -> Teacher:
-    return load_teacher(str(family_folder(request.param)), resolution=256 if request.param == "sana" else 64)
+    return load_teacher(
+        str(family_folder(request.param)), resolution=256 if request.param == "sana" else 64
+    )
 
 
 def inputs(teacher: Teacher, batch: int = 3) -> tuple[Tensor, Conditioning, Tensor]:
@@ -68,7 +72,9 @@ def test_it_is_a_copy_all_of_it_trainable_and_all_of_it_used(teacher: Teacher) -
     discriminator_loss(made(noise, cond, latents), made(noise, cond, noise)).backward()
     assert [name for name, p in made.named_parameters() if p.grad is None] == []
     stirred(made)
-    assert all(torch.equal(before[key], value) for key, value in teacher.network.state_dict().items())
+    assert all(
+        torch.equal(before[key], value) for key, value in teacher.network.state_dict().items()
+    )
     assert not any(p.requires_grad or p.grad is not None for p in teacher.network.parameters())
 
 
@@ -76,7 +82,9 @@ def test_it_is_a_copy_all_of_it_trainable_and_all_of_it_used(teacher: Teacher) -
 def test_it_reads_noise_once_trained_prompt_and_each_row_alone(teacher: Teacher) -> None:
     made = made_of(teacher)
     noise, cond, latents = inputs(teacher)
-    for a, b in zip(made(noise, cond, latents), made(noise.flip(0) * 9, cond, latents), strict=True):
+    for a, b in zip(
+        made(noise, cond, latents), made(noise.flip(0) * 9, cond, latents), strict=True
+    ):
         assert torch.equal(a, b)  # at birth
     stirred(made)
     whole = made(noise, cond, latents)
@@ -96,7 +104,9 @@ def test_two_heads_a_depth(teacher: Teacher) -> None:
     side = 8 // (teacher.family.packed * teacher.network.config.patch_size)
     shapes = [(3, 1, side, side), (3, 1, side // 2, side // 2)] * len(depths(teacher.network))
     assert [tuple(x.shape) for x in made_of(teacher)(*inputs(teacher))] == shapes
-    assert [tuple(x.shape) for x in made_of(teacher, multi_scale_output=False)(*inputs(teacher))] == shapes[:1]
+    assert [
+        tuple(x.shape) for x in made_of(teacher, multi_scale_output=False)(*inputs(teacher))
+    ] == shapes[:1]
 
 
 def test_r1_is_finite_differences(teacher: Teacher) -> None:
@@ -114,7 +124,10 @@ def test_r1_is_finite_differences(teacher: Teacher) -> None:
     torch.testing.assert_close(penalty.detach(), gradient.square().sum())
     move = step * gradient / gradient.norm()
     with torch.no_grad():
-        up, down = (sum(float(y.sum()) for y in made(noise, cond, latents + sign * move)) for sign in (1, -1))
+        up, down = (
+            sum(float(y.sum()) for y in made(noise, cond, latents + sign * move))
+            for sign in (1, -1)
+        )
     assert (up - down) / (2 * step) == pytest.approx(float(gradient.norm()), rel=1e-2)
     parameters = list(made.parameters())
     slopes = torch.autograd.grad(penalty, parameters, allow_unused=True)
@@ -142,8 +155,8 @@ def test_recomputed_activations_give_the_same_gradients(teacher: Teacher) -> Non
 
 
 def test_the_recipe_chooses_it(teacher: Teacher) -> None:
-    made = discriminator_of(Recipe(adversarial_weight=1), teacher)
+    made = build_discriminator(Recipe(adversarial_weight=1), teacher)
     assert isinstance(made, TransformerDiscriminator)
-    random = discriminator_of(Recipe(adversarial_weight=1, discriminator="random"), teacher)
+    random = build_discriminator(Recipe(adversarial_weight=1, discriminator="random"), teacher)
     key = next(key for key in made.state_dict() if key.endswith("to_q.weight"))
     assert not torch.equal(made.state_dict()[key], random.state_dict()[key])

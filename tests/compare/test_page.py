@@ -17,7 +17,11 @@ from diffusion2gan.compare.table import Column
 Open = Callable[..., Any]
 PROMPTS = ["a red ring", "a blue star", "a red star on <b>sand</b>", "كرة 🦊", "x" * 10_000]
 MEASURED = {
-    "teacher": {"frechet_distance": 1.0, "seconds_per_image": 1.2, "intervals": {"frechet_distance": [0.8, 1.3]}},
+    "teacher": {
+        "frechet_distance": 1.0,
+        "seconds_per_image": 1.2,
+        "intervals": {"frechet_distance": [0.8, 1.3]},
+    },
     "student": {"frechet_distance": 2.5, "seconds_per_image": 0.03, "attribute_accuracy": 0.7},
     "other": {},
 }
@@ -26,9 +30,14 @@ MEASURED = {
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("report")
-    shades: list[Image.Image | None] = [Image.new("RGB", (64, 64), (40 * i, 90, 120)) for i in range(len(PROMPTS))]
+    shades: list[Image.Image | None] = [
+        Image.new("RGB", (64, 64), (40 * i, 90, 120)) for i in range(len(PROMPTS))
+    ]
     gap = [shades[0], None, *shades[2:]]
-    columns = [Column(name, gap if name == "other" else shades, m, "1 step") for name, m in MEASURED.items()]
+    columns = [
+        Column(name, gap if name == "other" else shades, m, "1 step")
+        for name, m in MEASURED.items()
+    ]
     report.write_report(folder, columns, PROMPTS, {"noise": "the same"})
     return (folder / "index.html").as_uri()
 
@@ -40,7 +49,9 @@ def test_the_numbers_and_charts_are_drawn(url: str, open_page: Open) -> None:
     dots = page.locator("#scatter circle")
     across = [float(dots.nth(i).get_attribute("cx")) for i in range(2)]
     down = [float(dots.nth(i).get_attribute("cy")) for i in range(2)]
-    assert dots.count() == 2 and across[0] > across[1] and down[0] > down[1]  # the teacher: slower, of lower distance
+    assert (
+        dots.count() == 2 and across[0] > across[1] and down[0] > down[1]
+    )  # the teacher: slower, of lower distance
     page.select_option("#metric", "attribute_accuracy")
     assert page.inner_text("#bars") == "student\n70 %" and dots.count() == 1
 
@@ -62,9 +73,9 @@ def test_systems_are_hidden_and_one_stays(url: str, open_page: Open) -> None:
     assert page.locator("#grid tbody tr >> nth=0 >> td:visible").count() == 2
     boxes.nth(1).click()
     boxes.nth(2).click()
-    assert boxes.nth(2).is_checked() and page.locator("#grid thead th:visible").all_inner_texts()[1:] == [
-        "other\n1 step"
-    ]
+    assert boxes.nth(2).is_checked() and page.locator("#grid thead th:visible").all_inner_texts()[
+        1:
+    ] == ["other\n1 step"]
 
 
 def test_a_picture_opens_large_and_the_keyboard_walks(url: str, open_page: Open) -> None:
@@ -111,13 +122,24 @@ def test_the_download_is_the_json(url: str, open_page: Open) -> None:
     with page.expect_download() as download:
         page.click("#download")
     data = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
-    assert data["prompts"] == PROMPTS and {s["name"]: s["metrics"] for s in data["systems"]} == MEASURED
+    assert (
+        data["prompts"] == PROMPTS
+        and {s["name"]: s["metrics"] for s in data["systems"]} == MEASURED
+    )
 
 
 def test_a_phone_sees_all_of_it(url: str, open_page: Open) -> None:
-    page = open_page(url, offline=True, viewport={"width": 360, "height": 740}, color_scheme="dark", has_touch=True)
+    page = open_page(
+        url,
+        offline=True,
+        viewport={"width": 360, "height": 740},
+        color_scheme="dark",
+        has_touch=True,
+    )
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
-    red, green, blue = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+    red, green, blue = page.evaluate(
+        "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)"
+    )
     assert max(red, green, blue) < 40
     page.locator(".shot").first.tap()
     assert page.is_visible("#large-image")
@@ -125,13 +147,22 @@ def test_a_phone_sees_all_of_it(url: str, open_page: Open) -> None:
 
 @pytest.mark.slow
 def test_two_hundred_prompts_of_six_systems_stay_smooth(tmp_path: Path, open_page: Open) -> None:
-    shades: list[Image.Image | None] = [Image.effect_noise((64, 64), i % 90).convert("RGB") for i in range(200)]
-    columns = [Column(f"system {i}", shades, {"clip_score": 0.1 * i, "seconds_per_image": 1.0 + i}) for i in range(6)]
+    shades: list[Image.Image | None] = [
+        Image.effect_noise((64, 64), i % 90).convert("RGB") for i in range(200)
+    ]
+    columns = [
+        Column(f"system {i}", shades, {"clip_score": 0.1 * i, "seconds_per_image": 1.0 + i})
+        for i in range(6)
+    ]
     page_file = tmp_path / "index.html"
-    page_file.write_text(report.render(columns, [f"prompt {i} of many" for i in range(200)], {}), encoding="utf-8")
+    page_file.write_text(
+        report.render(columns, [f"prompt {i} of many" for i in range(200)], {}), encoding="utf-8"
+    )
     start = time.perf_counter()
     page = open_page(page_file.as_uri(), offline=True)
-    assert time.perf_counter() - start < 60  # seconds, on a busy machine; half of one on an idle one
+    assert (
+        time.perf_counter() - start < 60
+    )  # seconds, on a busy machine; half of one on an idle one
     frames = page.evaluate("""async () => {
       const gaps = [];
       for (let i = 0, last = performance.now(); i < 60; i++) {
@@ -142,6 +173,8 @@ def test_two_hundred_prompts_of_six_systems_stay_smooth(tmp_path: Path, open_pag
       }
       return gaps.sort((a, b) => a - b);
     }""")
-    assert page.evaluate("scrollY") > 5000 and frames[30] < 250  # milliseconds; 17 on an idle machine
+    assert (
+        page.evaluate("scrollY") > 5000 and frames[30] < 250
+    )  # milliseconds; 17 on an idle machine
     page.fill("#filter", "prompt 19")
     assert page.inner_text("#count") == "12 of 200 prompts"  # 19, 119, 190 to 199

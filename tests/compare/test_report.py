@@ -21,7 +21,12 @@ DETAILS = {"teacher": "pocket", "seed": "5"}
 
 
 def picture(shade: int, side: int = 64) -> Image.Image:
-    return Image.linear_gradient("L").resize((side, side)).point(lambda v: (v + shade) % 256).convert("RGB")
+    return (
+        Image.linear_gradient("L")
+        .resize((side, side))
+        .point(lambda v: (v + shade) % 256)
+        .convert("RGB")
+    )
 
 
 def column(name: str, shade: int, metrics: dict[str, Any] | None = None, side: int = 64) -> Column:
@@ -76,7 +81,9 @@ def test_the_folder_holds_the_report_alone(tmp_path: Path) -> None:
         assert image.size == grid.grid(both(), PROMPTS).size
 
 
-@pytest.mark.parametrize(("side", "cell"), [(64, 128), (48, 144), (128, 128), (200, 200), (1024, 512)])
+@pytest.mark.parametrize(
+    ("side", "cell"), [(64, 128), (48, 144), (128, 128), (200, 200), (1024, 512)]
+)
 def test_the_grid_has_one_cell_a_picture(side: int, cell: int) -> None:
     columns = [column("teacher", 0, side=side), column("student", 100, side=side)]
     text = max(14, cell // 18)
@@ -87,7 +94,10 @@ def test_the_grid_has_one_cell_a_picture(side: int, cell: int) -> None:
 
 def test_the_grid_puts_each_picture_in_its_place() -> None:
     colours = [["red", "lime", "blue"], ["yellow", "cyan", "magenta"]]
-    columns = [Column(str(i), [Image.new("RGB", (64, 64), c) for c in row], {}) for i, row in enumerate(colours)]
+    columns = [
+        Column(str(i), [Image.new("RGB", (64, 64), c) for c in row], {})
+        for i, row in enumerate(colours)
+    ]
     sheet, layout = grid.grid(columns, PROMPTS), grid.measure(columns)
     for index, row in [(i, r) for i in range(2) for r in range(3)]:
         x, y = layout.corner(row, index)
@@ -117,7 +127,12 @@ def test_a_number_that_is_not_finite_is_shown_and_never_best() -> None:
     values = [float("nan"), 2.0, float("-inf"), 1.0]
     columns = [Column(str(v), [], {"frechet_distance": v}) for v in values]
     ((_, cells),) = table.metric_rows(columns)
-    assert [cell[:2] for cell in cells] == [("nan", False), ("2", False), ("-inf", False), ("1", True)]
+    assert [cell[:2] for cell in cells] == [
+        ("nan", False),
+        ("2", False),
+        ("-inf", False),
+        ("1", True),
+    ]
 
 
 def test_equal_numbers_share_the_mark_or_have_none() -> None:
@@ -132,8 +147,10 @@ def test_other_keys_go_to_the_small_table() -> None:
         column("b", 1, {"clip_weights_sha256": "ab12"}),
     ]
     assert table.other_rows(columns) == [
-        ("count", ["64", "–"]), ("attributes.shape", ["0.5", "–"]), ("clip_weights_sha256", ["–", "ab12"]),
-    ]  # fmt: skip
+        ("count", ["64", "–"]),
+        ("attributes.shape", ["0.5", "–"]),
+        ("clip_weights_sha256", ["–", "ab12"]),
+    ]
 
 
 def test_a_column_of_another_length_is_named_with_both_numbers(tmp_path: Path) -> None:
@@ -159,15 +176,25 @@ def test_text_is_broken_and_cut_to_its_box() -> None:
 
 LONG = "a very long prompt " * 526 + "the end"  # 10 001 characters
 ODD = [
-    LONG, "\u202ea reversed prompt", "كرة حمراء على الرمل", "🦊 in the 🌧️", "</script><script>alert(1)</script>",
-    "{{ 7*7 }}", "x" * 10_000, "'\"`&amp;<!--", "\x00\x07",
-]  # fmt: skip
+    LONG,
+    "\u202ea reversed prompt",
+    "كرة حمراء على الرمل",
+    "🦊 in the 🌧️",
+    "</script><script>alert(1)</script>",
+    "{{ 7*7 }}",
+    "x" * 10_000,
+    "'\"`&amp;<!--",
+    "\x00\x07",
+]
 
 
 def odd_report(folder: Path) -> str:
     images = [picture(0, 16)] * len(ODD)
     report.write_report(
-        folder, [Column("a", images, {"frechet_distance": float("nan")}), Column("b", images, {})], ODD, {}
+        folder,
+        [Column("a", images, {"frechet_distance": float("nan")}), Column("b", images, {})],
+        ODD,
+        {},
     )
     return (folder / "index.html").read_text(encoding="utf-8")
 
@@ -195,10 +222,15 @@ def test_many_pictures_are_embedded_lightly() -> None:
     assert report.choose_embedding([Column("a", [one, None] * 400, {})]) is report.SMALL
     for embedding, side in ((report.COMPACT, 1024), (report.SMALL, 512)):
         form, data = report.data_uri(one, embedding).removeprefix("data:image/").split(";base64,")
-        assert form == "webp" and Image.open(io.BytesIO(base64.b64decode(data))).size == (side, side)
+        assert form == "webp" and Image.open(io.BytesIO(base64.b64decode(data))).size == (
+            side,
+            side,
+        )
 
 
-def test_rows_that_fill_a_sheet_go_on_the_next_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_fill_a_sheet_go_on_the_next_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(grid, "MAX_PIXELS", 400_000)
     prompts = [f"prompt {i}" for i in range(7)]
     columns = [Column(name, [picture(i, 32) for i in range(7)], {}) for name in ("a", "b")]

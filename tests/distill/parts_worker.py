@@ -16,14 +16,14 @@ import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from diffusion2gan.distill.checkpoints import CHECKPOINT
-from diffusion2gan.distill.losses import distance_of
+from diffusion2gan.distill.losses import build_distance
 from diffusion2gan.distill.run import Run, open_run
 from diffusion2gan.distill.train import step
 from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.recipe import Recipe
-from diffusion2gan.runtime.lock import claimed
-from diffusion2gan.runtime.ranks import ranks_connected
-from diffusion2gan.teacher.pipeline import load_teacher
+from diffusion2gan.runtime.distributed import connect_ranks
+from diffusion2gan.runtime.lock import exclusive_lock
+from diffusion2gan.teacher.loading import load_teacher
 
 write_data = HuggingFaceStorageWriter.write_data
 
@@ -40,10 +40,16 @@ def written_and_killed(*args: Any) -> None:
 def main(folder: Path, out: Path) -> None:
     described = json.loads((folder / "recipe.json").read_text())
     recipe = Recipe(**described | {"strategy": "fsdp"})
-    with ranks_connected(torch.device("cpu")) as group, claimed(out / f"{CHECKPOINT}-{group.ranks.rank}"):
-        run, reader = Run(recipe, load_teacher(recipe.teacher), group), PairReader(folder / "pairs", 0)
+    with (
+        connect_ranks(torch.device("cpu")) as group,
+        exclusive_lock(out / f"{CHECKPOINT}-{group.ranks.rank}"),
+    ):
+        run, reader = (
+            Run(recipe, load_teacher(recipe.teacher), group),
+            PairReader(folder / "pairs", 0),
+        )
         open_run(run, out, reader.spec)
-        distance, batches = distance_of(recipe, torch.device("cpu")), reader.batches(8)
+        distance, batches = build_distance(recipe, torch.device("cpu")), reader.batches(8)
         for number in (0, 1):
             step(run, next(batches), distance)
             if number == 1:

@@ -29,9 +29,11 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.export import export
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import checkpoint
-from diffusion2gan.runtime.lock import claimed
+from diffusion2gan.runtime.lock import exclusive_lock
 
-WORKER, PARTS_WORKER = (Path(__file__).with_name(name) for name in ("fsdp_worker.py", "parts_worker.py"))
+WORKER, PARTS_WORKER = (
+    Path(__file__).with_name(name) for name in ("fsdp_worker.py", "parts_worker.py")
+)
 STATES = ("student/", "ema/", "discriminator/", "adam/", "discriminator_adam/")
 
 
@@ -39,7 +41,17 @@ def command(folder: Path, out: Path, *settings: str) -> list[object]:  # noqa: F
     values = json.loads((folder / "recipe.json").read_text())
     given = [f"{key}={value}" for key, value in values.items() if value is not None]
     sets = [word for setting in (*given, *settings) for word in ("--set", setting)]
-    return ["-m", "diffusion2gan", "distill", "pocket-regression", "--pairs", folder / "pairs", "--out", out, *sets]
+    return [
+        "-m",
+        "diffusion2gan",
+        "distill",
+        "pocket-regression",
+        "--pairs",
+        folder / "pairs",
+        "--out",
+        out,
+        *sets,
+    ]
 
 
 def alone(folder: Path, out: Path, *settings: str) -> None:  # noqa: F811
@@ -50,10 +62,15 @@ def alone(folder: Path, out: Path, *settings: str) -> None:  # noqa: F811
 def assert_same_run(ours: Path, theirs: Path, within: float) -> None:
     """Every tensor of the checkpoint, and every line of the log."""
     (a, said), (b, expected) = (checkpoint.load(out / CHECKPOINT) for out in (ours, theirs))
-    assert said["pairs_seen"] == expected["pairs_seen"] and said["num_updates"] == expected["num_updates"]
+    assert (
+        said["pairs_seen"] == expected["pairs_seen"]
+        and said["num_updates"] == expected["num_updates"]
+    )
     for kind in STATES:
         assert furthest(a, b, kind) < within, kind
-    assert {key: value.shape for key, value in a.items()} == {key: value.shape for key, value in b.items()}
+    assert {key: value.shape for key, value in a.items()} == {
+        key: value.shape for key, value in b.items()
+    }
     for entry, other in zip(log_of(ours), log_of(theirs), strict=True):
         assert_same_entry(entry, other)
 
@@ -61,11 +78,22 @@ def assert_same_run(ours: Path, theirs: Path, within: float) -> None:
 @pytest.mark.slow
 def test_two_ranks_with_a_part_each_make_the_same_updates(folder: Path, tmp_path: Path) -> None:  # noqa: F811
     """D, R1 (in the first of two steps, on one rank alone), mix-and-match, and sheets of samples between."""
-    settings = (f"pairs_seen={2 * BATCH}", f"sample_every={BATCH}")
+    settings = (f"total_pairs={2 * BATCH}", f"sample_every={BATCH}")
     alone(folder, tmp_path / "alone", *settings)
-    for accumulate in (1, 2):
-        out = tmp_path / f"cut{accumulate}"
-        done(torchrun(2, *command(folder, out, *settings, "strategy=fsdp", f"accumulate={accumulate}")))
+    for gradient_accumulation_steps in (1, 2):
+        out = tmp_path / f"cut{gradient_accumulation_steps}"
+        done(
+            torchrun(
+                2,
+                *command(
+                    folder,
+                    out,
+                    *settings,
+                    "strategy=fsdp",
+                    f"gradient_accumulation_steps={gradient_accumulation_steps}",
+                ),
+            )
+        )
         assert_same_run(out, tmp_path / "alone", 1e-5)
         assert "r1" in log_of(out)[0] and "r1" not in log_of(out)[1]
         assert len(list((out / "samples").iterdir())) == 2
@@ -76,9 +104,14 @@ def test_memory_is_shared_and_nan_on_one_rank_skips_on_all(folder: Path, tmp_pat
     done(torchrun(2, WORKER, folder, tmp_path))
     for rank in (0, 1):
         told = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert told["poisoned"] == [False, False] and told["well"] == [True, True]  # norms of both players, finite?
+        assert told["poisoned"] == [False, False] and told["well"] == [
+            True,
+            True,
+        ]  # norms of both players, finite?
         assert told["moved_while_poisoned"] == 0.0 and told["moved"] > 0.0
-        assert 0.45 < told["share"] < 0.55  # of the numbers of both players, their moments and the average
+        assert (
+            0.45 < told["share"] < 0.55
+        )  # of the numbers of both players, their moments and the average
 
 
 @pytest.mark.slow
@@ -94,11 +127,16 @@ def test_a_run_is_cut_anew_on_another_number_of_ranks(folder: Path, tmp_path: Pa
     one = [*parts, "--set", "strategy=ddp", "--allow-change", "strategy"]
     stop_at(
         subprocess.Popen(
-            [sys.executable, *map(str, one)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, *map(str, one)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
             env=environment(),
         ),
-        moved, 10 * BATCH, code=0,
-    )  # fmt: skip
+        moved,
+        10 * BATCH,
+        code=0,
+    )
     assert first + 2 < len(log_of(moved)) < 20
     assert_kept(moved, in_parts=(False, False))
     done(torchrun(2, *parts))
@@ -118,31 +156,48 @@ def test_a_run_is_cut_anew_on_another_number_of_ranks(folder: Path, tmp_path: Pa
 def assert_kept(out: Path, in_parts: tuple[bool, ...]) -> None:
     """The last two and the best, each whole; of parts those alone that one of them names."""
     numbered = sorted(out.glob("checkpoint-0*.safetensors"))
-    assert len(numbered) == len(in_parts) and (out / BEST).exists() and numbered[-1].samefile(out / CHECKPOINT)
+    assert (
+        len(numbered) == len(in_parts)
+        and (out / BEST).exists()
+        and numbered[-1].samefile(out / CHECKPOINT)
+    )
     named = []
     for path in (*numbered, out / BEST):
         tensors, meta = checkpoint.load(path)
         named.append(meta.get("parts", {}).get("folder"))
         assert {key.split("/")[0] + "/" for key in tensors} == set(STATES)
-        assert (checkpoint.meta(path)["pairs_seen"] % BATCH == 0 and path.stat().st_size < 1e6) or not named[-1]
+        assert (
+            checkpoint.meta(path)["pairs_seen"] % BATCH == 0 and path.stat().st_size < 1e6
+        ) or not named[-1]
     assert [name is not None for name in named[:-1]] == list(in_parts)
     assert {path.name for path in out.glob("*parts*")} == {name for name in named if name}
     assert [path.name for path in out.glob(".*")] == []
 
 
-def test_a_kill_between_two_parts_leaves_the_checkpoint_before(folder: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_kill_between_two_parts_leaves_the_checkpoint_before(
+    folder: Path, tmp_path: Path  # noqa: F811
+) -> None:
     process = torchrun(2, PARTS_WORKER, folder, tmp_path)
     _, err = process.communicate(timeout=600)
     assert process.returncode != 0 and "SIGKILL" in err.upper()
     assert [path.name for path in tmp_path.glob(".*.tmp")] == [f".{CHECKPOINT}.{2 * BATCH:09d}.tmp"]
     tensors, meta = checkpoint.load(tmp_path / CHECKPOINT)
-    assert meta["pairs_seen"] == BATCH and all(bool(torch.isfinite(value).all()) for value in tensors.values())
-    rows = [safe_open(path, "pt") for path in sorted((tmp_path / meta["parts"]["folder"]).iterdir())]
-    for key, value in tensors.items():  # each rank has written its own part of both players, moments and average
+    assert meta["pairs_seen"] == BATCH and all(
+        bool(torch.isfinite(value).all()) for value in tensors.values()
+    )
+    rows = [
+        safe_open(path, "pt") for path in sorted((tmp_path / meta["parts"]["folder"]).iterdir())
+    ]
+    for (
+        key,
+        value,
+    ) in tensors.items():  # each rank has written its own part of both players, moments and average
         if value.ndim > 0:
             there = [part.get_slice(key).get_shape()[0] for part in rows if key in part.keys()]  # noqa: SIM118
-            assert len(there) == 2 and sum(there) == len(value) and there[0] == -(-len(value) // 2), key
-    with claimed(tmp_path / CHECKPOINT):  # as the next start does
+            assert (
+                len(there) == 2 and sum(there) == len(value) and there[0] == -(-len(value) // 2)
+            ), key
+    with exclusive_lock(tmp_path / CHECKPOINT):  # as the next start does
         assert not list(tmp_path.glob(".*.tmp"))
 
 
@@ -150,18 +205,18 @@ LATE = """
 import os, time, torch
 from diffusion2gan.errors import Failure
 from diffusion2gan.runtime import fsdp
-from diffusion2gan.runtime.ranks import ranks_connected
+from diffusion2gan.runtime.distributed import connect_ranks
 layer = torch.nn.Linear(4, 4)
-with ranks_connected(torch.device("cpu")) as group:
+with connect_ranks(torch.device("cpu")) as group:
     fsdp.cut(layer, torch.device("cpu"))
-    group.gather(layer, None)
+    group.unshard(layer, None)
     layer(torch.ones(1, 4)).sum().backward()
     group.sum(layer, [])
     if group.ranks.rank == 1:
         time.sleep(30)
         os._exit(0)
     try:
-        group.gather(layer)
+        group.unshard(layer)
     except Failure as error:
         print("TOLD", error, flush=True)
         os._exit(0)
@@ -169,7 +224,9 @@ with ranks_connected(torch.device("cpu")) as group:
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_named_by_the_gathering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_hangs_is_named_by_the_gathering(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "late.py").write_text(LATE)
     monkeypatch.setenv("DIFFUSION2GAN_RANK_TIMEOUT_S", "3")
     out, _ = done(torchrun(2, tmp_path / "late.py"))
@@ -179,7 +236,11 @@ def test_a_rank_that_hangs_is_named_by_the_gathering(tmp_path: Path, monkeypatch
 def test_one_process_has_nothing_to_cut() -> None:
     recipe = Recipe(batch_size=8, strategy="fsdp")
     check_ranks(recipe, 2)
-    with pytest.raises(UserError, match=r"this is one process.*torchrun.*strategy=ddp.*--allow-change strategy"):
+    with pytest.raises(
+        UserError, match=r"this is one process.*torchrun.*strategy=ddp.*--allow-change strategy"
+    ):
         check_ranks(recipe, 1)
-    with pytest.raises(UserError, match=r"strategy=fsdp with optimizer=adamw8bit.*optimizer=adamw, or strategy=ddp"):
+    with pytest.raises(
+        UserError, match=r"strategy=fsdp with optimizer=adamw8bit.*optimizer=adamw, or strategy=ddp"
+    ):
         check_ranks(Recipe(strategy="fsdp", optimizer="adamw8bit"), 2)

@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from diffusion2gan.distill import health
-from diffusion2gan.distill.health import Health, accuracy, ailments, latent_statistics, logit_means
+from diffusion2gan.distill.health import (
+    Health,
+    accuracy,
+    find_warnings,
+    latent_statistics,
+    logit_means,
+)
 
 WELL = {
     "loss": 0.1,
@@ -27,13 +33,18 @@ def test_latent_statistics() -> None:
     assert same == {"latent_shift": 0.0, "latent_std_ratio": pytest.approx(1.0)}
     channel = torch.tensor([0.0, 0.0, 0.3, -0.1]).view(4, 1, 1)
     std = teacher[:, 2].double().std()
-    assert latent_statistics(teacher + channel, teacher)["latent_shift"] == pytest.approx(0.3 / float(std), rel=1e-5)
+    assert latent_statistics(teacher + channel, teacher)["latent_shift"] == pytest.approx(
+        0.3 / float(std), rel=1e-5
+    )
     washed = latent_statistics(1 + (teacher - 1) * 0.5, teacher)
     assert washed["latent_std_ratio"] == pytest.approx(0.5) and washed["latent_shift"] < 0.02
 
 
 def test_accuracy() -> None:
-    logits = [torch.tensor([[1.0, 2.0], [-1.0, 3.0]]).view(2, 1, 1, 2), torch.tensor([-5.0, 5.0]).view(2, 1, 1, 1)]
+    logits = [
+        torch.tensor([[1.0, 2.0], [-1.0, 3.0]]).view(2, 1, 1, 2),
+        torch.tensor([-5.0, 5.0]).view(2, 1, 1, 1),
+    ]
     assert accuracy(logits, real=True) == pytest.approx((3 / 4 + 1 / 2) / 2)
     assert accuracy(logits, real=False) == pytest.approx((1 / 4 + 1 / 2) / 2)
     assert accuracy(logits, False, torch.tensor([False, True])) == pytest.approx((1 / 2 + 0) / 2)
@@ -44,8 +55,8 @@ def test_accuracy() -> None:
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"accuracy_real": 0.97, "accuracy_fake": 0.96}, health.WINS),
-        ({"accuracy": 0.51}, health.BLIND),
+        ({"accuracy_real": 0.97, "accuracy_fake": 0.96}, health.D_TOO_STRONG),
+        ({"accuracy": 0.51}, health.D_AT_CHANCE),
         ({"latent_shift": 0.3}, health.DRIFT),
         ({"latent_std_ratio": 1.3}, health.DRIFT),
         ({"latent_std_ratio": 0.7}, health.DRIFT),
@@ -54,8 +65,8 @@ def test_accuracy() -> None:
     ],
 )
 def test_each_band_has_its_name_and_remedy(change: dict[str, float], name: str) -> None:
-    assert ailments(WELL, 0.1) == set()
-    assert ailments(WELL | change, 0.1) == {name} and len(health.REMEDIES[name]) > 20
+    assert find_warnings(WELL, 0.1) == set()
+    assert find_warnings(WELL | change, 0.1) == {name} and len(health.REMEDIES[name]) > 20
 
 
 def test_a_warning_comes_once_after_the_start_and_again_after_recovery() -> None:
@@ -63,7 +74,10 @@ def test_a_warning_comes_once_after_the_start_and_again_after_recovery() -> None
     drifted = WELL | {"latent_shift": 0.4}
     said = [told.record(drifted, False) for _ in range(health.SETTLED + 50)]
     assert [i + 1 for i, warnings in enumerate(said) if warnings] == [health.SETTLED]
-    assert said[health.SETTLED - 1][0].startswith("saturation drift: ") and "saturation drift" in told.line()
+    assert (
+        said[health.SETTLED - 1][0].startswith("saturation drift: ")
+        and "saturation drift" in told.line()
+    )
     for _ in range(300):
         assert not told.record(WELL, False)
     assert told.told == [] and "drift" not in told.line()
@@ -80,14 +94,17 @@ def test_a_discriminator_that_begins_late_is_judged_after_as_many_steps_of_its_o
     assert not any(told.record(chance, False) for _ in range(20))
     assert not any(told.record(young, False) for _ in range(2 * health.SETTLED))
     said = [warning for _ in range(2 * health.SETTLED) for warning in told.record(chance, False)]
-    assert len(said) == 1 and said[0].startswith(health.BLIND)
+    assert len(said) == 1 and said[0].startswith(health.D_AT_CHANCE)
 
 
 def test_running_averages_leave_out_what_is_not_finite_and_count_skips() -> None:
     told = Health()
     for value, skipped in ((1.0, False), (math.nan, True), (math.inf, True), (3.0, False)):
         told.record({"loss": value, "r1": value, "accuracy_mixed": None}, skipped)
-    assert told.average == {"loss": 2.0, "r1": 2.0, "skipped": 0.5} and (told.skipped, told.skipped_in_a_row) == (2, 0)
+    assert told.average == {"loss": 2.0, "r1": 2.0, "skipped": 0.5} and (
+        told.skipped,
+        told.skipped_in_a_row,
+    ) == (2, 0)
     assert told.line() == "loss 2.0000 · R1 2 · 2 skipped"
 
 
@@ -96,6 +113,6 @@ def test_its_state_comes_back_from_json_as_it_was() -> None:
     for number in range(health.SETTLED + 3):
         told.record(WELL | {"loss": 0.1 + number / 777, "latent_shift": 0.4}, number == 2)
     for state in (told, Health()):
-        back = Health.of(json.loads(json.dumps(state.state(), allow_nan=False)))
+        back = Health.from_state(json.loads(json.dumps(state.state(), allow_nan=False)))
         assert back == state
         assert back.record(WELL, True) == state.record(WELL, True) and back == state

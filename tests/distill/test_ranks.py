@@ -26,8 +26,8 @@ from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import checkpoint
-from diffusion2gan.runtime.ranks import Group, Ranks
-from diffusion2gan.teacher.pipeline import load_teacher
+from diffusion2gan.runtime.distributed import Flags, Group, Ranks
+from diffusion2gan.teacher.loading import load_teacher
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 BATCH = 8
@@ -40,15 +40,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_pocket.save(folder / "teacher")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LatentLPIPS(VGG(4, (8, 8, 8, 8, 8), 2), [torch.rand(8) for _ in range(5)]).save_pretrained(folder / "vgg")
+        LatentLPIPS(VGG(4, (8, 8, 8, 8, 8), 2), [torch.rand(8) for _ in range(5)]).save_pretrained(
+            folder / "vgg"
+        )
     teacher = load_teacher(str(folder / "teacher"))
-    spec = PairsSpec(teacher.name, teacher.revision, "words", 24, 0, 2, 1.0, teacher.latent_shape, 8)
-    make_pairs(teacher, lambda indices: [f"a star {i % 5}" for i in indices], spec, folder / "pairs")
+    spec = PairsSpec(
+        teacher.name, teacher.revision, "words", 24, 0, 2, 1.0, teacher.latent_shape, 8
+    )
+    make_pairs(
+        teacher, lambda indices: [f"a star {i % 5}" for i in indices], spec, folder / "pairs"
+    )
     recipe = Recipe(
-        teacher=str(folder / "teacher"), perceptual=str(folder / "vgg"), pairs_seen=20 * BATCH, batch_size=BATCH,
-        adversarial_weight=0.5, discriminator_warmup=0, r1_every=2, r1_weight=1e-3, mix_share=0.4, warmup=0.0,
-        learning_rate=1e-4, checkpoint_every_s=1e-9, sample_every=10**6,
-    )  # fmt: skip
+        teacher=str(folder / "teacher"),
+        perceptual=str(folder / "vgg"),
+        total_pairs=20 * BATCH,
+        batch_size=BATCH,
+        adversarial_weight=0.5,
+        discriminator_warmup=0,
+        r1_every=2,
+        r1_weight=1e-3,
+        mix_share=0.4,
+        warmup=0.0,
+        learning_rate=1e-4,
+        checkpoint_every_s=1e-9,
+        sample_every=10**6,
+    )
     (folder / "recipe.json").write_text(json.dumps(recipe.model_dump()))
     return folder
 
@@ -58,11 +74,22 @@ def environment() -> dict[str, str]:
 
 
 def torchrun(world: int, *command: object, **options: Any) -> subprocess.Popen[str]:
-    prefix = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    prefix = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world),
+    ]
     return subprocess.Popen(
-        [*prefix, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+        [*prefix, *map(str, command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
         **options,
-    )  # fmt: skip
+    )
 
 
 def done(process: subprocess.Popen[str]) -> tuple[str, str]:
@@ -73,7 +100,9 @@ def done(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> Path:
-    subprocess.run([sys.executable, str(WORKER), str(folder)], check=True, env=environment(), timeout=900)
+    subprocess.run(
+        [sys.executable, str(WORKER), str(folder)], check=True, env=environment(), timeout=900
+    )
     return folder
 
 
@@ -86,7 +115,9 @@ def furthest(ours: dict[str, Tensor], theirs: dict[str, Tensor], kind: str) -> f
     """‖a − b‖ / ‖b‖ over all tensors of a kind."""
     keys = [key for key in theirs if key.startswith(kind)]
     assert keys and ours.keys() == theirs.keys()
-    a, b = (torch.cat([tensors[key].double().flatten() for key in keys]) for tensors in (ours, theirs))
+    a, b = (
+        torch.cat([tensors[key].double().flatten() for key in keys]) for tensors in (ours, theirs)
+    )
     return float((a - b).norm() / b.norm())
 
 
@@ -102,7 +133,11 @@ def assert_same_updates(folder: Path, name: str) -> None:
         assert furthest(ours, theirs, kind) < 1e-5, kind
     for entry, other in zip(entries, expected, strict=True):
         assert_same_entry(entry, other)
-    assert "r1" in expected[0] and "r1" not in expected[1] and expected[0]["accuracy_mixed"] is not None
+    assert (
+        "r1" in expected[0]
+        and "r1" not in expected[1]
+        and expected[0]["accuracy_mixed"] is not None
+    )
 
 
 def test_parts_are_the_same_update(alone: Path) -> None:
@@ -113,17 +148,30 @@ def test_parts_are_the_same_update(alone: Path) -> None:
 @pytest.mark.parametrize("world", [2, 4])
 def test_any_number_of_ranks_is_the_same_update(alone: Path, world: int) -> None:
     done(torchrun(world, WORKER, alone))
-    for accumulate in (1, 2):
-        assert_same_updates(alone, f"w{world}a{accumulate}-0")
-        first, last = (result(alone, f"w{world}a{accumulate}-{rank}") for rank in (0, world - 1))
+    for gradient_accumulation_steps in (1, 2):
+        assert_same_updates(alone, f"w{world}a{gradient_accumulation_steps}-0")
+        first, last = (
+            result(alone, f"w{world}a{gradient_accumulation_steps}-{rank}")
+            for rank in (0, world - 1)
+        )
         for rank in range(world):  # one exchange an update: D's, the student's
-            meta = checkpoint.meta(alone / f"w{world}a{accumulate}-{rank}")
+            meta = checkpoint.meta(alone / f"w{world}a{gradient_accumulation_steps}-{rank}")
             assert meta["exchanges"] == ["all_reduce", "all_reduce"]
-        assert first[1] == last[1] and all(torch.equal(first[0][key], last[0][key]) for key in first[0])
+        assert first[1] == last[1] and all(
+            torch.equal(first[0][key], last[0][key]) for key in first[0]
+        )
     (poisoned, entries), (well, _) = result(alone, f"w{world}nan-0"), result(alone, "w1a1-0")
-    assert not math.isfinite(entries[0]["grad_norm"]) and not math.isfinite(entries[0]["d_grad_norm"])
-    assert math.isfinite(entries[1]["grad_norm"])  # all ranks skipped the first step, and go on together
-    assert all(bool(torch.isfinite(value).all()) for key, value in poisoned.items() if not key.startswith("g"))
+    assert not math.isfinite(entries[0]["grad_norm"]) and not math.isfinite(
+        entries[0]["d_grad_norm"]
+    )
+    assert math.isfinite(
+        entries[1]["grad_norm"]
+    )  # all ranks skipped the first step, and go on together
+    assert all(
+        bool(torch.isfinite(value).all())
+        for key, value in poisoned.items()
+        if not key.startswith("g")
+    )
     assert furthest(poisoned, well, "student/") > 1e-6
     last = result(alone, f"w{world}nan-{world - 1}")[0]
     assert all(torch.equal(poisoned[key], last[key]) for key in poisoned if not key.startswith("g"))
@@ -131,7 +179,12 @@ def test_any_number_of_ranks_is_the_same_update(alone: Path, world: int) -> None
 
 def distill_args(folder: Path, out: Path, *settings: str) -> list[object]:
     values = json.loads((folder / "recipe.json").read_text())
-    sets = [word for key, value in values.items() if value is not None for word in ("--set", f"{key}={value}")]
+    sets = [
+        word
+        for key, value in values.items()
+        if value is not None
+        for word in ("--set", f"{key}={value}")
+    ]
     more = [word for setting in settings for word in ("--set", setting)]
     return [
         "-m",
@@ -155,7 +208,9 @@ def log_of(out: Path) -> list[dict[str, Any]]:
 def stop_at(process: subprocess.Popen[str], out: Path, pairs_seen: int, code: int = 1) -> None:
     """SIGTERM once the run has seen so many pairs. Torchrun's own code is then 1, though every rank ends with 0."""
     end = time.monotonic() + 600
-    while (not (log := log_of(out)) or log[-1]["pairs_seen"] < pairs_seen) and process.poll() is None:
+    while (
+        not (log := log_of(out)) or log[-1]["pairs_seen"] < pairs_seen
+    ) and process.poll() is None:
         assert time.monotonic() < end
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -167,30 +222,44 @@ def stop_at(process: subprocess.Popen[str], out: Path, pairs_seen: int, code: in
 def test_a_run_goes_on_on_another_number_of_ranks(folder: Path, tmp_path: Path) -> None:
     """2 → 4 → 1, each stopped by SIGTERM: the same losses as one process alone, to 1e-4 after twenty steps."""
     alone, moved = tmp_path / "alone", tmp_path / "moved"
-    subprocess.run([sys.executable, *map(str, distill_args(folder, alone))], check=True, env=environment())
+    subprocess.run(
+        [sys.executable, *map(str, distill_args(folder, alone))], check=True, env=environment()
+    )
     stop_at(torchrun(2, *distill_args(folder, moved)), moved, 5 * BATCH)
     assert 5 <= len(log_of(moved)) < 20
     stop_at(torchrun(4, *distill_args(folder, moved)), moved, 12 * BATCH)
-    last = subprocess.run([sys.executable, *map(str, distill_args(folder, moved))], env=environment())
+    last = subprocess.run(
+        [sys.executable, *map(str, distill_args(folder, moved))], env=environment()
+    )
     assert last.returncode == 0
     ours, theirs = log_of(moved), log_of(alone)
     assert [entry["pairs_seen"] for entry in ours] == [BATCH * (i + 1) for i in range(20)]
     for entry, other in zip(ours, theirs, strict=True):
         assert entry["loss"] == pytest.approx(other["loss"], rel=1e-4)
-    assert furthest(checkpoint.load(moved / CHECKPOINT)[0], checkpoint.load(alone / CHECKPOINT)[0], "ema/") < 1e-4
+    assert (
+        furthest(
+            checkpoint.load(moved / CHECKPOINT)[0], checkpoint.load(alone / CHECKPOINT)[0], "ema/"
+        )
+        < 1e-4
+    )
 
 
 @pytest.mark.slow
 def test_preemption_ends_well_and_a_second_run_is_refused(folder: Path, tmp_path: Path) -> None:
     """SIGTERM: a checkpoint, exit code 0. Two processes in one folder: the second is refused, the first goes on."""
     out = tmp_path / "run"
-    command = [sys.executable, *map(str, distill_args(folder, out, "pairs_seen=80000"))]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    command = [sys.executable, *map(str, distill_args(folder, out, "total_pairs=80000"))]
+    first = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    )
     while len(log_of(out)) < 2:
         assert first.poll() is None
         time.sleep(0.05)
     second = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
-    assert second.returncode == 2 and f"being written by another process (process {first.pid}" in second.stderr
+    assert (
+        second.returncode == 2
+        and f"being written by another process (process {first.pid}" in second.stderr
+    )
     first.send_signal(signal.SIGTERM)
     _, err = first.communicate(timeout=300)
     assert first.returncode == 0 and "stopped and saved" in err
@@ -202,12 +271,16 @@ def test_preemption_ends_well_and_a_second_run_is_refused(folder: Path, tmp_path
 def test_the_loss_of_a_rank_is_survived(folder: Path, tmp_path: Path) -> None:
     """kill −9 of one of two ranks: torchrun --max-restarts starts both anew, from the checkpoint, to the same end."""
     alone, out = tmp_path / "alone", tmp_path / "run"
-    subprocess.run([sys.executable, *map(str, distill_args(folder, alone))], check=True, env=environment())
+    subprocess.run(
+        [sys.executable, *map(str, distill_args(folder, alone))], check=True, env=environment()
+    )
     process = torchrun(2, "--max-restarts", 2, *distill_args(folder, out))
     while len(log_of(out)) < 4:
         assert process.poll() is None
         time.sleep(0.02)
-    victims = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    victims = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+    )
     os.kill(int(victims.stdout.split()[-1]), signal.SIGKILL)
     done(process)
     ours, theirs = log_of(out), log_of(alone)
@@ -217,20 +290,22 @@ def test_the_loss_of_a_rank_is_survived(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_batch_that_cannot_be_cut_is_refused() -> None:
-    recipe = Recipe(batch_size=24, accumulate=2)
+    recipe = Recipe(batch_size=24, gradient_accumulation_steps=2)
     for world in (1, 2, 3, 4, 6, 12):
         check_ranks(recipe, world)
-    with pytest.raises(UserError, match=r"cannot be cut over 5 ranks.*would do: 1, 2, 3, 4, 6, 12;"):
+    with pytest.raises(
+        UserError, match=r"cannot be cut over 5 ranks.*would do: 1, 2, 3, 4, 6, 12;"
+    ):
         check_ranks(recipe, 5)
 
 
 LATE = """
 import os, sys, time, torch
 from diffusion2gan.errors import Failure
-from diffusion2gan.runtime.ranks import ranks_connected
+from diffusion2gan.runtime.distributed import Flags, connect_ranks
 layer = torch.nn.Linear(2, 2)
 layer(torch.ones(1, 2)).sum().backward()
-with ranks_connected(torch.device("cpu")) as group:
+with connect_ranks(torch.device("cpu")) as group:
     group.sum(layer, [])
     if group.ranks.rank == 1:
         time.sleep(30)
@@ -268,19 +343,27 @@ def test_ranks_that_see_different_folders_are_refused(folder: Path, tmp_path: Pa
     """Rank 1 finds no run where rank 0 finds one: it is said, and nothing is trained."""
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
-    alone = [sys.executable, *map(str, distill_args(folder, tmp_path / "here" / "run", "pairs_seen=8"))]
+    alone = [
+        sys.executable,
+        *map(str, distill_args(folder, tmp_path / "here" / "run", "total_pairs=8")),
+    ]
     subprocess.run(alone, check=True, env=environment(), timeout=300)
     (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
-    process = torchrun(2, tmp_path / "elsewhere.py", *distill_args(folder, Path("run"), "pairs_seen=8")[2:])
+    process = torchrun(
+        2, tmp_path / "elsewhere.py", *distill_args(folder, Path("run"), "total_pairs=8")[2:]
+    )
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "rank 0 finds a run of 8 pairs there, rank 1 one of 0" in err, err
-    assert "folder that all ranks see" in err and not (tmp_path / "there" / "run" / "log.jsonl").exists()
+    assert (
+        "folder that all ranks see" in err
+        and not (tmp_path / "there" / "run" / "log.jsonl").exists()
+    )
 
 
 def test_alone_nothing_is_said() -> None:
     group, layer = Group(Ranks()), torch.nn.Linear(1, 1)
     extra = torch.ones(3)
-    assert group.sum(layer, [extra])[0] is extra and layer.weight.grad is None
-    group.wishes = lambda: (True, False)
-    assert group.agreed == (True, False)
+    (same,), flags = group.sum(layer, [extra], Flags(stop=True))
+    assert same is extra and layer.weight.grad is None
+    assert flags == Flags(stop=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.distill.student import Student
-from diffusion2gan.pairs.store import noise_of
-from diffusion2gan.teacher.pipeline import load_teacher
+from diffusion2gan.noise import noise_from_seeds
+from diffusion2gan.teacher.loading import load_teacher
 from diffusion2gan.teacher.schedule import to_x0
 
 
@@ -20,16 +20,23 @@ def rms(x: Tensor) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "factor"), [("sd15", 14.6), ("sdxl", 14.6), ("sd3", 1.0), ("sana", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "factor"), [("sd15", 14.6), ("sdxl", 14.6), ("sd3", 1.0), ("sana", 1.0)]
+)
 def test_bfloat16_in_the_last_layer_is_amplified_and_ours_avoids_it(
     name: str, factor: float, family_folder: Callable[[str], Path]
 ) -> None:
     teacher = load_teacher(str(family_folder(name)), resolution=256 if name == "sana" else 64)
     student = Student(teacher)
-    noise, cond = noise_of([1, 2], teacher.latent_shape), teacher.encode(["a star", "two stars"])
+    noise, cond = (
+        noise_from_seeds([1, 2], teacher.latent_shape),
+        teacher.encode(["a star", "two stars"]),
+    )
     last = "conv_out" if hasattr(student.network, "conv_out") else "proj_out"
     seen: list[tuple[Tensor, Tensor]] = []
-    getattr(student.network, last).register_forward_hook(lambda module, args, out: seen.append((args[0], out)))
+    getattr(student.network, last).register_forward_hook(
+        lambda module, args, out: seen.append((args[0], out))
+    )
     with torch.autocast("cpu", torch.bfloat16):
         ours = student(noise, cond)
         features, output = seen[0]

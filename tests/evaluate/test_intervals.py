@@ -15,7 +15,9 @@ def test_the_interval_of_a_mean_is_the_normal_one() -> None:
     values = np.random.default_rng(1).normal(3, 2, 400)
     low, high = bootstrap_mean(values, num_resamples=4000)
     half = 1.96 * values.std() / math.sqrt(400)
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+    assert (low, high) == pytest.approx(
+        (values.mean() - half, values.mean() + half), abs=0.1 * half
+    )
     wide = bootstrap_mean(values, num_resamples=4000, level=0.99)
     assert wide[1] - wide[0] == pytest.approx(2.576 / 1.96 * (high - low), rel=0.1)
 
@@ -28,7 +30,9 @@ def test_the_interval_of_a_ratio_takes_captions_together() -> None:
     ratio = right.sum() / asked.sum()
     low, high = bootstrap_mean(right, asked, num_resamples=4000)
     error = math.sqrt(((right - ratio * asked) ** 2).sum()) / asked.sum()  # the delta method
-    assert (low, high) == pytest.approx((ratio - 1.96 * error, ratio + 1.96 * error), abs=0.15 * error)
+    assert (low, high) == pytest.approx(
+        (ratio - 1.96 * error, ratio + 1.96 * error), abs=0.15 * error
+    )
 
 
 def test_the_same_seed_gives_the_same_interval() -> None:
@@ -44,7 +48,9 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
     count, dimension = 60, 4
 
     def draw() -> tuple[np.ndarray, np.ndarray]:
-        return rng.standard_normal((count, dimension)) * 1.3 + 0.3, rng.standard_normal((count, dimension))
+        return rng.standard_normal((count, dimension)) * 1.3 + 0.3, rng.standard_normal(
+            (count, dimension)
+        )
 
     truth = np.mean([metrics.frechet_distance(*draw()) for _ in range(2000)])
     held, plain, experiments = 0, 0, 60
@@ -52,7 +58,9 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         a, b = draw()
         outcomes: list[float] = []
 
-        def distance(rows: np.ndarray, a: np.ndarray = a, b: np.ndarray = b, told: list[float] = outcomes) -> float:
+        def distance(
+            rows: np.ndarray, a: np.ndarray = a, b: np.ndarray = b, told: list[float] = outcomes
+        ) -> float:
             told.append(metrics.frechet_distance(a[rows], b[rows]))
             return told[-1]
 
@@ -60,15 +68,21 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
         held += low <= truth <= high
         plain += np.quantile(outcomes[1:], 0.025) <= truth <= np.quantile(outcomes[1:], 0.975)
     assert 0.85 <= held / experiments <= 1
-    assert held > plain  # plain quantiles miss more often: resamples look further apart than the sets are
+    assert (
+        held > plain
+    )  # plain quantiles miss more often: resamples look further apart than the sets are
 
 
 KERNELS = {"kernel_distance": metrics.kernel_distances, "cmmd": metrics.cmmds}
 
 
-def resampled(a: np.ndarray, b: np.ndarray, times_a: np.ndarray, times_b: np.ndarray) -> tuple[float, float]:
+def resampled(
+    a: np.ndarray, b: np.ndarray, times_a: np.ndarray, times_b: np.ndarray
+) -> tuple[float, float]:
     """KID without pairs of a picture and itself, and CMMD with them, of repeated rows: by loops over the formulas."""
-    rows = [np.repeat(np.arange(len(x)), times.astype(int)) for x, times in ((a, times_a), (b, times_b))]
+    rows = [
+        np.repeat(np.arange(len(x)), times.astype(int)) for x, times in ((a, times_a), (b, times_b))
+    ]
     cubic = lambda x, y: (x @ y / a.shape[1] + 1) ** 3  # noqa: E731
     within = [
         np.mean([cubic(x[i], x[j]) for i in chosen for j in chosen if i != j])
@@ -87,12 +101,19 @@ def test_distances_of_resamples_are_those_of_repeated_rows(monkeypatch: pytest.M
     np.testing.assert_allclose(metrics.kernel_distances(a, b, *times), expected[:, 0], rtol=1e-10)
     np.testing.assert_allclose(metrics.cmmds(a, b, *times), expected[:, 1], rtol=1e-8)
     fixed = metrics.kernel_distances(a, b, times[0], np.ones((1, 7)))
-    np.testing.assert_allclose(fixed, [resampled(a, b, s, np.ones(7))[0] for s in times[0]], rtol=1e-10)
+    np.testing.assert_allclose(
+        fixed, [resampled(a, b, s, np.ones(7))[0] for s in times[0]], rtol=1e-10
+    )
 
 
 def test_times_drawn_are_the_draws_of_bootstrap() -> None:
     drawn: list[np.ndarray] = []
-    bootstrap(lambda rows: float(drawn.append(np.bincount(rows, minlength=11)) or 0), 11, num_resamples=4, seed=6)
+    bootstrap(
+        lambda rows: float(drawn.append(np.bincount(rows, minlength=11)) or 0),
+        11,
+        num_resamples=4,
+        seed=6,
+    )
     assert np.array_equal(times_drawn(11, 4, 6), drawn[1:])
     assert times_drawn(11, 0).shape == (0, 11)
 
@@ -104,14 +125,20 @@ def test_intervals_of_kernels_hold_the_truth_about_as_often_as_they_say() -> Non
     for move, least in ((1.0, 0.85), (0.0, 0.97)):
 
         def draw(move: float = move) -> tuple[np.ndarray, np.ndarray]:
-            return rng.standard_normal((count, dimension)) + move, rng.standard_normal((count, dimension))
+            return rng.standard_normal((count, dimension)) + move, rng.standard_normal(
+                (count, dimension)
+            )
 
         truth = {key: np.mean([one(*draw()) for _ in range(1500)]) for key, one in POINTS.items()}
         held, experiments = dict.fromkeys(KERNELS, 0), 60
         for _ in range(experiments):
             a, b = draw()
-            numbers, found = of_kernels({k: (f, a, b) for k, f in KERNELS.items()}, paired=True, num_resamples=200)
-            assert numbers == {key: pytest.approx(one(a, b), rel=1e-9) for key, one in POINTS.items()}
+            numbers, found = of_kernels(
+                {k: (f, a, b) for k, f in KERNELS.items()}, paired=True, num_resamples=200
+            )
+            assert numbers == {
+                key: pytest.approx(one(a, b), rel=1e-9) for key, one in POINTS.items()
+            }
             for key in KERNELS:
                 held[key] += found[key][0] <= truth[key] <= found[key][1]
         assert min(held.values()) / experiments >= least, (move, held)

@@ -19,7 +19,9 @@ from diffusion2gan.evaluate import metrics
 def features(n: int, d: int, seed: int) -> np.ndarray:
     """[n, d] correlated numbers with a mean of their own."""
     rng = np.random.default_rng(seed)
-    return rng.standard_normal((n, d)) @ rng.standard_normal((d, d)) / math.sqrt(d) + rng.standard_normal(d)
+    return rng.standard_normal((n, d)) @ rng.standard_normal((d, d)) / math.sqrt(
+        d
+    ) + rng.standard_normal(d)
 
 
 def by_scipy(a: np.ndarray, b: np.ndarray) -> float:
@@ -37,14 +39,18 @@ def test_frechet_distance_is_scipys(n: int, m: int, d: int) -> None:
 
 
 @pytest.mark.parametrize(("n", "m", "d"), [(10, 14, 40), (2, 3, 16), (12, 200, 24), (200, 12, 24)])
-def test_frechet_distance_is_scipys_with_fewer_pictures_than_features(n: int, m: int, d: int) -> None:
+def test_frechet_distance_is_scipys_with_fewer_pictures_than_features(
+    n: int, m: int, d: int
+) -> None:
     a, b = features(n, d, 3), features(m, d, 4)
     # singular covariances: the trace of the root from the eigenvalues of Σa^½ Σb Σa^½, which are real
     values, vectors = np.linalg.eigh(np.cov(a, rowvar=False))
     root = vectors @ np.diag(np.sqrt(values.clip(0))) @ vectors.T
     inner = np.linalg.eigvalsh(root @ np.cov(b, rowvar=False) @ root).clip(0)
     inner = inner[inner > inner.max() * 1e-12]  # rounding of the zero ones would count by its root
-    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum()
+    expected = (
+        ((a.mean(0) - b.mean(0)) ** 2).sum() + a.var(0, ddof=1).sum() + b.var(0, ddof=1).sum()
+    )
     expected -= 2 * np.sqrt(inner).sum()
     assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
 
@@ -66,7 +72,9 @@ def test_frechet_distance_invariances() -> None:
     distance = metrics.frechet_distance(a, b)
     assert metrics.frechet_distance(b, a) == pytest.approx(distance, rel=1e-9)
     rng = np.random.default_rng(9)
-    assert metrics.frechet_distance(rng.permutation(a), rng.permutation(b)) == pytest.approx(distance, rel=1e-9)
+    assert metrics.frechet_distance(rng.permutation(a), rng.permutation(b)) == pytest.approx(
+        distance, rel=1e-9
+    )
     turn = np.linalg.qr(rng.standard_normal((10, 10)))[0]
     assert metrics.frechet_distance(a @ turn + 3, b @ turn + 3) == pytest.approx(distance, rel=1e-9)
     assert metrics.frechet_distance(2 * a, 2 * b) == pytest.approx(4 * distance, rel=1e-9)
@@ -76,7 +84,9 @@ def test_frechet_distance_of_scaled_gaussians() -> None:
     """b = s·a about the same mean: Σb = s²Σa, so the distance is (s − 1)² tr Σa."""
     a = features(120, 9, 10)
     b = a.mean(0) + 1.7 * (a - a.mean(0))
-    assert metrics.frechet_distance(a, b) == pytest.approx(0.7**2 * a.var(0, ddof=1).sum(), rel=1e-9)
+    assert metrics.frechet_distance(a, b) == pytest.approx(
+        0.7**2 * a.var(0, ddof=1).sum(), rel=1e-9
+    )
 
 
 def test_frechet_distance_of_gaussians_by_their_parameters() -> None:
@@ -89,7 +99,9 @@ def test_frechet_distance_of_gaussians_by_their_parameters() -> None:
 
 def test_frechet_distance_takes_float32_and_needs_two_rows() -> None:
     a, b = features(50, 6, 12).astype(np.float32), features(50, 6, 13).astype(np.float32)
-    assert metrics.frechet_distance(a, b) == pytest.approx(by_scipy(a.astype(float), b.astype(float)), rel=1e-7)
+    assert metrics.frechet_distance(a, b) == pytest.approx(
+        by_scipy(a.astype(float), b.astype(float)), rel=1e-7
+    )
     with pytest.raises(UserError, match=r"two pictures a side, got 1 and 50; raise --count"):
         metrics.frechet_distance(a[:1], b)
 
@@ -118,8 +130,12 @@ def test_same_noise_distance() -> None:
     assert metrics.same_noise_distance(a, 2 * a) == pytest.approx(0, abs=1e-12)
     assert metrics.same_noise_distance(a, -a) == pytest.approx(2, abs=1e-12)
     order = [2, 0, 1]
-    assert metrics.same_noise_distance(a[order], b[order]) == pytest.approx(metrics.same_noise_distance(a, b))
-    assert metrics.same_noise_distance(a[order], b) != pytest.approx(metrics.same_noise_distance(a, b), abs=1e-6)
+    assert metrics.same_noise_distance(a[order], b[order]) == pytest.approx(
+        metrics.same_noise_distance(a, b)
+    )
+    assert metrics.same_noise_distance(a[order], b) != pytest.approx(
+        metrics.same_noise_distance(a, b), abs=1e-6
+    )
 
 
 def test_share() -> None:
@@ -135,7 +151,9 @@ def test_streamed_moments_give_the_same_frechet_distance(n: int, m: int, d: int)
     for order in ((0, 1, 2), (2, 0, 1)):
         parts = [metrics.Moments.of(cuts[i]) for i in order]
         streamed = parts[0] + parts[1] + parts[2]
-        np.testing.assert_allclose(streamed.covariance(), np.cov(a, rowvar=False), rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(
+            streamed.covariance(), np.cov(a, rowvar=False), rtol=1e-9, atol=1e-9
+        )
         told = metrics.frechet_distance_of_moments(streamed, metrics.Moments.of(b))
         assert told == pytest.approx(metrics.frechet_distance(a, b), rel=1e-5)
 
@@ -144,8 +162,9 @@ def test_kernel_distance_is_the_u_statistic(monkeypatch: pytest.MonkeyPatch) -> 
     a, b = features(13, 6, 22), features(9, 6, 23) + 0.5
     k = lambda x, y: (x @ y / 6 + 1) ** 3  # noqa: E731
     within = [
-        np.mean([k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j]) for x in (a, b)
-    ]  # fmt: skip
+        np.mean([k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j])
+        for x in (a, b)
+    ]
     expected = sum(within) - 2 * np.mean([[k(x, y) for y in b] for x in a])
     assert metrics.kernel_distance(a, b) == pytest.approx(expected, rel=1e-10)
     assert metrics.kernel_distance(b, a[::-1]) == pytest.approx(expected, rel=1e-10)
@@ -157,7 +176,9 @@ def test_kernel_distance_is_the_u_statistic(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_kernel_distance_of_one_distribution_is_zero_on_average() -> None:
     told = [metrics.kernel_distance(features(40, 5, i), features(40, 5, i)[::-1]) for i in range(3)]
-    assert all(value < 0 for value in told)  # each picture meets itself across, and not within: a bias below zero
+    assert all(
+        value < 0 for value in told
+    )  # each picture meets itself across, and not within: a bias below zero
     rng = np.random.default_rng(24)
     draws = [metrics.kernel_distance(*rng.standard_normal((2, 30, 5))) for _ in range(200)]
     assert abs(np.mean(draws)) < 4 * np.std(draws) / math.sqrt(200)
@@ -195,8 +216,12 @@ def means(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     return {key: float(values.mean()) for key, values in vars(metrics.manifold(a, b)).items()}
 
 
-@pytest.mark.parametrize(("n", "m", "d", "move"), [(60, 45, 3, 0.5), (45, 60, 12, 0.0), (30, 200, 2, 1.0)])
-def test_manifold_is_its_definitions(n: int, m: int, d: int, move: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("n", "m", "d", "move"), [(60, 45, 3, 0.5), (45, 60, 12, 0.0), (30, 200, 2, 1.0)]
+)
+def test_manifold_is_its_definitions(
+    n: int, m: int, d: int, move: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     both = features(n + m, d, 27)
     a, b = 1.1 * both[:n] + move, both[n:]
     expected = by_neighbours(a, b)
@@ -213,7 +238,12 @@ def test_manifold_is_its_definitions(n: int, m: int, d: int, move: float, monkey
 
 def test_manifold_of_itself_and_of_another_world() -> None:
     a = features(50, 4, 30)
-    assert means(a, a) == {"precision": 1, "recall": 1, "density": pytest.approx(6 / 5, abs=0.5), "coverage": 1}
+    assert means(a, a) == {
+        "precision": 1,
+        "recall": 1,
+        "density": pytest.approx(6 / 5, abs=0.5),
+        "coverage": 1,
+    }
     assert set(means(a, a + 1000).values()) == {0}
     one = np.tile(a[:1], (50, 1)) + 1e-6 * features(50, 4, 31)  # collapsed onto one good picture
     told = means(one, a)
@@ -233,7 +263,9 @@ def test_manifold_is_torch_fidelitys_and_sklearns() -> None:
     assert told["density"] == pytest.approx((table <= radius).sum() / 5 / 120)
     assert told["coverage"] == pytest.approx((table <= radius).any(0).mean())
     fidelity = torch_fidelity("metric_prc")
-    theirs = fidelity.prc_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), verbose=False)
+    theirs = fidelity.prc_features_to_metric(
+        torch.from_numpy(a), torch.from_numpy(b), verbose=False
+    )
     assert told["precision"] == pytest.approx(theirs["precision"], abs=1e-6)
     assert told["recall"] == pytest.approx(theirs["recall"], abs=1e-6)
 
@@ -249,19 +281,28 @@ def torch_fidelity(module: str) -> Any:
 def test_kernel_and_frechet_distances_are_torch_fidelitys() -> None:
     a, b = features(80, 6, 34), features(80, 6, 35) + 0.3
     whole = dict(kid_subsets=1, kid_subset_size=80, verbose=False)
-    theirs = torch_fidelity("metric_kid").kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), **whole)
-    assert metrics.kernel_distance(a, b) == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+    theirs = torch_fidelity("metric_kid").kid_features_to_metric(
+        torch.from_numpy(a), torch.from_numpy(b), **whole
+    )
+    assert metrics.kernel_distance(a, b) == pytest.approx(
+        theirs["kernel_inception_distance_mean"], rel=1e-9
+    )
     fid = torch_fidelity("metric_fid")
     stats = [fid.fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)]
     theirs = fid.fid_statistics_to_metric(*stats, verbose=False)
-    assert metrics.frechet_distance(a, b) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-8)
+    assert metrics.frechet_distance(a, b) == pytest.approx(
+        theirs["frechet_inception_distance"], rel=1e-8
+    )
 
 
 def test_diversity_is_the_mean_over_pairs_with_any_distance() -> None:
     rng = np.random.default_rng(36)
     several = rng.standard_normal((5, 3, 4, 7))  # prompts, pictures, patches, width
     told = metrics.diversity(several)
-    pairs = [metrics.same_noise_distance(several[2:3, i], several[2:3, j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    pairs = [
+        metrics.same_noise_distance(several[2:3, i], several[2:3, j])
+        for i, j in ((0, 1), (0, 2), (1, 2))
+    ]
     assert told.shape == (5,) and told[2] == pytest.approx(np.mean(pairs))
     assert metrics.diversity(several[:, ::-1]) == pytest.approx(told)
     assert metrics.diversity(np.repeat(several[:, :1], 3, axis=1)) == pytest.approx(0, abs=1e-12)
@@ -280,5 +321,7 @@ def test_features_that_are_not_finite_are_named() -> None:
     a = features(8, 3, 37)
     metrics.check_features(a, "probe")
     a[5, 1], a[6, 0] = np.nan, np.inf
-    with pytest.raises(UserError, match=r"probe: the features of 2 of 8 pictures are not finite, the first is .* 5"):
+    with pytest.raises(
+        UserError, match=r"probe: the features of 2 of 8 pictures are not finite, the first is .* 5"
+    ):
         metrics.check_features(a, "probe")

@@ -20,11 +20,19 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config
 
 from diffusion2gan.cli import app
 from diffusion2gan.errors import UserError
-from diffusion2gan.evaluate import backbones, evaluate, metrics, protocols
+from diffusion2gan.evaluate import backbones, metrics, protocols, run
 from diffusion2gan.evaluate.coco import evaluate_coco
-from diffusion2gan.evaluate.pictures import fitted, middle, noise_seeds, open_images, read_image, warn_few
-from diffusion2gan.evaluate.protocols import COCO2014, POCKET, captions_digest, check_same, describe, read_captions
-from diffusion2gan.evaluate.systems import load_system
+from diffusion2gan.evaluate.pictures import fitted, middle, noise_seeds, warn_few
+from diffusion2gan.evaluate.protocols import (
+    COCO2014,
+    POCKET,
+    captions_digest,
+    check_same,
+    describe,
+    read_captions,
+)
+from diffusion2gan.pipelines.image_folder import open_images, read_image
+from diffusion2gan.pipelines.system import load_system
 from diffusion2gan.pocket import models
 
 SMALL = dataclasses.replace(COCO2014, count=7, side=32, patch=16)
@@ -43,17 +51,31 @@ def save_pictures(folder: Path, count: int, seed: int, side: tuple[int, int] = (
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip")
     words = models.tokenizer()
-    small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = small | {"vocab_size": len(words), "max_position_embeddings": 77, "eos_token_id": words.eos_token_id}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    text = small | {
+        "vocab_size": len(words),
+        "max_position_embeddings": 77,
+        "eos_token_id": words.eos_token_id,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        config = CLIPConfig(text_config=text, vision_config=small | {"image_size": 28, "patch_size": 14})
+        config = CLIPConfig(
+            text_config=text, vision_config=small | {"image_size": 28, "patch_size": 14}
+        )
         CLIPModel(config).save_pretrained(folder)
     words.save_pretrained(folder)
     prepared = {
-        "size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "resample": 3,
-        "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28],
-    }  # fmt: skip
+        "size": {"shortest_edge": 28},
+        "crop_size": {"height": 28, "width": 28},
+        "resample": 3,
+        "image_mean": [0.48, 0.46, 0.41],
+        "image_std": [0.27, 0.26, 0.28],
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(prepared))
     return folder
 
@@ -64,14 +86,27 @@ def tiny_dinov2(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     with torch.random.fork_rng():
         torch.manual_seed(4)
         Dinov2Model(
-            Dinov2Config(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+            Dinov2Config(
+                hidden_size=24,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=28,
+                patch_size=14,
+            )
         ).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text((tiny_clip / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(
+        (tiny_clip / "preprocessor_config.json").read_text()
+    )
     return folder
 
 
 def test_captions_of_lines_and_of_annotations_are_one_list(tmp_path: Path) -> None:
-    rows = [(9, 90, "second  picture\n"), (4, 41, "later caption"), (4, 40, "first picture"), (11, 5, "third")]
+    rows = [
+        (9, 90, "second  picture\n"),
+        (4, 41, "later caption"),
+        (4, 40, "first picture"),
+        (11, 5, "third"),
+    ]
     told = {"annotations": [{"image_id": i, "id": k, "caption": text} for i, k, text in rows]}
     (tmp_path / "captions.json").write_text(json.dumps(told))
     (tmp_path / "captions.txt").write_text("first picture\nsecond picture\nthird\n")
@@ -80,7 +115,9 @@ def test_captions_of_lines_and_of_annotations_are_one_list(tmp_path: Path) -> No
     digest = hashlib.sha256(b"first picture\nsecond picture\nthird").hexdigest()
     assert captions_digest(lists[0]) == digest
     assert read_captions(tmp_path / "captions.txt", 3, digest[:12].upper()) == lists[0]
-    with pytest.raises(UserError, match=f"have sha256 {digest}, not {'0' * 64}: it is another list"):
+    with pytest.raises(
+        UserError, match=f"have sha256 {digest}, not {'0' * 64}: it is another list"
+    ):
         read_captions(tmp_path / "captions.txt", 3, "0" * 64)
     with pytest.raises(UserError, match="has 3 captions, the protocol needs 30000"):
         read_captions(tmp_path / "captions.txt", 30_000)
@@ -93,8 +130,15 @@ def test_captions_of_lines_and_of_annotations_are_one_list(tmp_path: Path) -> No
 
 def test_metrics_of_different_protocols_refuse_one_table() -> None:
     def of(**more: object) -> dict[str, object]:
-        settings = {"captions": CAPTIONS, "seed": 0, "weights": {"inception": "ab"}, "reference": "cd"} | more
-        return describe(more.pop("protocol", POCKET), **{k: v for k, v in settings.items() if k != "protocol"})  # type: ignore[arg-type]
+        settings = {
+            "captions": CAPTIONS,
+            "seed": 0,
+            "weights": {"inception": "ab"},
+            "reference": "cd",
+        } | more
+        return describe(
+            more.pop("protocol", POCKET), **{k: v for k, v in settings.items() if k != "protocol"}
+        )  # type: ignore[arg-type]
 
     check_same({"a": of(), "b": of(), "c": of()})
     check_same({"a": {}, "b": {}})
@@ -103,7 +147,10 @@ def test_metrics_of_different_protocols_refuse_one_table() -> None:
         ({"captions": CAPTIONS[:3]}, "count is 7 for a and 3 for b"),
         ({"captions": CAPTIONS[::-1]}, "captions_sha256 is"),
         ({"seed": 1}, "seed is 0 for a and 1 for b"),
-        ({"weights": {"inception": "xy"}}, "feature_weights.inception is 'ab' for a and 'xy' for b"),
+        (
+            {"weights": {"inception": "xy"}},
+            "feature_weights.inception is 'ab' for a and 'xy' for b",
+        ),
         ({"reference": "ef"}, "reference_sha256 is"),
     ):
         with pytest.raises(UserError, match=told):
@@ -140,13 +187,20 @@ def test_images_by_caption_index(tmp_path: Path) -> None:
 
 
 def test_the_pocket_protocol_measures_a_folder_and_refuses_other_sizes(tmp_path: Path) -> None:
-    system = evaluate.open_system(f"gigagan={save_pictures(tmp_path / 'wide', 4, 2)}")
-    with pytest.raises(UserError, match="makes 40×48 pictures; the pocket protocol measures 64×64 ones"):
-        evaluate.render(system, CAPTIONS[:4], 0, tmp_path)
+    system = run.open_system(f"gigagan={save_pictures(tmp_path / 'wide', 4, 2)}")
+    with pytest.raises(
+        UserError, match="makes 40×48 pictures; the pocket protocol measures 64×64 ones"
+    ):
+        run.render(system, CAPTIONS[:4], 0, tmp_path)
     folder = save_pictures(tmp_path / "square", 4, 3, (64, 64))
-    assert evaluate.render(evaluate.open_system(str(folder)), CAPTIONS[:4], 0, tmp_path).shape == (4, 64, 64, 3)
+    assert run.render(run.open_system(str(folder)), CAPTIONS[:4], 0, tmp_path).shape == (
+        4,
+        64,
+        64,
+        3,
+    )
     with pytest.raises(UserError, match="takes neither steps nor guidance"):
-        evaluate.open_system(str(folder), 4)
+        run.open_system(str(folder), 4)
 
 
 def test_fitted_is_a_centre_square_by_lanczos_and_middle_resizes_nothing() -> None:
@@ -163,17 +217,23 @@ def test_fitted_is_a_centre_square_by_lanczos_and_middle_resizes_nothing() -> No
 
 def test_clip_prepares_pictures_as_transformers_does(tiny_clip: Path) -> None:
     pictures = np.random.default_rng(5).integers(0, 255, (3, 40, 61, 3), np.uint8)
-    theirs = CLIPImageProcessor.from_pretrained(tiny_clip)(list(pictures), return_tensors="pt").pixel_values
+    theirs = CLIPImageProcessor.from_pretrained(tiny_clip)(
+        list(pictures), return_tensors="pt"
+    ).pixel_values
     ours = backbones.preprocessing(tiny_clip)(pictures)
     assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() < 0.06  # ±1 of 255 where torchvision resizes for transformers; else 1e-6
+    assert (
+        ours - theirs
+    ).abs().max() < 0.06  # ±1 of 255 where torchvision resizes for transformers; else 1e-6
     space = backbones.clip(str(tiny_clip))
     model = CLIPModel.from_pretrained(tiny_clip).eval()
     with torch.no_grad():
         embeds = model.get_image_features(pixel_values=ours).pooler_output
     expected = torch.nn.functional.normalize(embeds, dim=1).numpy()
     np.testing.assert_allclose(space.features(pictures), expected, atol=1e-5)
-    np.testing.assert_allclose(space.features(pictures)[1:2], space.features(pictures[1:2]), atol=1e-5)
+    np.testing.assert_allclose(
+        space.features(pictures)[1:2], space.features(pictures[1:2]), atol=1e-5
+    )
     assert space.texts(CAPTIONS).shape == (7, expected.shape[1])
 
 
@@ -187,12 +247,20 @@ def test_features_are_kept_by_what_they_are_of(tmp_path: Path) -> None:
     pictures = np.random.default_rng(6).integers(0, 255, (5, 4, 4, 3), np.uint8)
     space = backbones.Space("counted", "1", count)
     first = backbones.cached(space, pictures, tmp_path)
-    assert np.array_equal(backbones.cached(space, pictures.copy(), tmp_path), first) and calls == [5]
+    assert np.array_equal(backbones.cached(space, pictures.copy(), tmp_path), first) and calls == [
+        5
+    ]
     backbones.cached(dataclasses.replace(space, revision="2"), pictures, tmp_path)
     changed = pictures.copy()
     changed[0, 0, 0, 0] ^= 1
-    assert not np.array_equal(backbones.cached(space, changed, tmp_path), first) and calls == [5, 5, 5]
-    bad = dataclasses.replace(space, name="bad", features=lambda p: np.full((len(p), 2), np.nan, np.float32))
+    assert not np.array_equal(backbones.cached(space, changed, tmp_path), first) and calls == [
+        5,
+        5,
+        5,
+    ]
+    bad = dataclasses.replace(
+        space, name="bad", features=lambda p: np.full((len(p), 2), np.nan, np.float32)
+    )
     with pytest.raises(UserError, match="bad: the features of 5 of 5 pictures are not finite"):
         backbones.cached(bad, pictures, tmp_path)
     assert not list(tmp_path.glob("bad-*"))
@@ -200,7 +268,7 @@ def test_features_are_kept_by_what_they_are_of(tmp_path: Path) -> None:
 
 def test_a_coco_protocol_in_miniature_twice(
     tiny_teacher: Path, tiny_clip: Path, tiny_dinov2: Path, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     reference = save_pictures(tmp_path / "real", 9, 7)
     clip, dinov2 = backbones.clip(str(tiny_clip)), backbones.dinov2(str(tiny_dinov2))
     stand_in = backbones.Space("inception", "1", lambda p: p.astype(np.float32).mean((1, 2)))
@@ -208,22 +276,36 @@ def test_a_coco_protocol_in_miniature_twice(
 
     def measured(cache: Path, batch_size: int) -> dict[str, object]:
         return evaluate_coco(
-            system, SMALL, CAPTIONS, reference, cache, inception=stand_in, clip=clip, dinov2=dinov2,
-            batch_size=batch_size, num_resamples=50,
-        )  # fmt: skip
+            system,
+            SMALL,
+            CAPTIONS,
+            reference,
+            cache,
+            inception=stand_in,
+            clip=clip,
+            dinov2=dinov2,
+            batch_size=batch_size,
+            num_resamples=50,
+        )
 
     first = measured(tmp_path / "cache", 3)
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
     assert measured(tmp_path / "cache", 7) == first  # from what is kept
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} == made
+    assert {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")
+    } == made
     again = measured(tmp_path / "other", 3)
     assert again == first
     assert first["protocol_settings"]["captions_sha256"] == captions_digest(CAPTIONS)  # type: ignore[index]
-    ours = np.stack([fitted(p, 32) for p in evaluate.render_any(system, CAPTIONS, 0, tmp_path / "cache")])
+    ours = np.stack(
+        [fitted(p, 32) for p in run.render_any(system, CAPTIONS, 0, tmp_path / "cache")]
+    )
     theirs = np.stack([fitted(read_image(p), 32) for p in sorted(reference.iterdir())])
     expected = metrics.frechet_distance(ours.mean((1, 2)), theirs.mean((1, 2)))
     assert first["frechet_distance"] == pytest.approx(expected, rel=1e-4)
-    assert first["clip_score"] == pytest.approx(metrics.clip_score(clip.features(ours), clip.texts(CAPTIONS)), abs=1e-6)
+    assert first["clip_score"] == pytest.approx(
+        metrics.clip_score(clip.features(ours), clip.texts(CAPTIONS)), abs=1e-6
+    )
     with pytest.raises(UserError, match="no feature network given"):
         evaluate_coco(system, SMALL, CAPTIONS, reference, tmp_path)
 
@@ -238,10 +320,17 @@ def coco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "annotations").mkdir()
     rows = []
     for i in range(8):  # one picture more than captions: all of val2014 is the reference
-        rough = Image.fromarray(rng.integers(0, 255, (9, 12, 3), np.uint8)).resize((640, 480), Image.Resampling.BICUBIC)
+        rough = Image.fromarray(rng.integers(0, 255, (9, 12, 3), np.uint8)).resize(
+            (640, 480), Image.Resampling.BICUBIC
+        )
         rough.save(folder / "val2014" / f"COCO_val2014_{42 + i:012d}.jpg", quality=95)
-        rows += [{"image_id": 42 + i, "id": 900 - 10 * i + k, "caption": f"a ring {i}, told {k}\n"} for k in range(2)]
-    (folder / "annotations" / "captions_val2014.json").write_text(json.dumps({"images": [], "annotations": rows[::-1]}))
+        rows += [
+            {"image_id": 42 + i, "id": 900 - 10 * i + k, "caption": f"a ring {i}, told {k}\n"}
+            for k in range(2)
+        ]
+    (folder / "annotations" / "captions_val2014.json").write_text(
+        json.dumps({"images": [], "annotations": rows[::-1]})
+    )
     save_pictures(folder / "made", 7, 12, (512, 512))
     return folder
 
@@ -257,13 +346,23 @@ def by_pillow(path: Path) -> np.ndarray:
 
 def test_cocos_own_layout_by_the_command(
     coco: Path, tiny_clip: Path, tiny_dinov2: Path, capsys: pytest.CaptureFixture[str]
-) -> None:  # fmt: skip
+) -> None:
     def measured(*options: object) -> dict[str, object]:
         arguments = [
-            "evaluate", f"gigagan={coco / 'made'}", "--protocol", "coco2014-30k", "--captions",
-            coco / "annotations" / "captions_val2014.json", "--reference", coco / "val2014", "--out",
-            coco / "metrics.json", "--num-resamples", 40, *options,
-        ]  # fmt: skip
+            "evaluate",
+            f"gigagan={coco / 'made'}",
+            "--protocol",
+            "coco2014-30k",
+            "--captions",
+            coco / "annotations" / "captions_val2014.json",
+            "--reference",
+            coco / "val2014",
+            "--out",
+            coco / "metrics.json",
+            "--num-resamples",
+            40,
+            *options,
+        ]
         app(list(map(str, arguments)), standalone_mode=False)
         return json.loads((coco / "metrics.json").read_text())
 
@@ -275,9 +374,16 @@ def test_cocos_own_layout_by_the_command(
     clip, dinov2 = backbones.clip(str(tiny_clip)), backbones.dinov2(str(tiny_dinov2))
     made = np.stack([by_pillow(path) for path in sorted((coco / "made").iterdir())])
     real = np.stack([by_pillow(path) for path in sorted((coco / "val2014").iterdir())])
-    assert np.array_equal(made, np.stack([fitted(read_image(path), 256) for path in sorted((coco / "made").iterdir())]))
-    assert told["clip_score"] == pytest.approx(metrics.clip_score(clip.features(made), clip.texts(captions)), abs=1e-6)
-    assert told["cmmd"] == pytest.approx(metrics.cmmd(clip.features(made), clip.features(real)), abs=1e-6)
+    assert np.array_equal(
+        made,
+        np.stack([fitted(read_image(path), 256) for path in sorted((coco / "made").iterdir())]),
+    )
+    assert told["clip_score"] == pytest.approx(
+        metrics.clip_score(clip.features(made), clip.texts(captions)), abs=1e-6
+    )
+    assert told["cmmd"] == pytest.approx(
+        metrics.cmmd(clip.features(made), clip.features(real)), abs=1e-6
+    )
     expected = metrics.frechet_distance(dinov2.features(made), dinov2.features(real))
     assert told["frechet_distance_dinov2"] == pytest.approx(expected, rel=1e-4)
     assert told["same_noise_distance"] == pytest.approx(0, abs=1e-6)  # to itself
@@ -292,30 +398,41 @@ def test_cocos_own_layout_by_the_command(
     with pytest.raises(UserError, match=r"000000000043.jpg cannot be read as a picture"):
         measured("--clip", tiny_clip)
     (coco / "made" / "000005.png").unlink()
-    with pytest.raises(UserError, match=r"no picture of caption 5; .* It has 6 pictures, and 7 are asked for"):
+    with pytest.raises(
+        UserError, match=r"no picture of caption 5; .* It has 6 pictures, and 7 are asked for"
+    ):
         measured("--clip", tiny_clip)
 
 
 def test_same_noise_and_diversity_by_a_coco_protocol(
     tiny_teacher: Path, sd_style_teacher: Path, tiny_clip: Path, tiny_dinov2: Path, tmp_path: Path
-) -> None:  # fmt: skip
+) -> None:
     reference, dinov2 = save_pictures(tmp_path / "real", 6, 7), backbones.dinov2(str(tiny_dinov2))
     system, teacher = load_system(str(tiny_teacher), 1), load_system(str(tiny_teacher), 2)
 
     def measured(**more: object) -> dict[str, Any]:
-        return evaluate_coco(system, SMALL, CAPTIONS, reference, tmp_path / "cache", num_resamples=20, **more)  # type: ignore[arg-type]
+        return evaluate_coco(
+            system, SMALL, CAPTIONS, reference, tmp_path / "cache", num_resamples=20, **more
+        )  # type: ignore[arg-type]
 
     told = measured(dinov2=dinov2, teacher=teacher, num_noises=3)
     seen = [
-        dinov2.features(np.stack([fitted(p, 32) for p in evaluate.render_any(one, CAPTIONS, 0, tmp_path, nth)]))
+        dinov2.features(
+            np.stack([fitted(p, 32) for p in run.render_any(one, CAPTIONS, 0, tmp_path, nth)])
+        )
         for one, nth in ((system, 0), (system, 1), (system, 2), (teacher, 0))
     ]
     apart = [
-        1 - (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1) for a, b in combinations(seen, 2)
+        1 - (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+        for a, b in combinations(seen, 2)
     ]
-    assert told["same_noise_distance"] == pytest.approx(apart[2].mean(), abs=1e-5)  # the first and the teacher's
+    assert told["same_noise_distance"] == pytest.approx(
+        apart[2].mean(), abs=1e-5
+    )  # the first and the teacher's
     assert told["diversity"] == pytest.approx(np.mean([apart[0], apart[1], apart[3]]), abs=1e-5)
-    assert (told["num_noises"], told["diversity_count"]) == (3, 7) and "dinov2" in told["similarity"]
+    assert (told["num_noises"], told["diversity_count"]) == (3, 7) and "dinov2" in told[
+        "similarity"
+    ]
     assert set(told["intervals"]) >= {"same_noise_distance", "diversity"}
     stand_in = backbones.Space("inception", "1", lambda p: p.astype(np.float32).mean((1, 2)))
     with pytest.raises(UserError, match="name --dinov2 or --clip for it"):
@@ -335,15 +452,23 @@ def test_few_pictures_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_out_that_is_a_folder_is_told_before_anything_is_made(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is a folder; name the JSON file to write, such as .*metrics\.json"):
+    with pytest.raises(
+        UserError, match=r"is a folder; name the JSON file to write, such as .*metrics\.json"
+    ):
         app(["evaluate", "pocket-student", "--out", str(tmp_path)], standalone_mode=False)
 
 
 def test_unknown_names_tell_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["pocket-studnt"], "pocket-studnt is not a folder; did you mean 'pocket-student'"),
-        (["pocket-student", "--protocol", "coco2014"], "no such protocol: 'coco2014'; did you mean 'coco2014-30k'"),
-        (["pocket-student", "--protocol", "coco2017-5k"], "needs --captions FILE and --reference FOLDER"),
+        (
+            ["pocket-student", "--protocol", "coco2014"],
+            "no such protocol: 'coco2014'; did you mean 'coco2014-30k'",
+        ),
+        (
+            ["pocket-student", "--protocol", "coco2017-5k"],
+            "needs --captions FILE and --reference FOLDER",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             app(["evaluate", *arguments, "--out", str(tmp_path / "m.json")], standalone_mode=False)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion2gan.evaluate.evaluate import HELD_OUT_WORLD, real_pictures
-from diffusion2gan.evaluate.systems import load_system
+from diffusion2gan.evaluate.run import HELD_OUT_WORLD, real_pictures
 from diffusion2gan.generate import generate
+from diffusion2gan.pipelines.system import load_system
 from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256
@@ -31,7 +31,11 @@ def keep_reference(cache: Path) -> None:
     made, prompts = real_pictures(COUNT, 0), scenes.captions(range(COUNT), HELD_OUT_WORLD)
     for start in range(0, COUNT, PART):
         some = prompts[start : start + PART]
-        path = cache / f"{load_system('pocket-teacher').key}-0" / f"{start:06d}-{len(some)}.safetensors"
+        path = (
+            cache
+            / f"{load_system('pocket-teacher').key}-0"
+            / f"{start:06d}-{len(some)}.safetensors"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         pictures = torch.from_numpy(made[start : start + PART].copy())
         checkpoint.save(path, {"pictures": pictures}, {"prompts": list(some)})
@@ -41,13 +45,26 @@ def evaluated(teacher: Path, out: Path, *launcher: str) -> tuple[dict[str, Any],
     """metrics.json without what is timed, and what was printed."""
     keep_reference(out / "pictures")
     argv = [
-        "evaluate", teacher, "--count", COUNT, "--num-inference-steps", 1, "--guidance-scale", 0, "--num-resamples", 0,
-        "--out", out / "metrics.json",
-    ]  # fmt: skip
+        "evaluate",
+        teacher,
+        "--count",
+        COUNT,
+        "--num-inference-steps",
+        1,
+        "--guidance-scale",
+        0,
+        "--num-resamples",
+        0,
+        "--out",
+        out / "metrics.json",
+    ]
     ran = subprocess.run(
-        [sys.executable, *launcher, "-m", "diffusion2gan", *map(str, argv)], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900,
-    )  # fmt: skip
+        [sys.executable, *launcher, "-m", "diffusion2gan", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=900,
+    )
     assert ran.returncode == 0, ran.stderr
     told = json.loads((out / "metrics.json").read_text())
     return {key: value for key, value in told.items() if key not in TIMED}, ran.stdout
@@ -57,7 +74,11 @@ def flat(value: Any, name: str = "") -> dict[str, Any]:
     """Every number and word by its path."""
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {key: leaf for place, inner in items for key, leaf in flat(inner, f"{name}/{place}").items()}
+        return {
+            key: leaf
+            for place, inner in items
+            for key, leaf in flat(inner, f"{name}/{place}").items()
+        }
     return {name: value}
 
 
@@ -67,10 +88,17 @@ def test_two_ranks_measure_what_one_process_does(tiny_teacher: Path, tmp_path: P
     ours, printed = evaluated(tiny_teacher, tmp_path / "ranks", *TORCHRUN)
     found, expected = flat(ours), flat(alone)
     numbers = [key for key, value in expected.items() if isinstance(value, float)]
-    assert found.keys() == expected.keys() and len(numbers) > 10 and printed.count("\nfrechet_distance:") == 1
+    assert (
+        found.keys() == expected.keys()
+        and len(numbers) > 10
+        and printed.count("\nfrechet_distance:") == 1
+    )
     for key, value in expected.items():
         assert found[key] == (pytest.approx(value, rel=1e-6) if key in numbers else value), key
-    made = [{file.relative_to(f): sha256(file) for file in f.rglob("*.safetensors")} for f in tmp_path.iterdir()]
+    made = [
+        {file.relative_to(f): sha256(file) for file in f.rglob("*.safetensors")}
+        for f in tmp_path.iterdir()
+    ]
     assert made[0] == made[1] and len(made[0]) == 4
 
 
@@ -79,12 +107,12 @@ import os, sys, time, torch
 from diffusion2gan.errors import Failure
 from diffusion2gan.runtime import ranks
 ranks.PATIENCE_S = 2
-with ranks.ranks_connected(torch.device("cpu")) as group:
+with ranks.connect_ranks(torch.device("cpu")) as group:
     if group.ranks.rank == 1:
         time.sleep(20)
         os._exit(0)
     try:
-        group.meet()
+        group.barrier()
     except Failure as error:
         print("TOLD", error, flush=True)
         os._exit(0)
@@ -94,7 +122,9 @@ with ranks.ranks_connected(torch.device("cpu")) as group:
 @pytest.mark.slow
 def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     (tmp_path / "late.py").write_text(LATE)
-    ran = subprocess.run([sys.executable, *TORCHRUN, str(tmp_path / "late.py")], capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, *TORCHRUN, str(tmp_path / "late.py")], capture_output=True, text=True
+    )
     assert "TOLD rank 1 did not finish its share" in ran.stdout, ran.stderr
 
 
@@ -105,12 +135,27 @@ def test_two_ranks_make_the_same_grid(tiny_teacher: Path, tmp_path: Path) -> Non
     torch.set_num_threads(1)
     generate(load_system(str(tiny_teacher), 1, 0.0), prompts, 0, 2, tmp_path / "alone.png")
     torch.set_num_threads(threads)
-    argv = ["generate", tiny_teacher, "--num-inference-steps", 1, "--guidance-scale", 0, "--per-prompt", 2]
-    argv += [word for prompt in prompts for word in ("--prompt", prompt)] + ["--out", tmp_path / "ranks.png"]
+    argv = [
+        "generate",
+        tiny_teacher,
+        "--num-inference-steps",
+        1,
+        "--guidance-scale",
+        0,
+        "--per-prompt",
+        2,
+    ]
+    argv += [word for prompt in prompts for word in ("--prompt", prompt)] + [
+        "--out",
+        tmp_path / "ranks.png",
+    ]
     ran = subprocess.run(
-        [sys.executable, *TORCHRUN, "-m", "diffusion2gan", *map(str, argv)], capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
-    )  # fmt: skip
+        [sys.executable, *TORCHRUN, "-m", "diffusion2gan", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count(": 6 pictures, 1 step") == 1 and ran.stderr.count("generate: 6/6") == 1
     assert sha256(tmp_path / "alone.png") == sha256(tmp_path / "ranks.png")

@@ -8,22 +8,29 @@ import numpy as np
 import pytest
 from torch import from_numpy
 
-from diffusion2gan.evaluate.evaluate import HELD_OUT_WORLD, evaluate, real_pictures, render
+from diffusion2gan import assets
 from diffusion2gan.evaluate.features import PocketClip, attributes_right, load_probe
 from diffusion2gan.evaluate.metrics import clip_score, share
-from diffusion2gan.evaluate.systems import load_system
-from diffusion2gan.pocket import scenes, shipped
+from diffusion2gan.evaluate.run import HELD_OUT_WORLD, evaluate, real_pictures, render
+from diffusion2gan.pipelines.system import load_system
+from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime import checkpoint
 
 
 def test_all_weights_are_there_and_small() -> None:
-    files = [path for path in shipped.ROOT.rglob("*") if path.is_file()]
+    files = [path for path in assets.ROOT.rglob("*") if path.is_file()]
     sizes = {path: path.stat().st_size for path in files}
     pairs = sum(size for path, size in sizes.items() if path.parent.name == "pairs")
     assert sum(sizes.values()) - pairs <= 30e6 and pairs <= 10e6
-    assert not {path.suffix for path in files} & {".bin", ".pt", ".pth", ".ckpt", ".pkl"}  # safetensors alone
+    assert not {path.suffix for path in files} & {
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".pkl",
+    }  # safetensors alone
     for name in ("teacher", "student", "clip", "probe", "latent_vgg"):
-        assert shipped.folder(name).is_dir()
+        assert assets.folder(name).is_dir()
 
 
 def test_the_probe_reads_real_pictures() -> None:
@@ -63,7 +70,9 @@ def test_evaluate_tells_teacher_student_and_chance_apart(tmp_path: Path) -> None
     count = 64
     teacher = evaluate("pocket-teacher", count=count, seed=3, cache=tmp_path)
     student = evaluate("pocket-student", count=count, seed=3, cache=tmp_path)
-    one_step = evaluate("pocket-teacher", count=count, seed=3, cache=tmp_path, num_inference_steps=1)
+    one_step = evaluate(
+        "pocket-teacher", count=count, seed=3, cache=tmp_path, num_inference_steps=1
+    )
     assert set(teacher) == set(student) == set(one_step)
     assert teacher["same_noise_distance"] == pytest.approx(0, abs=1e-6)
     assert 0 < student["same_noise_distance"] < one_step["same_noise_distance"]
@@ -90,14 +99,26 @@ def test_evaluate_tells_intervals_diversity_and_protocol_and_the_same_twice(tmp_
         _keep(tmp_path, "pocket-student", np.roll(made, shift, 0), nth)
     _keep(tmp_path, "pocket-teacher", made, 0)
     told = [
-        evaluate("pocket-student", count=12, seed=3, cache=tmp_path, num_noises=2, num_resamples=30) for _ in range(2)
+        evaluate("pocket-student", count=12, seed=3, cache=tmp_path, num_noises=2, num_resamples=30)
+        for _ in range(2)
     ]
     timed = {"seconds_per_image", "seconds_per_image_p90", "images_per_second", "peak_memory_bytes"}
-    assert {k: v for k, v in told[0].items() if k not in timed} == {k: v for k, v in told[1].items() if k not in timed}
-    for key in ("frechet_distance", "clip_score", "attribute_accuracy", "diversity", "coverage", "recall"):
+    assert {k: v for k, v in told[0].items() if k not in timed} == {
+        k: v for k, v in told[1].items() if k not in timed
+    }
+    for key in (
+        "frechet_distance",
+        "clip_score",
+        "attribute_accuracy",
+        "diversity",
+        "coverage",
+        "recall",
+    ):
         low, high = told[0]["intervals"][key]
         assert low <= told[0][key] <= high, key
-    assert told[0]["diversity"] > 0 and told[0]["num_noises"] == 2 and told[0]["diversity_count"] == 12
+    assert (
+        told[0]["diversity"] > 0 and told[0]["num_noises"] == 2 and told[0]["diversity_count"] == 12
+    )
     assert told[0]["precision"] == told[0]["coverage"] == 1  # the same pictures, of other captions
     assert told[0]["patch_frechet_distance"] == pytest.approx(0, abs=1e-6)
     assert told[0]["protocol"] == "pocket" and told[0]["protocol_settings"]["count"] == 12
@@ -107,4 +128,8 @@ def _keep(cache: Path, name: str, pictures: np.ndarray, nth: int) -> None:
     """Puts pictures where `render` keeps a system's, so that nothing is made."""
     prompts = scenes.captions(range(12), HELD_OUT_WORLD + 3)
     folder = f"{load_system(name).key}-3" + (f"-noise{nth}" if nth else "")
-    checkpoint.save(cache / folder / "000000-12.safetensors", {"pictures": from_numpy(pictures)}, {"prompts": prompts})
+    checkpoint.save(
+        cache / folder / "000000-12.safetensors",
+        {"pictures": from_numpy(pictures)},
+        {"prompts": prompts},
+    )

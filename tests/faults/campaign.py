@@ -34,15 +34,15 @@ import tiny_pocket
 
 from diffusion2gan import cli, generate
 from diffusion2gan.distill import train
-from diffusion2gan.evaluate import evaluate, pictures
+from diffusion2gan.evaluate import pictures, run
 from diffusion2gan.export import export
 from diffusion2gan.pairs import check, store
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256, write_json
-from diffusion2gan.teacher.pipeline import load_teacher
+from diffusion2gan.teacher.loading import load_teacher
 
 TIMED = {"seconds_per_image", "seconds_per_image_p90", "images_per_second", "peak_memory_bytes"}
-LOADED = (cli, train, evaluate, export, check, generate)  # before the forks, which then start at once
+LOADED = (cli, train, run, export, check, generate)  # before the forks, which then start at once
 pictures.CHUNK = 4  # so that two ranks have something to share of eight captions
 OUT = Path(__file__).parents[2] / "docs" / "results" / "faults.json"
 
@@ -55,7 +55,9 @@ class Job:
     argv: Callable[[Path], list[object]]
     differs: Callable[[Path, Path], list[str]]
     ranks: int = 1
-    row: dict[str, Any] = field(default_factory=lambda: {"rounds": 0, "killed_before_the_end": 0, "lost": []})
+    row: dict[str, Any] = field(
+        default_factory=lambda: {"rounds": 0, "killed_before_the_end": 0, "lost": []}
+    )
 
 
 def start(job: Job, folder: Path) -> list[int]:
@@ -74,12 +76,18 @@ def fork(job: Job, folder: Path, rank: int, port: int) -> int:
     try:
         if job.ranks > 1:
             os.environ |= {
-                "RANK": str(rank), "WORLD_SIZE": str(job.ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+                "RANK": str(rank),
+                "WORLD_SIZE": str(job.ranks),
+                "LOCAL_RANK": str(rank),
+                "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
-            }  # fmt: skip
+            }
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
-        os.dup2(os.open(folder.with_name(f"{folder.name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        os.dup2(
+            os.open(folder.with_name(f"{folder.name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+            2,
+        )
         sys.argv = ["diffusion2gan", *map(str, job.argv(folder))]
         torch.set_num_threads(1)
         cli.main()
@@ -100,7 +108,9 @@ def whole(job: Job, folder: Path) -> float:
     begun = time.monotonic()
     codes = ended(start(job, folder))
     if any(codes):
-        raise RuntimeError(f"{job.name}: exit codes {codes}\n{folder.with_name(f'{folder.name}.log').read_text()}")
+        raise RuntimeError(
+            f"{job.name}: exit codes {codes}\n{folder.with_name(f'{folder.name}.log').read_text()}"
+        )
     return time.monotonic() - begun
 
 
@@ -123,7 +133,11 @@ def campaign(job: Job, base: Path, rounds: int, chance: random.Random) -> None:
         job.row["killed_before_the_end"] += killed(job, folder, chance.uniform(0, took_s))
         whole(job, folder)
         lost = job.differs(base / "reference", folder)
-        lost += [f"left: {path.name}" for path in folder.parent.rglob(".*") if str(path).startswith(str(folder))]
+        lost += [
+            f"left: {path.name}"
+            for path in folder.parent.rglob(".*")
+            if str(path).startswith(str(folder))
+        ]
         lost += [f"left: {path.name}" for path in base.glob(f".{folder.name}.*")]
         job.row["lost"] += [f"round {number}: {told}" for told in lost]
         shutil.rmtree(folder, ignore_errors=True)
@@ -132,19 +146,29 @@ def campaign(job: Job, base: Path, rounds: int, chance: random.Random) -> None:
 
 def other_files(reference: Path, found: Path) -> list[str]:
     """Names of files whose bytes differ, or that only one has."""
-    a, b = ({path.relative_to(f): sha256(path) for path in f.rglob("*") if path.is_file()} for f in (reference, found))
+    a, b = (
+        {path.relative_to(f): sha256(path) for path in f.rglob("*") if path.is_file()}
+        for f in (reference, found)
+    )
     return [f"{name} differs" for name in sorted({*a, *b}, key=str) if a.get(name) != b.get(name)]
 
 
 def other_losses(reference: Path, found: Path) -> list[str]:
     """Steps that differ, losses or averaged weights further than 1e-6."""
-    a, b = ([json.loads(x) for x in (f / "log.jsonl").read_text().splitlines()] for f in (reference, found))
+    a, b = (
+        [json.loads(x) for x in (f / "log.jsonl").read_text().splitlines()]
+        for f in (reference, found)
+    )
     if [x["pairs_seen"] for x in a] != [x["pairs_seen"] for x in b]:
         return ["log.jsonl has other steps"]
     furthest = max(abs(x["loss"] - y["loss"]) / x["loss"] for x, y in zip(a, b, strict=True))
     (x, _), (y, _) = (checkpoint.load(f / "checkpoint.safetensors") for f in (reference, found))
     weights = max(float((x[key] - y[key]).abs().max()) for key in x if key.startswith("ema/"))
-    return [f"losses by {furthest:.1e}, weights by {weights:.1e}"] if max(furthest, weights) > 1e-6 else []
+    return (
+        [f"losses by {furthest:.1e}, weights by {weights:.1e}"]
+        if max(furthest, weights) > 1e-6
+        else []
+    )
 
 
 def other_metrics(reference: Path, found: Path) -> list[str]:
@@ -156,18 +180,33 @@ def close(a: Any, b: Any) -> bool:
     """To rounding: two processes' float32 features of the same pictures differ in the last bits."""
     if isinstance(a, list | dict):
         places = a if isinstance(a, dict) else range(len(a))
-        return isinstance(b, type(a)) and len(a) == len(b) and all(close(a[i], b[i]) for i in places)
-    return abs(a - b) <= 1e-6 * max(1.0, abs(a)) if isinstance(a, float) and isinstance(b, float) else bool(a == b)
+        return (
+            isinstance(b, type(a)) and len(a) == len(b) and all(close(a[i], b[i]) for i in places)
+        )
+    return (
+        abs(a - b) <= 1e-6 * max(1.0, abs(a))
+        if isinstance(a, float) and isinstance(b, float)
+        else bool(a == b)
+    )
 
 
 def jobs(base: Path, teacher: Path) -> list[Job]:
     pairs, run = base / "pairs", base / "run"
     more = ("--num-inference-steps", 2, "--guidance-scale", 1, "--shard-size", 4, "--batch-size", 2)
     settings = {
-        "teacher": teacher, "loss": "mse", "pairs_seen": 32, "batch_size": 4, "checkpoint_every_s": 1e-9,
-        "sample_every": 16, "adversarial_weight": 0.5, "discriminator": "patch", "discriminator_warmup": 8,
-        "r1_every": 3, "keep_checkpoints": 3, "keep_best": "true",
-    }  # fmt: skip
+        "teacher": teacher,
+        "loss": "mse",
+        "total_pairs": 32,
+        "batch_size": 4,
+        "checkpoint_every_s": 1e-9,
+        "sample_every": 16,
+        "adversarial_weight": 0.5,
+        "discriminator": "patch",
+        "discriminator_warmup": 8,
+        "r1_every": 3,
+        "keep_checkpoints": 3,
+        "keep_best": "true",
+    }
     sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
     def make(out: Path) -> list[object]:
@@ -191,13 +230,16 @@ def jobs(base: Path, teacher: Path) -> list[Job]:
         return ["generate", *one_step, *prompts, "--out", out / "grid.png"]
 
     return [
-        Job("pairs", make, other_files), Job("pairs, two ranks", make, other_files, 2),
-        Job("distill", fit, other_files), Job("distill, two ranks", fit, other_losses, 2),
+        Job("pairs", make, other_files),
+        Job("pairs, two ranks", make, other_files, 2),
+        Job("distill", fit, other_files),
+        Job("distill, two ranks", fit, other_losses, 2),
         Job("distill, two ranks, fsdp", cut, other_losses, 2),
         Job("export", lambda out: ["export", run, "--out", out], other_files),
-        Job("evaluate", tell, other_metrics), Job("evaluate, two ranks", tell, other_metrics, 2),
+        Job("evaluate", tell, other_metrics),
+        Job("evaluate, two ranks", tell, other_metrics, 2),
         Job("generate, two ranks", draw, other_files, 2),
-    ]  # fmt: skip
+    ]
 
 
 def main(rounds: int, out: Path, seed: int, note: str, only: list[str]) -> dict[str, Any]:
@@ -231,7 +273,11 @@ def main(rounds: int, out: Path, seed: int, note: str, only: list[str]) -> dict[
 def prepare(job: Job, base: Path, every: list[Job]) -> None:
     """What a job reads, made by the jobs before it."""
     made_by = (
-        ("pairs", "pairs", tuple(job.name for job in every if job.name.startswith(("distill", "export")))),
+        (
+            "pairs",
+            "pairs",
+            tuple(job.name for job in every if job.name.startswith(("distill", "export"))),
+        ),
         ("distill", "run", ("export",)),
     )
     for needed, name, users in made_by:
@@ -240,7 +286,9 @@ def prepare(job: Job, base: Path, every: list[Job]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--seed", type=int, default=0)

@@ -33,17 +33,25 @@ OTHER_FAULTS = {  # FILE::NAME, or FILE for all in it
     "clock jumps": ["tests/faults/test_faults.py::test_a_clock_that_jumps_changes_nothing"],
     "shard truncated": ["tests/pairs/test_store.py::test_a_cut_off_shard_is_a_failure"],
     "shard bit-flipped": ["tests/pairs/test_store.py::test_no_flipped_byte_passes_unnoticed"],
-    "shard swapped between two sets": ["tests/pairs/test_store.py::test_a_shard_of_another_set_is_refused"],
+    "shard swapped between two sets": [
+        "tests/pairs/test_store.py::test_a_shard_of_another_set_is_refused"
+    ],
     "shard duplicated": ["tests/pairs/test_check.py::test_a_duplicated_shard_is_told"],
     "newest checkpoint or recipe.json missing": [
         "tests/distill/test_checkpoints.py::test_going_back_to_an_earlier_one_gives_the_same_run"
     ],
-    "checkpoint damaged": ["tests/runtime/test_checkpoint.py::test_a_damaged_checkpoint_is_a_failure"],
-    "a checkpoint's part missing, cut off or damaged": ["tests/runtime/test_parts.py::test_a_wrong_part_is_named"],
+    "checkpoint damaged": [
+        "tests/runtime/test_checkpoint.py::test_a_damaged_checkpoint_is_a_failure"
+    ],
+    "a checkpoint's part missing, cut off or damaged": [
+        "tests/runtime/test_sharded_checkpoint.py::test_a_wrong_part_is_named"
+    ],
     "a rank killed between two parts": [
         "tests/distill/test_fsdp.py::test_a_kill_between_two_parts_leaves_the_checkpoint_before"
     ],
-    "a rank that cannot write its part": ["tests/runtime/test_parts.py::test_a_rank_that_cannot_write_is_told_by_all"],
+    "a rank that cannot write its part": [
+        "tests/runtime/test_sharded_checkpoint.py::test_a_rank_that_cannot_write_is_told_by_all"
+    ],
     "two processes writing one folder": [
         "tests/runtime/test_lock.py",
         "tests/distill/test_ranks.py::test_preemption_ends_well_and_a_second_run_is_refused",
@@ -55,37 +63,57 @@ OTHER_FAULTS = {  # FILE::NAME, or FILE for all in it
         "tests/distill/test_fsdp.py::test_a_rank_that_hangs_is_named_by_the_gathering",
         "tests/evaluate/test_share.py::test_a_rank_that_never_comes_is_named",
     ],
-    "a rank killed under torchrun --max-restarts": ["tests/distill/test_ranks.py::test_the_loss_of_a_rank_is_survived"],
+    "a rank killed under torchrun --max-restarts": [
+        "tests/distill/test_ranks.py::test_the_loss_of_a_rank_is_survived"
+    ],
     "NaN in one rank only": [
         "tests/distill/test_ranks.py::test_any_number_of_ranks_is_the_same_update",
         "tests/distill/test_fsdp.py::test_memory_is_shared_and_nan_on_one_rank_skips_on_all",
     ],
     "object store answers 500, or vanishes": [
-        "tests/runtime/test_places.py::test_faults_are_waited_out",
-        "tests/runtime/test_places.py::test_a_server_that_vanishes_for_ten_seconds",
+        "tests/runtime/test_storage.py::test_faults_are_waited_out",
+        "tests/runtime/test_storage.py::test_a_server_that_vanishes_for_ten_seconds",
     ],
 }
 
 
-def tried(rounds: int, faults: dict[str, list[str]] = OTHER_FAULTS, root: Path = ROOT) -> dict[str, Any]:
+def tried(
+    rounds: int, faults: dict[str, list[str]] = OTHER_FAULTS, root: Path = ROOT
+) -> dict[str, Any]:
     """By fault: its tests, how many of them ran in all rounds, how many were skipped, and which failed or never ran."""
     rows: dict[str, Any] = {
-        fault: {"tests": tests, "tried": 0, "skipped": 0, "lost": []} for fault, tests in faults.items()
+        fault: {"tests": tests, "tried": 0, "skipped": 0, "lost": []}
+        for fault, tests in faults.items()
     }
     every = sorted({test for tests in faults.values() for test in tests})
     for number in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "report.xml"
-            command = ["-m", "pytest", "-m", "slow or not slow", "-p", "no:cacheprovider", f"--junitxml={report}"]
+            command = [
+                "-m",
+                "pytest",
+                "-m",
+                "slow or not slow",
+                "-p",
+                "no:cacheprovider",
+                f"--junitxml={report}",
+            ]
             subprocess.run([sys.executable, *command, *every], cwd=root)
             cases = list(ElementTree.parse(report).iter("testcase"))
         for row in rows.values():
             for test in row["tests"]:
-                mine = [(str(case.get("name")), {child.tag for child in case}) for case in cases if is_of(case, test)]
+                mine = [
+                    (str(case.get("name")), {child.tag for child in case})
+                    for case in cases
+                    if is_of(case, test)
+                ]
                 row["skipped"] += sum("skipped" in kinds for _, kinds in mine)
                 row["tried"] += sum("skipped" not in kinds for _, kinds in mine)
                 failed = [name for name, kinds in mine if kinds & {"failure", "error"}]
-                row["lost"] += [f"round {number}: {name}" for name in (failed if mine else [f"{test} did not run"])]
+                row["lost"] += [
+                    f"round {number}: {name}"
+                    for name in (failed if mine else [f"{test} did not run"])
+                ]
     return rows
 
 
@@ -97,7 +125,9 @@ def is_of(case: ElementTree.Element, test: str) -> bool:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()

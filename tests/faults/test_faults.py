@@ -18,7 +18,7 @@ from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime.files import sha256
-from diffusion2gan.teacher.pipeline import load_teacher
+from diffusion2gan.teacher.loading import load_teacher
 
 CAMPAIGN = Path(__file__).with_name("campaign.py")
 
@@ -26,7 +26,10 @@ CAMPAIGN = Path(__file__).with_name("campaign.py")
 @pytest.mark.slow
 def test_nothing_is_lost(tmp_path: Path) -> None:
     out = tmp_path / "faults.json"
-    subprocess.run([sys.executable, str(CAMPAIGN), "--rounds", "3", "--out", str(out), "--seed", "7"], check=True)
+    subprocess.run(
+        [sys.executable, str(CAMPAIGN), "--rounds", "3", "--out", str(out), "--seed", "7"],
+        check=True,
+    )
     told = json.loads(out.read_text())
     assert told["lost"] == 0, told
     rows = told["sigkill"]
@@ -41,15 +44,28 @@ def test_a_clock_that_jumps_changes_nothing(
     teacher, now, looks = load_teacher(str(tiny_teacher)), time.time(), itertools.count()
     spec = PairsSpec(teacher.name, teacher.revision, "words", 4, 0, 1, 1.0, teacher.latent_shape, 2)
     recipe = Recipe(
-        teacher=str(tiny_teacher), loss="mse", pairs_seen=8, batch_size=2, checkpoint_every_s=1e-9, sample_every=4,
-        keep_checkpoints=2, adversarial_weight=0,
-    )  # fmt: skip
+        teacher=str(tiny_teacher),
+        loss="mse",
+        total_pairs=8,
+        batch_size=2,
+        checkpoint_every_s=1e-9,
+        sample_every=4,
+        keep_checkpoints=2,
+        adversarial_weight=0,
+    )
     for name in ("steady", "jumping"):
         if name == "jumping":
-            monkeypatch.setattr(time, "time", lambda: now + (-1) ** next(looks) * 86400.0 * (next(looks) % 9))
-        make_pairs(teacher, lambda indices: ["a star"] * len(indices), spec, tmp_path / name / "pairs")
+            monkeypatch.setattr(
+                time, "time", lambda: now + (-1) ** next(looks) * 86400.0 * (next(looks) % 9)
+            )
+        make_pairs(
+            teacher, lambda indices: ["a star"] * len(indices), spec, tmp_path / name / "pairs"
+        )
         distill(recipe, tmp_path / name / "pairs", tmp_path / name / "run")
-    files = [{p.relative_to(f): sha256(p) for p in f.rglob("*") if p.is_file()} for f in tmp_path.iterdir()]
+    files = [
+        {p.relative_to(f): sha256(p) for p in f.rglob("*") if p.is_file()}
+        for f in tmp_path.iterdir()
+    ]
     assert len(files[0]) > 8 and files[0] == files[1]
 
 
@@ -78,5 +94,6 @@ def test_a_fault_whose_test_fails_is_lost(tmp_path: Path) -> None:
     assert other == {"tests": ["test_x.py::test_other"], "tried": 0, "skipped": 2, "lost": []}
     none = tried(1, faults | {"none": ["test_x.py::test_none"]}, tmp_path)
     assert all(
-        row["tried"] == 0 and row["lost"] == [f"round 0: {row['tests'][0]} did not run"] for row in none.values()
+        row["tried"] == 0 and row["lost"] == [f"round 0: {row['tests'][0]} did not run"]
+        for row in none.values()
     )

@@ -20,9 +20,13 @@ from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import checkpoint
-from diffusion2gan.teacher.pipeline import load_teacher
+from diffusion2gan.teacher.loading import load_teacher
 
-MOUNT = ["sh", "-c", 'mount -t tmpfs -o ro none "$0" && exec "$@"']  # seen by that command alone, gone with it
+MOUNT = [
+    "sh",
+    "-c",
+    'mount -t tmpfs -o ro none "$0" && exec "$@"',
+]  # seen by that command alone, gone with it
 COMMANDS = ("pairs", "distill", "export", "evaluate", "generate")
 
 
@@ -33,17 +37,27 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = load_teacher(str(tiny_pocket.save(folder / "teacher")))
     spec = PairsSpec(teacher.name, teacher.revision, "words", 4, 0, 1, 1.0, teacher.latent_shape, 2)
     make_pairs(teacher, lambda indices: ["a star"] * len(indices), spec, folder / "pairs")
-    recipe = Recipe(teacher=str(folder / "teacher"), loss="mse", pairs_seen=2, batch_size=2)
+    recipe = Recipe(teacher=str(folder / "teacher"), loss="mse", total_pairs=2, batch_size=2)
     distill(recipe, folder / "pairs", folder / "run")
     return folder
 
 
 def argv(command: str, made: Path, out: Path) -> list[str]:
     one_step = ("--num-inference-steps", 1, "--guidance-scale", 0)
-    settings = (f"teacher={made / 'teacher'}", "loss=mse", "pairs_seen=2", "batch_size=2")
+    settings = (f"teacher={made / 'teacher'}", "loss=mse", "total_pairs=2", "batch_size=2")
     sets = [word for setting in settings for word in ("--set", setting)]
     words: dict[str, tuple[object, ...]] = {
-        "pairs": ("--teacher", made / "teacher", "--count", 2, *one_step[:2], "--guidance-scale", 1, "--out", out),
+        "pairs": (
+            "--teacher",
+            made / "teacher",
+            "--count",
+            2,
+            *one_step[:2],
+            "--guidance-scale",
+            1,
+            "--out",
+            out,
+        ),
         "distill": ("pocket-regression", "--pairs", made / "pairs", "--out", out, *sets),
         "export": (made / "run", "--out", out / "export"),
         "evaluate": (made / "teacher", "--count", 2, *one_step, "--out", out / "metrics.json"),
@@ -63,7 +77,11 @@ def isolated() -> list[str]:
 
 
 def everything(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.slow
@@ -72,23 +90,45 @@ def test_a_read_only_disk(command: str, made: Path, tmp_path: Path) -> None:
     before, out = everything(made), tmp_path / "out"
     out.mkdir()
     ran = subprocess.run(
-        [*isolated(), *MOUNT, str(out), sys.executable, "-m", "diffusion2gan", *argv(command, made, out)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            *isolated(),
+            *MOUNT,
+            str(out),
+            sys.executable,
+            "-m",
+            "diffusion2gan",
+            *argv(command, made, out),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert ran.returncode == 1, ran.stderr
     assert "Traceback" not in ran.stderr
     last = ran.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and "Read-only file system" in last and str(out) in last and "--out" in last
+    assert (
+        last.startswith("error: ")
+        and "Read-only file system" in last
+        and str(out) in last
+        and "--out" in last
+    )
     assert everything(made) == before and [path.name for path in tmp_path.rglob("*")] == ["out"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_file_where_a_folder_should_be(
-    command: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "file").write_text("mine")
     before = everything(made)
-    monkeypatch.setattr(sys, "argv", ["diffusion2gan", *argv(command, made, tmp_path / "file" / "below")])
+    monkeypatch.setattr(
+        sys, "argv", ["diffusion2gan", *argv(command, made, tmp_path / "file" / "below")]
+    )
     with pytest.raises(SystemExit) as end:
         cli.main()
     last = capsys.readouterr().err.splitlines()[-1]

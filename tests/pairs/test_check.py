@@ -13,11 +13,13 @@ import torch
 from tiny_families import ONE_EACH, RESOLUTION
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.noise import noise_from_seeds, pair_seed
 from diffusion2gan.pairs import store
 from diffusion2gan.pairs.check import digests, info, spans, verify, verify_deep
 from diffusion2gan.pairs.make import make_pairs
-from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, pair_seed, read_shard, shard_path
-from diffusion2gan.teacher.pipeline import Teacher, load_teacher
+from diffusion2gan.pairs.store import Pairs, PairsSpec, read_shard, shard_path
+from diffusion2gan.teacher.loading import load_teacher
+from diffusion2gan.teacher.pipeline import Teacher
 
 SPEC = PairsSpec("t", "r", "p", 40, 3, 5, 3.0, (4, 2, 3), 4, keep_noise=True)
 
@@ -26,10 +28,14 @@ def write(folder: Path, shard: int, spec: PairsSpec = SPEC, as_shard: int | None
     """A shard whose latents are its pairs' noise, reversed."""
     indices = spec.shard_indices(shard)
     seeds = [pair_seed(spec.seed, i) for i in indices]
-    noise = noise_of(seeds, spec.latent_shape)
-    store.write_shard(folder, shard if as_shard is None else as_shard, spec, Pairs(
-        list(indices), seeds, [f"p{i}" for i in indices], -noise
-    ), noise if spec.keep_noise else None)  # fmt: skip
+    noise = noise_from_seeds(seeds, spec.latent_shape)
+    store.write_shard(
+        folder,
+        shard if as_shard is None else as_shard,
+        spec,
+        Pairs(list(indices), seeds, [f"p{i}" for i in indices], -noise),
+        noise if spec.keep_noise else None,
+    )
 
 
 def test_pace_and_time_left_from_the_disk_alone(tmp_path: Path) -> None:
@@ -61,14 +67,24 @@ def test_one_noise_for_two_pairs_is_told(tmp_path: Path) -> None:
     write(tmp_path, 1, spec)
     assert verify(tmp_path) == []
     seeds = [pair_seed(3, i) for i in range(4, 8)]
-    same = noise_of([seeds[0]] * 4, spec.latent_shape)
-    store.write_shard(tmp_path, 1, spec, Pairs([4, 5, 6, 7], seeds, list("abcd"), noise_of(seeds, (4, 2, 3))), same)
+    same = noise_from_seeds([seeds[0]] * 4, spec.latent_shape)
+    store.write_shard(
+        tmp_path,
+        1,
+        spec,
+        Pairs([4, 5, 6, 7], seeds, list("abcd"), noise_from_seeds(seeds, (4, 2, 3))),
+        same,
+    )
     told = verify(tmp_path)
     assert any("stored noise that is not its seed's" in line for line in told)
     assert any("3 noises that another pair has too" in line for line in told)
-    twice = noise_of([pair_seed(3, 0)] * 4, spec.latent_shape)
+    twice = noise_from_seeds([pair_seed(3, 0)] * 4, spec.latent_shape)
     store.write_shard(
-        tmp_path, 1, spec, Pairs([4, 5, 6, 7], seeds, list("abcd"), -twice), noise_of(seeds, spec.latent_shape)
+        tmp_path,
+        1,
+        spec,
+        Pairs([4, 5, 6, 7], seeds, list("abcd"), -twice),
+        noise_from_seeds(seeds, spec.latent_shape),
     )
     assert [line for line in verify(tmp_path) if "4 latents that another pair has too" in line]
 
@@ -84,7 +100,9 @@ def test_a_duplicated_shard_is_told(tmp_path: Path) -> None:
 
 def test_digests_are_the_contents() -> None:
     a = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(0))
-    assert (digests(a) == digests(a.clone())).all() and len(set(digests(torch.cat([a, a])).tolist())) == 3
+    assert (digests(a) == digests(a.clone())).all() and len(
+        set(digests(torch.cat([a, a])).tolist())
+    ) == 3
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +111,15 @@ def teacher(tiny_teacher: Path) -> Teacher:
 
 
 def test_pairs_are_solved_anew(teacher: Teacher, tmp_path: Path) -> None:
-    spec = PairsSpec(teacher.name, teacher.revision, "words", 10, 2, 2, 3.0, teacher.latent_shape, 4)
+    spec = PairsSpec(
+        teacher.name, teacher.revision, "words", 10, 2, 2, 3.0, teacher.latent_shape, 4
+    )
     make_pairs(teacher, lambda indices: [f"a star {i}" for i in indices], spec, tmp_path)
     assert verify_deep(tmp_path, teacher, 10) == []
     pairs = read_shard(tmp_path, 1)
-    swapped = dataclasses.replace(pairs, latents=pairs.latents[[1, 0, 2, 3]])  # finite, unique, and wrong
+    swapped = dataclasses.replace(
+        pairs, latents=pairs.latents[[1, 0, 2, 3]]
+    )  # finite, unique, and wrong
     store.write_shard(tmp_path, 1, spec, swapped)
     assert verify(tmp_path) == []
     told = verify_deep(tmp_path, teacher, 10)

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from diffusion2gan.errors import Failure, UserError
+from diffusion2gan.noise import noise_from_seeds, pair_seed
 from diffusion2gan.pairs import store
 from diffusion2gan.pairs.check import verify
 from diffusion2gan.pairs.exchange import export_webdataset, import_webdataset, merge, tar_name
-from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, pair_seed, read_shard, shard_path
+from diffusion2gan.pairs.store import Pairs, PairsSpec, read_shard, shard_path
 
 SPEC = PairsSpec("t", "r", "p", 10, 3, 5, 3.0, (4, 2, 3), 4, keep_noise=True)
 
@@ -24,7 +25,7 @@ def write(folder: Path, shards: range, spec: PairsSpec = SPEC) -> Path:
     store.start_set(folder, spec)
     for shard in shards:
         seeds = [pair_seed(spec.seed, i) for i in spec.shard_indices(shard)]
-        noise = noise_of(seeds, spec.latent_shape)
+        noise = noise_from_seeds(seeds, spec.latent_shape)
         prompts = [f"prompt “{i}” ✓" for i in spec.shard_indices(shard)]
         pairs = Pairs(list(spec.shard_indices(shard)), seeds, prompts, -noise)
         store.write_shard(folder, shard, spec, pairs, noise)
@@ -88,7 +89,9 @@ def test_damaged_and_foreign_exports_are_told(tmp_path: Path) -> None:
     made = write(tmp_path / "made", range(3))
     export_webdataset(made, tmp_path / "tars")
     with pytest.raises(UserError, match="holds an export of another set"):
-        export_webdataset(write(tmp_path / "b", range(1), dataclasses.replace(SPEC, seed=4)), tmp_path / "tars")
+        export_webdataset(
+            write(tmp_path / "b", range(1), dataclasses.replace(SPEC, seed=4)), tmp_path / "tars"
+        )
     with pytest.raises(UserError, match="is no export of pairs"):
         import_webdataset(tmp_path, tmp_path / "back")
     tar = tmp_path / "tars" / tar_name(1)

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.noise import noise_from_seeds, pair_seed
 from diffusion2gan.pairs.check import verify
-from diffusion2gan.pairs.make import make_pairs, prompts_digest, read_prompts
-from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, pair_seed, read_shard, shard_path
+from diffusion2gan.pairs.make import make_pairs
+from diffusion2gan.pairs.store import Pairs, PairsSpec, read_shard, shard_path
+from diffusion2gan.prompts import prompts_digest, read_prompts
+from diffusion2gan.teacher.loading import load_teacher
 from diffusion2gan.teacher.ode import solve_ode
-from diffusion2gan.teacher.pipeline import Teacher, load_teacher
+from diffusion2gan.teacher.pipeline import Teacher
 
 WORDS = ["red", "blue", "ring", "star", "two"]
 
@@ -47,16 +50,26 @@ def made(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_pair_is_the_teachers_answer_to_its_own_seed(teacher: Teacher, made: Path) -> None:
     spec = spec_of(teacher)
     pairs = read_all(made, spec)
-    assert pairs.index == list(range(9)) and pairs.prompts == prompts_of(range(9)) and verify(made) == []
+    assert (
+        pairs.index == list(range(9))
+        and pairs.prompts == prompts_of(range(9))
+        and verify(made) == []
+    )
     assert pairs.seed == [pair_seed(2, i) for i in range(9)]
     for i in (0, 3, 8):
-        noise = torch.randn(spec.latent_shape, generator=torch.Generator().manual_seed(pairs.seed[i]))[None]
-        alone = solve_ode(teacher, noise, teacher.encode([pairs.prompts[i]]), teacher.encode([""]), 2, 3.0)[0]
+        noise = torch.randn(
+            spec.latent_shape, generator=torch.Generator().manual_seed(pairs.seed[i])
+        )[None]
+        alone = solve_ode(
+            teacher, noise, teacher.encode([pairs.prompts[i]]), teacher.encode([""]), 2, 3.0
+        )[0]
         torch.testing.assert_close(pairs.latents[i], alone, rtol=1e-3, atol=1e-4)  # float16 on disk
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_pairs_do_not_depend_on_the_batch(teacher: Teacher, made: Path, tmp_path: Path, batch_size: int) -> None:
+def test_pairs_do_not_depend_on_the_batch(
+    teacher: Teacher, made: Path, tmp_path: Path, batch_size: int
+) -> None:
     spec = spec_of(teacher, keep_noise=True)
     make_pairs(teacher, prompts_of, spec, tmp_path, batch_size)
     found, expected = read_all(tmp_path, spec), read_all(made, spec_of(teacher))
@@ -66,8 +79,12 @@ def test_pairs_do_not_depend_on_the_batch(teacher: Teacher, made: Path, tmp_path
 
 def test_run_again_makes_nothing(teacher: Teacher, made: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
-    assert sorted(path.name for path in before) == ["pairs-00000.parquet", "pairs-00001.parquet",
-                                                    "pairs-00002.parquet", "pairs.json"]  # fmt: skip
+    assert sorted(path.name for path in before) == [
+        "pairs-00000.parquet",
+        "pairs-00001.parquet",
+        "pairs-00002.parquet",
+        "pairs.json",
+    ]
 
     def never(indices: Sequence[int]) -> list[str]:
         raise AssertionError(f"{indices} are there already")
@@ -76,7 +93,9 @@ def test_run_again_makes_nothing(teacher: Teacher, made: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
 
 
-def test_after_an_interruption_only_the_rest_is_made(teacher: Teacher, made: Path, tmp_path: Path) -> None:
+def test_after_an_interruption_only_the_rest_is_made(
+    teacher: Teacher, made: Path, tmp_path: Path
+) -> None:
     spec = spec_of(teacher)
 
     def interrupted(indices: Sequence[int]) -> list[str]:
@@ -101,7 +120,11 @@ def test_after_an_interruption_only_the_rest_is_made(teacher: Teacher, made: Pat
     make_pairs(teacher, noted, spec, tmp_path, batch_size=3)
     assert asked == list(range(4))
     found, expected = read_all(tmp_path, spec), read_all(made, spec)
-    assert (found.index, found.seed, found.prompts) == (expected.index, expected.seed, expected.prompts)
+    assert (found.index, found.seed, found.prompts) == (
+        expected.index,
+        expected.seed,
+        expected.prompts,
+    )
     assert torch.equal(found.latents, expected.latents)
 
 
@@ -117,7 +140,7 @@ def test_the_stored_noise_is_the_seeds(teacher: Teacher, tmp_path: Path) -> None
     spec = spec_of(teacher, keep_noise=True, count=2)
     make_pairs(teacher, prompts_of, spec, tmp_path)
     for row in pq.read_table(shard_path(tmp_path, 0)).to_pylist():
-        expected = noise_of([row["seed"]], spec.latent_shape).half().numpy()
+        expected = noise_from_seeds([row["seed"]], spec.latent_shape).half().numpy()
         assert np.frombuffer(row["noise"], np.float16).tobytes() == expected.tobytes()
 
 

@@ -16,8 +16,9 @@ from diffusion2gan.pairs import make, store
 from diffusion2gan.pairs.check import verify
 from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.store import Pairs, PairsSpec, present_shards, read_shard, shard_path
-from diffusion2gan.runtime.lock import claimed
-from diffusion2gan.teacher.pipeline import Teacher, load_teacher
+from diffusion2gan.runtime.lock import exclusive_lock
+from diffusion2gan.teacher.loading import load_teacher
+from diffusion2gan.teacher.pipeline import Teacher
 
 COUNT, SHARD = 22, 4  # six shards, the last of two
 
@@ -29,7 +30,9 @@ def teacher(tiny_teacher: Path) -> Teacher:
 
 @pytest.fixture(scope="module")
 def spec(teacher: Teacher) -> PairsSpec:
-    return PairsSpec(teacher.name, teacher.revision, "words", COUNT, 2, 2, 3.0, teacher.latent_shape, SHARD, True)
+    return PairsSpec(
+        teacher.name, teacher.revision, "words", COUNT, 2, 2, 3.0, teacher.latent_shape, SHARD, True
+    )
 
 
 def prompts_of(indices: Sequence[int]) -> list[str]:
@@ -44,7 +47,9 @@ def columns(folder: Path, spec: PairsSpec) -> tuple[Pairs, bytes]:
 
 
 @pytest.fixture(scope="module")
-def alone(teacher: Teacher, spec: PairsSpec, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pairs, bytes]:
+def alone(
+    teacher: Teacher, spec: PairsSpec, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Pairs, bytes]:
     folder = tmp_path_factory.mktemp("alone")
     make_pairs(teacher, prompts_of, spec, folder)
     return columns(folder, spec)
@@ -53,9 +58,17 @@ def alone(teacher: Teacher, spec: PairsSpec, tmp_path_factory: pytest.TempPathFa
 def assert_same_set(folder: Path, spec: PairsSpec, alone: tuple[Pairs, bytes]) -> None:
     (found, noise), (expected, expected_noise) = columns(folder, spec), alone
     assert noise == expected_noise  # bit for bit
-    assert (found.index, found.seed, found.prompts) == (expected.index, expected.seed, expected.prompts)
-    torch.testing.assert_close(found.latents, expected.latents, rtol=1e-3, atol=1e-3)  # other batches, float16
-    assert verify(folder) == [] and not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert (found.index, found.seed, found.prompts) == (
+        expected.index,
+        expected.seed,
+        expected.prompts,
+    )
+    torch.testing.assert_close(
+        found.latents, expected.latents, rtol=1e-3, atol=1e-3
+    )  # other batches, float16
+    assert verify(folder) == [] and not [
+        path for path in folder.iterdir() if path.name.startswith(".")
+    ]
 
 
 def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
@@ -64,7 +77,11 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
 
 
 def test_ranks_share_the_shards_by_index(
-    teacher: Teacher, spec: PairsSpec, alone: tuple[Pairs, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Teacher,
+    spec: PairsSpec,
+    alone: tuple[Pairs, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for rank, batch_size in ((2, 1), (1, 3), (0, 64)):
         as_rank(monkeypatch, rank, 3)
@@ -75,12 +92,18 @@ def test_ranks_share_the_shards_by_index(
 
 
 def test_any_mixture_is_the_same_set(
-    teacher: Teacher, spec: PairsSpec, alone: tuple[Pairs, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Teacher,
+    spec: PairsSpec,
+    alone: tuple[Pairs, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make_pairs(teacher, prompts_of, spec, tmp_path, 5, range(4, 6))
     assert present_shards(tmp_path, spec) == [4, 5]
     as_rank(monkeypatch, 1, 2)
-    make_pairs(teacher, prompts_of, spec, tmp_path, 2, range(1, 5))  # shards 2 and 4, which is there
+    make_pairs(
+        teacher, prompts_of, spec, tmp_path, 2, range(1, 5)
+    )  # shards 2 and 4, which is there
     assert present_shards(tmp_path, spec) == [2, 4, 5]
     monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
     asked: list[int] = []
@@ -99,14 +122,20 @@ def test_any_mixture_is_the_same_set(
 
 
 def test_a_shard_in_work_is_nobody_elses(teacher: Teacher, spec: PairsSpec, tmp_path: Path) -> None:
-    with claimed(shard_path(tmp_path, 1)):
-        with pytest.raises(UserError, match=r"pairs-00001\.parquet is being written by another process"):
+    with exclusive_lock(shard_path(tmp_path, 1)):
+        with pytest.raises(
+            UserError, match=r"pairs-00001\.parquet is being written by another process"
+        ):
             make_pairs(teacher, prompts_of, spec, tmp_path)
-        make_pairs(teacher, prompts_of, spec, tmp_path, shards=range(2, 3))  # other shards of the set go on
+        make_pairs(
+            teacher, prompts_of, spec, tmp_path, shards=range(2, 3)
+        )  # other shards of the set go on
     assert present_shards(tmp_path, spec) == [0, 2]
 
 
-def test_a_shard_finished_meanwhile_is_left(teacher: Teacher, spec: PairsSpec, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_shard_finished_meanwhile_is_left(
+    teacher: Teacher, spec: PairsSpec, tmp_path: Path, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
     """Another process ends shard 0 between our look at the folder and our claim."""
     make_pairs(teacher, prompts_of, spec, tmp_path, shards=range(0, 1))
     before = shard_path(tmp_path, 0).stat().st_mtime_ns
@@ -118,8 +147,12 @@ def test_a_shard_finished_meanwhile_is_left(teacher: Teacher, spec: PairsSpec, t
 
 
 @pytest.mark.parametrize("wrong", [range(0, 7), range(3, 3), range(5, 2), range(6, 7)])
-def test_ranges_outside_the_set_are_refused(teacher: Teacher, spec: PairsSpec, tmp_path: Path, wrong: range) -> None:
-    with pytest.raises(UserError, match=rf"--shard-range {wrong.start}:{wrong.stop} is not inside .* 0:6 is all"):
+def test_ranges_outside_the_set_are_refused(
+    teacher: Teacher, spec: PairsSpec, tmp_path: Path, wrong: range
+) -> None:
+    with pytest.raises(
+        UserError, match=rf"--shard-range {wrong.start}:{wrong.stop} is not inside .* 0:6 is all"
+    ):
         make_pairs(teacher, prompts_of, spec, tmp_path, shards=wrong)
     assert not list(tmp_path.iterdir())
 
@@ -128,17 +161,38 @@ def test_ranges_outside_the_set_are_refused(teacher: Teacher, spec: PairsSpec, t
 def test_torchrun_makes_the_same_set(tiny_teacher: Path, tmp_path: Path) -> None:
     """Two real ranks, one result; progress of both from the first alone."""
     command = [
-        "-m", "diffusion2gan", "pairs", "--teacher", tiny_teacher, "--count", 14, "--shard-size", 4,
-        "--num-inference-steps", 2,
-    ]  # fmt: skip
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        "-m",
+        "diffusion2gan",
+        "pairs",
+        "--teacher",
+        tiny_teacher,
+        "--count",
+        14,
+        "--shard-size",
+        4,
+        "--num-inference-steps",
+        2,
+    ]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     ran = subprocess.run(
-        [*torchrun, *map(str, command), "--out", tmp_path / "two"], capture_output=True, text=True, timeout=300,
+        [*torchrun, *map(str, command), "--out", tmp_path / "two"],
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count("14 pairs") == 1 and ran.stderr.count("pairs: 14/14") == 1
-    one = subprocess.run([sys.executable, *map(str, command), "--out", tmp_path / "one"], timeout=300)
+    one = subprocess.run(
+        [sys.executable, *map(str, command), "--out", tmp_path / "one"], timeout=300
+    )
     assert one.returncode == 0
     spec = store.open_set(tmp_path / "one")
     assert store.open_set(tmp_path / "two") == spec and verify(tmp_path / "two") == []

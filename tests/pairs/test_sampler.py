@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.noise import noise_from_seeds, pair_seed
 from diffusion2gan.pairs import sampler, store
 from diffusion2gan.pairs.sampler import PairReader
-from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, pair_seed
+from diffusion2gan.pairs.store import Pairs, PairsSpec
 
 COUNT = 23
 
@@ -29,12 +30,19 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     for shard in range(spec.num_shards):
         indices = spec.shard_indices(shard)
         seeds = [pair_seed(1, i) for i in indices]
-        pairs = Pairs(list(indices), seeds, [f"prompt {i}" for i in indices], noise_of(seeds, (1, 2, 2)))
+        pairs = Pairs(
+            list(indices),
+            seeds,
+            [f"prompt {i}" for i in indices],
+            noise_from_seeds(seeds, (1, 2, 2)),
+        )
         store.write_shard(tmp_path, shard, spec, pairs)
     return tmp_path
 
 
-def stream(folder: Path, count: int, batch_size: int = 1, position: int = 0, seed: int = 0) -> list[int]:
+def stream(
+    folder: Path, count: int, batch_size: int = 1, position: int = 0, seed: int = 0
+) -> list[int]:
     batches = PairReader(folder, seed).batches(batch_size, position)
     return [index for batch in islice(batches, count // batch_size) for index in batch.index]
 
@@ -56,14 +64,18 @@ def test_any_position_continues_the_same_stream(folder: Path, batch_size: int) -
 
 
 def test_the_order_is_the_seeds(folder: Path) -> None:
-    assert stream(folder, COUNT, seed=0) == stream(folder, COUNT, seed=0) != stream(folder, COUNT, seed=1)
+    assert (
+        stream(folder, COUNT, seed=0)
+        == stream(folder, COUNT, seed=0)
+        != stream(folder, COUNT, seed=1)
+    )
 
 
 def test_a_row_stays_together(folder: Path) -> None:
     for batch in islice(PairReader(folder, 0).batches(4), 12):
         assert batch.seed == [pair_seed(1, i) for i in batch.index]
         assert batch.prompts == [f"prompt {i}" for i in batch.index]
-        assert batch.latents.equal(noise_of(batch.seed, (1, 2, 2)).half().float())
+        assert batch.latents.equal(noise_from_seeds(batch.seed, (1, 2, 2)).half().float())
 
 
 def test_the_first_pairs(folder: Path) -> None:
@@ -71,12 +83,16 @@ def test_the_first_pairs(folder: Path) -> None:
     assert reader.first(9).index == list(range(9)) and reader.first(99).index == list(range(COUNT))
 
 
-@pytest.mark.parametrize(("shard_size", "expected"), [(128, 128), (1000, 16), (16_384, 1), (10**6, 1)])
+@pytest.mark.parametrize(
+    ("shard_size", "expected"), [(128, 128), (1000, 16), (16_384, 1), (10**6, 1)]
+)
 def test_a_window_is_bounded(shard_size: int, expected: int) -> None:
     """16 384 pairs of SD 1.5, half a GiB; of larger latents fewer pairs, the same memory."""
     sd = PairsSpec("t", "r", "p", 10**7, 1, 5, 3.0, (4, 64, 64), shard_size)
     assert sampler.shards_per_window(sd) == expected
-    assert sampler.shards_per_window(dataclasses.replace(sd, latent_shape=(4, 128, 128))) == max(1, expected // 4)
+    assert sampler.shards_per_window(dataclasses.replace(sd, latent_shape=(4, 128, 128))) == max(
+        1, expected // 4
+    )
 
 
 def test_the_next_window_is_read_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,12 +117,16 @@ def test_the_next_window_is_read_meanwhile(folder: Path, monkeypatch: pytest.Mon
 
 def test_an_incomplete_set_is_refused(folder: Path) -> None:
     store.shard_path(folder, 2).unlink()
-    with pytest.raises(UserError, match=r"1 of 4 shards are missing \(first: pairs-00002\.parquet\)"):
+    with pytest.raises(
+        UserError, match=r"1 of 4 shards are missing \(first: pairs-00002\.parquet\)"
+    ):
         PairReader(folder, 0)
 
 
 def test_one_pair_is_enough(tmp_path: Path) -> None:
     spec = dataclasses.replace(PairsSpec("t", "r", "p", 1, 1, 5, 3.0, (1, 2, 2), 7))
     store.start_set(tmp_path, spec)
-    store.write_shard(tmp_path, 0, spec, Pairs([0], [pair_seed(1, 0)], ["a"], noise_of([0], (1, 2, 2))))
+    store.write_shard(
+        tmp_path, 0, spec, Pairs([0], [pair_seed(1, 0)], ["a"], noise_from_seeds([0], (1, 2, 2)))
+    )
     assert stream(tmp_path, 6, batch_size=3) == [0] * 6

@@ -12,19 +12,27 @@ import pytest
 import torch
 
 from diffusion2gan.errors import Failure, UserError
+from diffusion2gan.noise import PAIRS_PER_SEED, noise_from_seeds, pair_seed
 from diffusion2gan.pairs import store
 from diffusion2gan.pairs.check import verify
-from diffusion2gan.pairs.store import Pairs, PairsSpec, noise_of, pair_seed, read_shard, shard_path
+from diffusion2gan.pairs.store import Pairs, PairsSpec, read_shard, shard_path
 
 SPEC = PairsSpec(
-    teacher="t", revision="r", prompts="p", count=10, seed=3, num_inference_steps=5, guidance_scale=3.0,
-    latent_shape=(4, 2, 3), shard_size=4,
-)  # fmt: skip
+    teacher="t",
+    revision="r",
+    prompts="p",
+    count=10,
+    seed=3,
+    num_inference_steps=5,
+    guidance_scale=3.0,
+    latent_shape=(4, 2, 3),
+    shard_size=4,
+)
 
 
 def some_pairs(spec: PairsSpec, indices: range) -> Pairs:
     seeds = [pair_seed(spec.seed, i) for i in indices]
-    latents = noise_of(seeds, spec.latent_shape)
+    latents = noise_from_seeds(seeds, spec.latent_shape)
     return Pairs(list(indices), seeds, [f"prompt “{i}” ✓" for i in indices], latents)
 
 
@@ -42,10 +50,14 @@ def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for shard in range(3):
         found, made = read_shard(tmp_path, shard), some_pairs(SPEC, SPEC.shard_indices(shard))
         assert (found.index, found.seed, found.prompts) == (made.index, made.seed, made.prompts)
-        assert found.latents.dtype == torch.float32 and torch.equal(found.latents, made.latents.half().float())
+        assert found.latents.dtype == torch.float32 and torch.equal(
+            found.latents, made.latents.half().float()
+        )
     assert read_shard(tmp_path, 1, [1]).index == [7]
     assert read_shard(tmp_path, 1, [1, 0]).index == [7, 4, 5, 6]
-    assert torch.equal(read_shard(tmp_path, 1, [1]).latents, some_pairs(SPEC, range(7, 8)).latents.half().float())
+    assert torch.equal(
+        read_shard(tmp_path, 1, [1]).latents, some_pairs(SPEC, range(7, 8)).latents.half().float()
+    )
     assert verify(tmp_path) == []
 
 
@@ -58,7 +70,11 @@ def test_a_shard_explains_itself_to_pyarrow_alone(tmp_path: Path) -> None:
     assert table["index"].to_pylist() == [8, 9]
     for row in table.to_pylist():
         latents = np.frombuffer(row["latents"], np.float16).reshape(4, 2, 3)
-        noise = torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(row["seed"])).half().numpy()
+        noise = (
+            torch.randn(4, 2, 3, generator=torch.Generator().manual_seed(row["seed"]))
+            .half()
+            .numpy()
+        )
         assert np.array_equal(latents, noise) and row["noise"] == row["latents"]
     assert "noise" not in pq.read_schema(_written(tmp_path / "plain")).names
 
@@ -85,7 +101,9 @@ def test_no_flipped_byte_passes_unnoticed(tmp_path: Path) -> None:
     path = shard_path(tmp_path, 0)
     whole, made = path.read_bytes(), read_shard(tmp_path, 0)
     latents_at = pq.ParquetFile(path).metadata.row_group(0).column(3)
-    pages = range(latents_at.data_page_offset, latents_at.data_page_offset + latents_at.total_compressed_size)
+    pages = range(
+        latents_at.data_page_offset, latents_at.data_page_offset + latents_at.total_compressed_size
+    )
     num_noticed = 0
     for place in range(0, len(whole), 3):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x15]) + whole[place + 1 :])
@@ -94,9 +112,15 @@ def test_no_flipped_byte_passes_unnoticed(tmp_path: Path) -> None:
         except (Failure, UserError):
             num_noticed += 1
         else:
-            assert (found.index, found.seed, found.prompts) == (made.index, made.seed, made.prompts), place
+            assert (found.index, found.seed, found.prompts) == (
+                made.index,
+                made.seed,
+                made.prompts,
+            ), place
             assert torch.equal(found.latents, made.latents), place
-    path.write_bytes(whole[: pages.stop - 1] + bytes([whole[pages.stop - 1] ^ 1]) + whole[pages.stop :])
+    path.write_bytes(
+        whole[: pages.stop - 1] + bytes([whole[pages.stop - 1] ^ 1]) + whole[pages.stop :]
+    )
     assert len(verify(tmp_path)) == 1 and "damaged" in verify(tmp_path)[0]
     assert num_noticed > len(pages) // 3
 
@@ -106,7 +130,9 @@ def test_verify_reads_the_contents(tmp_path: Path) -> None:
     made = some_pairs(SPEC, range(4, 8))
     store.write_shard(tmp_path, 1, SPEC, made.rows([1, 0, 2, 3]))
     assert ["its pairs are not 4…7" in problem for problem in verify(tmp_path)] == [True]
-    bad = dataclasses.replace(made, latents=made.latents.clone().index_fill_(0, torch.tensor([2]), float("nan")))
+    bad = dataclasses.replace(
+        made, latents=made.latents.clone().index_fill_(0, torch.tensor([2]), float("nan"))
+    )
     store.write_shard(tmp_path, 1, SPEC, bad)
     assert ["not finite" in problem for problem in verify(tmp_path)] == [True]
     store.write_shard(tmp_path, 1, SPEC, some_pairs(SPEC, range(0, 4)))
@@ -127,7 +153,9 @@ def test_a_set_is_continued_only_with_its_own_settings(tmp_path: Path) -> None:
     store.start_set(tmp_path, SPEC)
     store.start_set(tmp_path, SPEC)
     assert store.open_set(tmp_path) == SPEC
-    with pytest.raises(UserError, match=r"guidance_scale: 3\.0 there, 8\.0 asked; shard_size: 4 there, 5 asked"):
+    with pytest.raises(
+        UserError, match=r"guidance_scale: 3\.0 there, 8\.0 asked; shard_size: 4 there, 5 asked"
+    ):
         store.start_set(tmp_path, dataclasses.replace(SPEC, guidance_scale=8.0, shard_size=5))
 
 
@@ -141,28 +169,30 @@ def test_a_folder_without_pairs_is_said(tmp_path: Path) -> None:
 
 
 def test_pair_seeds_never_meet_and_fit_the_generator() -> None:
-    ends = [0, 1, store.PAIRS_PER_SEED - 1]
+    ends = [0, 1, PAIRS_PER_SEED - 1]
     seeds = [pair_seed(s, i) for s in range(256) for i in ends]
     assert len(set(seeds)) == len(seeds) and min(seeds) == 0 and max(seeds) == 2**32 - 1
     assert pair_seed(7, 5) + 1 == pair_seed(7, 6)
     for bad in (-1, 256):
         with pytest.raises(UserError, match=f"--seed {bad}"):
             pair_seed(bad, 0)
-    for bad in (-1, store.PAIRS_PER_SEED):
+    for bad in (-1, PAIRS_PER_SEED):
         with pytest.raises(UserError, match=f"pair {bad}"):
             pair_seed(0, bad)
 
 
 def test_noise_is_each_pairs_own() -> None:
     seeds, shape = [pair_seed(2, i) for i in (0, 1, 2**24 - 1)], (4, 8, 8)
-    together = noise_of(seeds, shape)
+    together = noise_from_seeds(seeds, shape)
     for seed, noise in zip(seeds, together, strict=True):
         assert torch.equal(noise, torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
-        assert torch.equal(noise, noise_of([seed], shape)[0])
+        assert torch.equal(noise, noise_from_seeds([seed], shape)[0])
     assert together.dtype == torch.float32 and not torch.equal(together[0], together[1])
 
 
-def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.start_set(tmp_path, SPEC)
 
     def half(table: object, where: Path, **options: object) -> None:

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual import augment
-from diffusion2gan.perceptual.augment import Strengths, Transform, apply_transform, draw_transform, parse_families
+from diffusion2gan.perceptual.augment import (
+    Strengths,
+    Transform,
+    apply_transform,
+    draw_transform,
+    parse_families,
+)
 
 
 def picture(batch: int = 1, channels: int = 4, size: int = 8, seed: int = 0) -> Tensor:
@@ -35,7 +41,10 @@ def test_a_quarter_turn_is_rot90() -> None:
 def test_a_flip_is_a_flip() -> None:
     x = picture()
     torch.testing.assert_close(
-        apply_transform(x, Transform(matrix=matrix([-1, 0, 0], [0, 1, 0]))), x.flip(3), rtol=0, atol=1e-5
+        apply_transform(x, Transform(matrix=matrix([-1, 0, 0], [0, 1, 0]))),
+        x.flip(3),
+        rtol=0,
+        atol=1e-5,
     )
 
 
@@ -51,8 +60,14 @@ def test_blit_gives_whole_pixels_only() -> None:
     x = picture(1, size=16)
     many = apply_transform(x.expand(200, -1, -1, -1), draw_transform(200, ("blit",), rng()))
     ways = [torch.rot90(y, k, (2, 3)) for y in (x, x.flip(3)) for k in range(4)]
-    middles = torch.stack([w[0, :, 6 + dy : 10 + dy, 6 + dx : 10 + dx] for w in ways
-                           for dy in range(-2, 3) for dx in range(-2, 3)])  # fmt: skip
+    middles = torch.stack(
+        [
+            w[0, :, 6 + dy : 10 + dy, 6 + dx : 10 + dx]
+            for w in ways
+            for dy in range(-2, 3)
+            for dx in range(-2, 3)
+        ]
+    )
     errors = (many[:, None, :, 6:10, 6:10] - middles).abs().amax((2, 3, 4))
     assert float(errors.min(1).values.max()) < 1e-4
     seen = errors.argmin(1)
@@ -71,7 +86,9 @@ def test_the_cutout_is_a_zero_box_of_its_size() -> None:
     assert torch.equal(zero.sum((1, 2)), height * width)  # a box
     assert int(height.max()) == int(width.max()) == 8 and int(height.min()) in (4, 5)
     inside = Strengths(cutout=0.25)
-    many = apply_transform(torch.ones(500, 1, 16, 16), draw_transform(500, ("cutout",), rng(), inside))
+    many = apply_transform(
+        torch.ones(500, 1, 16, 16), draw_transform(500, ("cutout",), rng(), inside)
+    )
     assert int((many == 0).sum((1, 2, 3)).max()) == 16
 
 
@@ -97,10 +114,18 @@ def test_colours_numbers() -> None:
     assert drawn.gain is not None and drawn.offset is not None and drawn.saturation is not None
     assert stats.kstest(drawn.gain.flatten().log2().numpy(), "norm", args=(0, 0.5)).pvalue > 1e-3
     assert stats.kstest(drawn.offset.flatten().numpy(), "norm", args=(0, 0.2)).pvalue > 1e-3
-    assert stats.kstest(drawn.saturation.flatten().log2().numpy(), "norm", args=(0, 1)).pvalue > 1e-3
+    assert (
+        stats.kstest(drawn.saturation.flatten().log2().numpy(), "norm", args=(0, 1)).pvalue > 1e-3
+    )
     x = picture()
-    y = apply_transform(x, Transform(gain=torch.full((1, 1, 1, 1), 2.0), offset=torch.full((1, 1, 1, 1), 0.5),
-                                     saturation=torch.zeros(1, 1, 1, 1)))  # fmt: skip
+    y = apply_transform(
+        x,
+        Transform(
+            gain=torch.full((1, 1, 1, 1), 2.0),
+            offset=torch.full((1, 1, 1, 1), 0.5),
+            saturation=torch.zeros(1, 1, 1, 1),
+        ),
+    )
     torch.testing.assert_close(y, (x.mean(1, keepdim=True) * 2 + 0.5).expand_as(x))
 
 
@@ -110,8 +135,18 @@ def test_a_sample_does_not_see_its_neighbours(families: tuple[str, ...]) -> None
     together = apply_transform(x, drawn)
     for i in range(5):
         alone = Transform(*(None if v is None else v[i : i + 1] for v in vars(drawn).values()))
-        torch.testing.assert_close(apply_transform(x[i : i + 1], alone)[0], together[i], rtol=0, atol=1e-6)
-    assert len({tuple(t.flatten().tolist()) for t in (drawn.box if drawn.box is not None else together)}) == 5
+        torch.testing.assert_close(
+            apply_transform(x[i : i + 1], alone)[0], together[i], rtol=0, atol=1e-6
+        )
+    assert (
+        len(
+            {
+                tuple(t.flatten().tolist())
+                for t in (drawn.box if drawn.box is not None else together)
+            }
+        )
+        == 5
+    )
 
 
 def test_all_families_off_is_the_identity() -> None:
@@ -135,6 +170,8 @@ def test_gradients_flow() -> None:
 
 
 def test_families_are_parsed_and_the_nearest_is_named() -> None:
-    assert parse_families("geometric+cutout") == ("geometric", "cutout") and parse_families("") == ()
+    assert (
+        parse_families("geometric+cutout") == ("geometric", "cutout") and parse_families("") == ()
+    )
     with pytest.raises(UserError, match="'geometrc'; did you mean 'geometric'"):
         parse_families("cutout+geometrc")

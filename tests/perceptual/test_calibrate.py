@@ -77,7 +77,9 @@ def made_up(count: int = 200) -> tuple[Tensor, Tensor, Tensor]:
 def test_heads_learn_whom_to_trust_and_stay_positive(tmp_path: Path) -> None:
     d0, d1, judge = made_up()
     start = [torch.ones(1), torch.ones(2)]
-    heads = calibrate_heads(d0, d1, judge, start, folder=tmp_path, epochs=40, peak_lr=0.03, batch_size=40)
+    heads = calibrate_heads(
+        d0, d1, judge, start, folder=tmp_path, epochs=40, peak_lr=0.03, batch_size=40
+    )
     flat = torch.cat(heads)
     assert [len(head) for head in heads] == [1, 2] and bool((flat >= 0).all())
     assert two_afc(d0.sum(1), d1.sum(1), judge) < 0.75
@@ -115,12 +117,20 @@ def test_other_triplets_do_not_take_what_is_there(triplets: Path, tmp_path: Path
     source, copy, out = str(network(tmp_path / "network", 3)), tmp_path / "copy", tmp_path / "out"
     shutil.copytree(triplets, copy)
     first = calibrate(copy, source, out, scored=copy, epochs=1)
-    assert calibrate(triplets, source, out, scored=copy, epochs=1) == first  # the same ones, elsewhere
+    assert (
+        calibrate(triplets, source, out, scored=copy, epochs=1) == first
+    )  # the same ones, elsewhere
     write_triplets(tmp_path / "others", COUNT, seed=1)
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "model.safetensors", "README.md", "calibrate.json", "work"
-    }  # fmt: skip
-    refusal = "out/work.* was made with triplets = '.*', this command says '.*'; .* delete that folder"
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "calibrate.json",
+        "work",
+    }
+    refusal = (
+        "out/work.* was made with triplets = '.*', this command says '.*'; .* delete that folder"
+    )
     with pytest.raises(UserError, match=refusal):
         calibrate(tmp_path / "others", source, out, scored=copy, epochs=1)
     judgement = copy / "blur" / "judge" / "000000.npy"
@@ -132,12 +142,20 @@ def test_other_triplets_do_not_take_what_is_there(triplets: Path, tmp_path: Path
 
 def test_triplets_to_score_on_are_looked_for_first(triplets: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder of triplets: .*/mistyped"):
-        calibrate(triplets, str(network(tmp_path / "network", 3)), tmp_path / "out", scored=tmp_path / "mistyped")
+        calibrate(
+            triplets,
+            str(network(tmp_path / "network", 3)),
+            tmp_path / "out",
+            scored=tmp_path / "mistyped",
+        )
     assert not (tmp_path / "out").exists()
 
 
 def test_a_ref_that_is_a_link_to_nowhere_is_skipped(
-    triplets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    triplets: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     copy = Path(shutil.copytree(triplets, tmp_path / "copy"))
     ref = copy / "blur" / "ref" / "000003.png"
@@ -146,7 +164,10 @@ def test_a_ref_that_is_a_link_to_nowhere_is_skipped(
     monkeypatch.setattr(cache, "MAX_UNREADABLE", 0.05)
     calibrate(copy, str(network(tmp_path / "network", 3)), tmp_path / "out", epochs=1)
     told = " ".join(capsys.readouterr().err.split())
-    assert f"skipped 1 of {COUNT * len(SUBSETS)} triplets: blur/ref/000003.png (FileNotFoundError)" in told
+    assert (
+        f"skipped 1 of {COUNT * len(SUBSETS)} triplets: blur/ref/000003.png (FileNotFoundError)"
+        in told
+    )
 
 
 def test_patches_that_are_too_small(triplets: Path, tiny_teacher: Path, tmp_path: Path) -> None:
@@ -176,7 +197,9 @@ def by_hand(triplets: Path, distance: LatentLPIPS, vae: str | None, subset: str)
 
 def test_a_latent_network_without_its_vae(triplets: Path, tmp_path: Path) -> None:
     source = network(tmp_path / "network", 4)
-    with pytest.raises(UserError, match=r"reads 4 channels, but pictures are read \(no --vae\): 3 channels"):
+    with pytest.raises(
+        UserError, match=r"reads 4 channels, but pictures are read \(no --vae\): 3 channels"
+    ):
         calibrate(triplets, str(source), tmp_path / "out")
 
 
@@ -210,7 +233,9 @@ def test_judgements_that_are_none(value: np.ndarray | bytes, told: str, triplets
     path = triplets / opened.subsets[0] / "judge" / f"{opened.refs[0].stem}.npy"
     before = path.read_bytes()
     try:
-        path.write_bytes(value) if isinstance(value, bytes) else np.save(path, value, allow_pickle=True)
+        path.write_bytes(value) if isinstance(value, bytes) else np.save(
+            path, value, allow_pickle=True
+        )
         with pytest.raises(UserError, match=told):
             read_triplet(opened, 0, 16)
     finally:

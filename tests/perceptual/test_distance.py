@@ -55,7 +55,9 @@ def reference(vgg: VGG, heads: list[Tensor], a: Tensor, b: Tensor) -> Tensor:
                 x = nn.functional.conv2d(x, weights[f"{w}.weight"], weights[f"{w}.bias"], padding=1)
                 mean, var = (weights[f"{n}.running_{k}"][:, None, None] for k in ("mean", "var"))
                 x = (x - mean) / (var + 1e-5).sqrt()
-                x = (x * weights[f"{n}.weight"][:, None, None] + weights[f"{n}.bias"][:, None, None]).clamp_min(0)
+                x = (
+                    x * weights[f"{n}.weight"][:, None, None] + weights[f"{n}.bias"][:, None, None]
+                ).clamp_min(0)
             maps.append(x / (x.square().sum(1, keepdim=True) + 1e-8).sqrt())
         return maps
 
@@ -98,7 +100,9 @@ def test_zero_for_equals_symmetric_and_never_negative() -> None:
     near = distance(a, a + 1e-3 * b)
     assert bool((near >= 0).all()) and bool((near < 0.1 * distance(a, b)).all())
     torch.testing.assert_close(distance(a, b)[1:2], distance(a[1:2], b[1:2]))
-    assert torch.isfinite(distance(torch.zeros(1, 4, 16, 16), torch.zeros(1, 4, 16, 16) + 1e-20)).all()
+    assert torch.isfinite(
+        distance(torch.zeros(1, 4, 16, 16), torch.zeros(1, 4, 16, 16) + 1e-20)
+    ).all()
 
 
 @pytest.mark.parametrize("ensembled", [False, True])
@@ -107,7 +111,9 @@ def test_the_gradient_is_the_differences_and_goes_to_a_alone(ensembled: bool) ->
     distance = ELatentLPIPS(vgg, heads) if ensembled else LatentLPIPS(vgg, heads)
 
     def value(x: Tensor) -> Tensor:
-        return (distance(x, b, rng(4)) if isinstance(distance, ELatentLPIPS) else distance(x, b)).sum()
+        return (
+            distance(x, b, rng(4)) if isinstance(distance, ELatentLPIPS) else distance(x, b)
+        ).sum()
 
     a, b = latents(1).requires_grad_(), latents(2).requires_grad_()
     value(a).backward()
@@ -142,7 +148,9 @@ def test_it_moves_to_another_dtype_and_device(dtype: torch.dtype) -> None:
     expected = reference(vgg, heads, a, b)
     distance = LatentLPIPS(vgg, heads).to(dtype)
     found = distance(a, b)
-    torch.testing.assert_close(found.double(), expected, rtol=0.1 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found.double(), expected, rtol=0.1 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
+    )
     torch.testing.assert_close(distance(a.to(dtype), b.to(dtype)), found, rtol=0.05, atol=1e-5)
     assert ELatentLPIPS(*parts()).to(dtype)(a, b, rng()).shape == (3,)
     meta = LatentLPIPS(*parts()).to("meta")(a.to("meta"), b.to("meta"))
@@ -174,7 +182,9 @@ def test_without_strength_it_is_latent_lpips() -> None:
     network, a, b = parts(), latents(1), latents(2)
     none = Strengths(**dict.fromkeys(asdict(Strengths()), 0.0))
     still = ELatentLPIPS(*network, "geometric+color+cutout", strengths=none)
-    torch.testing.assert_close(still(a, b, rng()), LatentLPIPS(*network)(a, b), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        still(a, b, rng()), LatentLPIPS(*network)(a, b), rtol=1e-4, atol=1e-5
+    )
     moved = ELatentLPIPS(*network, "geometric+color+cutout", strengths=replace(none, translate=0.3))
     assert not torch.allclose(moved(a, b, rng()), still(a, b, rng()), rtol=1e-2)
 
@@ -214,7 +224,9 @@ def test_numbers_no_distance_is_made_of(capsys: pytest.CaptureFixture[str]) -> N
         distance(latents(0, size=2), latents(1, size=2))
     with pytest.raises(UserError, match="float16 on a CPU"):
         LatentLPIPS(*parts()).half()(a, b)
-    torch.testing.assert_close(distance(a.half(), b.half()), distance(a.half().float(), b.half().float()))
+    torch.testing.assert_close(
+        distance(a.half(), b.half()), distance(a.half().float(), b.half().float())
+    )
     assert capsys.readouterr().err == ""
 
 
@@ -234,7 +246,11 @@ def test_it_compiles_without_a_graph_break(ensembled: bool) -> None:
     """One graph, forward and backward; without T the same numbers. What waits for the host would break it."""
     vgg, heads = parts()
     every = "+".join(FAMILIES)
-    distance = ELatentLPIPS(vgg, heads, transforms=every, num_draws=2) if ensembled else LatentLPIPS(vgg, heads)
+    distance = (
+        ELatentLPIPS(vgg, heads, transforms=every, num_draws=2)
+        if ensembled
+        else LatentLPIPS(vgg, heads)
+    )
     compiled = torch.compile(distance, fullgraph=True, backend="aot_eager")
     a, b = latents(1).requires_grad_(), latents(2)
     found = compiled(a, b)
@@ -244,7 +260,9 @@ def test_it_compiles_without_a_graph_break(ensembled: bool) -> None:
         torch.testing.assert_close(found, distance(a, b))
         return
     assert not torch.equal(compiled(a, b), found)  # T is drawn anew, not baked in
-    means = [torch.stack([d(a, b).detach() for _ in range(30)]).mean(0) for d in (compiled, distance)]
+    means = [
+        torch.stack([d(a, b).detach() for _ in range(30)]).mean(0) for d in (compiled, distance)
+    ]
     torch.testing.assert_close(*means, rtol=0.3, atol=0)
 
 
@@ -255,7 +273,9 @@ def test_the_target_gets_a_gradient_if_asked() -> None:
     assert a.grad is not None and b.grad is not None
     first = a.grad.clone(), b.grad.clone()
     a.grad = b.grad = None
-    LatentLPIPS(vgg, heads)(b, a).sum().backward()  # the distance is symmetric, and so are its gradients
+    LatentLPIPS(vgg, heads)(
+        b, a
+    ).sum().backward()  # the distance is symmetric, and so are its gradients
     assert a.grad is None and b.grad is not None
     torch.testing.assert_close(b.grad, first[1])
     with torch.no_grad():
@@ -266,9 +286,13 @@ def test_transforms_and_heads_stay_in_float32() -> None:
     """Under autocast, and in a module cast to bfloat16: only the network is rounded."""
     vgg, heads = parts()
     seen: list[Tensor] = []
-    distance = ELatentLPIPS(vgg, [head / 3 for head in heads], transforms="+".join(FAMILIES)).bfloat16()
+    distance = ELatentLPIPS(
+        vgg, [head / 3 for head in heads], transforms="+".join(FAMILIES)
+    ).bfloat16()
     assert all(head.dtype == torch.float32 for head in distance._frozen[1])
-    assert all(torch.equal(found, head / 3) for found, head in zip(distance._frozen[1], heads, strict=True))
+    assert all(
+        torch.equal(found, head / 3) for found, head in zip(distance._frozen[1], heads, strict=True)
+    )
     a, b = latents(1), latents(2)
     distance.features = lambda x: seen.append(x) or [x]  # type: ignore[method-assign,assignment,func-returns-value]
     distance._frozen = (distance._frozen[0], [torch.ones(4)])
@@ -277,7 +301,9 @@ def test_transforms_and_heads_stay_in_float32() -> None:
         assert torch.equal(distance(a, b, rng(3)), plain)
     assert all(x.dtype == torch.float32 for x in seen)
     drawn = draw_transform(3, FAMILIES, rng(3))
-    expected = [apply_transform(x, drawn) for x in (b, a, b, a)]  # the target first, then under autocast
+    expected = [
+        apply_transform(x, drawn) for x in (b, a, b, a)
+    ]  # the target first, then under autocast
     assert all(torch.equal(x, e) for x, e in zip(seen, expected, strict=True))
 
 
@@ -286,7 +312,9 @@ def test_eps_inside_or_outside_the_root(inside: bool) -> None:
     f = torch.randn(2, 5, 3, 3, generator=rng()) * 0.1
     length = f.double().square().sum(1, keepdim=True)
     expected = f / (length + 0.01).sqrt() if inside else f / (length.sqrt() + 0.01)
-    torch.testing.assert_close(unit(f, 0.01, inside).double(), expected.double(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        unit(f, 0.01, inside).double(), expected.double(), rtol=1e-5, atol=1e-7
+    )
 
 
 def test_a_tap_behind_its_pool() -> None:
@@ -310,8 +338,13 @@ def test_saved_and_loaded_is_the_same(tmp_path: Path) -> None:
     a, b = latents(1), latents(2)
     assert torch.equal(LatentLPIPS.from_pretrained(tmp_path / "full")(a, b), distance(a, b))
     loaded = ELatentLPIPS.from_pretrained(tmp_path / "full", transforms="cutout", num_draws=2)
-    assert isinstance(loaded, ELatentLPIPS) and (loaded.families, loaded.num_draws) == (("cutout",), 2)
-    other = LatentLPIPS(VGG(4, WIDTHS, 3, (5,), num_groups=4), parts()[1], eps=1e-3, eps_inside=False)
+    assert isinstance(loaded, ELatentLPIPS) and (loaded.families, loaded.num_draws) == (
+        ("cutout",),
+        2,
+    )
+    other = LatentLPIPS(
+        VGG(4, WIDTHS, 3, (5,), num_groups=4), parts()[1], eps=1e-3, eps_inside=False
+    )
     other.save_pretrained(tmp_path / "other", note="Not calibrated.")
     assert torch.equal(LatentLPIPS.from_pretrained(tmp_path / "other")(a, b), other(a, b))
     card = (tmp_path / "other" / "README.md").read_text()
@@ -334,7 +367,9 @@ def test_missing_or_damaged_weights_are_said(tmp_path: Path) -> None:
     other = VGG(4, (8, 8, 8, 8, 9), 2)
     LatentLPIPS(other, parts()[1]).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", weights)
-    with pytest.raises(UserError, match=r"stages\.4\.0\.weight is \[9, 8, 3, 3\], \[8, 8, 3, 3\] is expected"):
+    with pytest.raises(
+        UserError, match=r"stages\.4\.0\.weight is \[9, 8, 3, 3\], \[8, 8, 3, 3\] is expected"
+    ):
         LatentLPIPS.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="it holds no settings"):

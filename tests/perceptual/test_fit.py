@@ -25,11 +25,11 @@ from diffusion2gan.perceptual.fit import fit
 from diffusion2gan.perceptual.images import held_out, open_labelled, read_picture
 from diffusion2gan.runtime import cache as module_cache
 from diffusion2gan.runtime import checkpoint
-from diffusion2gan.runtime import fit as module_fit
+from diffusion2gan.runtime import trainer as module_fit
 from diffusion2gan.runtime.cache import Cache, Unreadable, make_cache
-from diffusion2gan.runtime.fit import shuffled
-from diffusion2gan.runtime.lock import claimed
-from diffusion2gan.runtime.ranks import Group, Ranks
+from diffusion2gan.runtime.distributed import Group, Ranks
+from diffusion2gan.runtime.lock import exclusive_lock
+from diffusion2gan.runtime.trainer import shuffled
 from diffusion2gan.teacher.autoencoder import encode, load_vae
 
 WIDTHS = (4, 4, 8, 8, 8)
@@ -42,7 +42,9 @@ def write_pictures(folder: Path, each: int = 20, size: int = 20) -> Path:
     for name, colour in COLOURS.items():
         (folder / name).mkdir(parents=True)
         for i in range(each):
-            picture = np.clip(np.array(colour) + noise.normal(0, 25, (size, size, 3)), 0, 255).astype(np.uint8)
+            picture = np.clip(
+                np.array(colour) + noise.normal(0, 25, (size, size, 3)), 0, 255
+            ).astype(np.uint8)
             Image.fromarray(picture).save(folder / name / f"{i:03d}.png")
     return folder
 
@@ -60,7 +62,9 @@ def run(images: Path, out: Path, vae: str | None = None, **options: float) -> di
 
 def test_it_learns_and_says_what_it_measured(pictures: Path, tmp_path: Path) -> None:
     result = run(pictures, tmp_path / "pixels", epochs=10, peak_lr=0.01)
-    assert (result["trained_on"], result["held_out"], result["classes"]) == (36, 4, 2) and result["top1"] == 1.0
+    assert (result["trained_on"], result["held_out"], result["classes"]) == (36, 4, 2) and result[
+        "top1"
+    ] == 1.0
     assert json.loads((tmp_path / "pixels" / "fit.json").read_text()) == result
     distance = LatentLPIPS.from_pretrained(tmp_path / "pixels")
     assert distance.channels == 3 and distance._frozen[0].num_dropped == 0
@@ -77,7 +81,9 @@ def test_latents_are_cached_once_and_a_cut_run_ends_with_the_same_bits(
     assert rows.channels == 4 and rows._frozen[0].num_dropped == 2
     cached = module_cache.checkpoint.load(tmp_path / "whole" / "work" / "00000000.safetensors")[0]
     first = read_picture(pictures / "blue" / "000.png", "first", 16).permute(1, 2, 0).numpy()
-    expected = encode(load_vae(vae), torch.from_numpy(first[None] / 127.5 - 1).permute(0, 3, 1, 2).float())
+    expected = encode(
+        load_vae(vae), torch.from_numpy(first[None] / 127.5 - 1).permute(0, 3, 1, 2).float()
+    )
     torch.testing.assert_close(cached["input"][:1].float(), expected, rtol=1e-2, atol=1e-2)
     assert cached["label"].tolist() == [0] * 20 + [1] * 20
 
@@ -97,7 +103,9 @@ def test_latents_are_cached_once_and_a_cut_run_ends_with_the_same_bits(
     before = (tmp_path / "cut" / "work" / "00000000.safetensors").stat().st_mtime_ns
     run(pictures, tmp_path / "cut", vae, epochs=2)
     assert (tmp_path / "cut" / "work" / "00000000.safetensors").stat().st_mtime_ns == before
-    ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("cut", "whole"))
+    ours, theirs = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("cut", "whole")
+    )
     assert ours == theirs
 
 
@@ -112,12 +120,17 @@ def test_few_unreadable_pictures_are_skipped_counted_and_named(
     assert (int(result["trained_on"]), int(result["held_out"])) == (107, 12)  # type: ignore[call-overload]
     whole = (folder / "red" / "008.png").read_bytes()
     (folder / "red" / "008.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"2 of 120 pictures cannot be read, more than 1%: red/007.png .*, red/008.png"):
+    with pytest.raises(
+        UserError,
+        match=r"2 of 120 pictures cannot be read, more than 1%: red/007.png .*, red/008.png",
+    ):
         run(folder, tmp_path / "other", epochs=1)
     assert not (tmp_path / "other" / "model.safetensors").exists()
 
 
-def test_a_link_to_nowhere_is_skipped_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_link_to_nowhere_is_skipped_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_pictures(tmp_path / "set", each=60)
     (folder / "blue" / "060.png").symlink_to(tmp_path / "nowhere.png")
     result = run(folder, tmp_path / "out", epochs=1)
@@ -150,10 +163,15 @@ def test_folders_that_are_no_classes(pictures: Path, tmp_path: Path) -> None:
         open_labelled(tmp_path / "hf")
 
 
-def test_several_processes_are_refused(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_are_refused(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"batch norm needs 2 .* at once, and each of 2 ranks as many; give a multiple"):
+    with pytest.raises(
+        UserError,
+        match=r"batch norm needs 2 .* at once, and each of 2 ranks as many; give a multiple",
+    ):
         run(pictures, tmp_path / "out", batch_size=7)
     told = "trains in one process, and WORLD_SIZE says that this is one of 2. Start it without torchrun"
     with pytest.raises(UserError, match=f"perceptual calibrate {told}"):
@@ -165,16 +183,35 @@ def test_several_processes_are_refused(pictures: Path, tmp_path: Path, monkeypat
 def test_two_ranks_train_one_network(pictures: Path, tmp_path: Path) -> None:
     """Stopped by SIGTERM between two of its saves and started again: the same network, and one that has learned."""
     script = tmp_path / "saves_each_step.py"
-    script.write_text("from diffusion2gan import cli\nfrom diffusion2gan.runtime import fit\n"
-                      "fit.CHECKPOINT_EVERY_S = 0.0\ncli.main()\n")  # fmt: skip
+    script.write_text(
+        "from diffusion2gan import cli\nfrom diffusion2gan.runtime import trainer\n"
+        "trainer.CHECKPOINT_EVERY_S = 0.0\ncli.main()\n"
+    )
     words = [
-        script, "perceptual", "fit", "--images", pictures, "--vae", "pocket", "--size", "16", "--widths", "4,4,8,8,8",
-        "--batch-size", "8", "--epochs", "40", "--out",
-    ]  # fmt: skip
+        script,
+        "perceptual",
+        "fit",
+        "--images",
+        pictures,
+        "--vae",
+        "pocket",
+        "--size",
+        "16",
+        "--widths",
+        "4,4,8,8,8",
+        "--batch-size",
+        "8",
+        "--epochs",
+        "40",
+        "--out",
+    ]
     done(torchrun(2, *words, tmp_path / "whole"))
     result = json.loads((tmp_path / "whole" / "fit.json").read_text())
     assert (result["trained_on"], result["held_out"], result["top1"]) == (36, 4, 1.0)
-    process, state = torchrun(2, *words, tmp_path / "cut"), tmp_path / "cut" / "work" / "fit.safetensors"
+    process, state = (
+        torchrun(2, *words, tmp_path / "cut"),
+        tmp_path / "cut" / "work" / "fit.safetensors",
+    )
     while not state.exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
@@ -185,9 +222,14 @@ def test_two_ranks_train_one_network(pictures: Path, tmp_path: Path) -> None:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_one_out_is_written_by_one_process(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_out_is_written_by_one_process(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
-    with claimed(out / "model.safetensors"), pytest.raises(UserError, match="is being written by another process"):
+    with (
+        exclusive_lock(out / "model.safetensors"),
+        pytest.raises(UserError, match="is being written by another process"),
+    ):
         run(pictures, out)
     assert not any(out.iterdir())
     monkeypatch.chdir(out)
@@ -208,7 +250,7 @@ class InTurn(Group):
         super().__init__(Ranks(rank, 2))
         self.other = other
 
-    def hear(self, what: str, said: str) -> list[str]:
+    def all_gather_string(self, what: str, said: str) -> list[str]:
         if what.startswith("made"):
             self.other()
         return [said, said]
@@ -224,15 +266,23 @@ def test_ranks_share_a_cache_and_have_the_same(tmp_path: Path) -> None:
                 raise Unreadable("150.png")
             return {"x": torch.tensor(float(i))}
 
-        return make_cache(folder, {}, 200, read, lambda rows: rows, "pictures", chunk=64, batch=16, group=group)
+        return make_cache(
+            folder, {}, 200, read, lambda rows: rows, "pictures", chunk=64, batch=16, group=group
+        )
 
     alone = made(tmp_path / "alone", Group(Ranks()))
     assert reads[0] == list(range(200)) and alone.unreadable == ["150.png"] and len(alone) == 199
     reads[0].clear()
-    shared = made(tmp_path / "shared", InTurn(0, lambda: made(tmp_path / "shared", InTurn(1, lambda: None))))
+    shared = made(
+        tmp_path / "shared", InTurn(0, lambda: made(tmp_path / "shared", InTurn(1, lambda: None)))
+    )
     assert reads == {0: [*range(64), *range(128, 192)], 1: [*range(64, 128), *range(192, 200)]}
-    assert torch.equal(shared.whole("x"), alone.whole("x")) and shared.unreadable == alone.unreadable
-    with pytest.raises(UserError, match=r"of rank 0 is not there on rank 1\. All ranks must see one --out"):
+    assert (
+        torch.equal(shared.whole("x"), alone.whole("x")) and shared.unreadable == alone.unreadable
+    )
+    with pytest.raises(
+        UserError, match=r"of rank 0 is not there on rank 1\. All ranks must see one --out"
+    ):
         made(tmp_path / "of another machine", InTurn(1, lambda: None))
 
 
@@ -263,7 +313,11 @@ class FakeDataset:
 
     def __init__(self, paths: list[Path], labels: list[object]) -> None:
         self.rows = [{"image": {"bytes": None, "path": str(path)}} for path in paths]
-        self.features, self.labels, self._fingerprint = {"image": None, "label": None}, labels, "fake"
+        self.features, self.labels, self._fingerprint = (
+            {"image": None, "label": None},
+            labels,
+            "fake",
+        )
 
     def cast_column(self, name: str, feature: object) -> FakeDataset:
         return self
@@ -275,8 +329,14 @@ class FakeDataset:
 @pytest.mark.parametrize(
     ("labels", "told"),
     [
-        ([0, 1, -1, 1], "row 2 of the dataset in .* has label -1: no class. Keep the labelled rows"),
-        (["cat", "dog"] * 2, "row 0 of the dataset in .* has label 'cat', which is no class's number; number the"),
+        (
+            [0, 1, -1, 1],
+            "row 2 of the dataset in .* has label -1: no class. Keep the labelled rows",
+        ),
+        (
+            ["cat", "dog"] * 2,
+            "row 0 of the dataset in .* has label 'cat', which is no class's number; number the",
+        ),
         ([0, 1, None, 1], "row 2 of the dataset in .* has label None, which is no class's number"),
     ],
 )
@@ -294,13 +354,17 @@ def test_labels_of_a_dataset_that_are_none(
         open_labelled(tmp_path)
 
 
-def test_splits_of_a_dataset(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_splits_of_a_dataset(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = FakeDataset(sorted(pictures.rglob("*.png"))[18:22], [0, 0, 1, 1])
     (tmp_path / "dataset_dict.json").write_text("{}")
     fake_datasets(monkeypatch, {"train": found, "test": None})
     assert open_labelled(tmp_path).labels == [0, 0, 1, 1]
     fake_datasets(monkeypatch, {"validation": found, "test": found})
-    with pytest.raises(UserError, match=r"no split 'train', but test, validation; give the folder of .*/test"):
+    with pytest.raises(
+        UserError, match=r"no split 'train', but test, validation; give the folder of .*/test"
+    ):
         open_labelled(tmp_path)
 
 
@@ -322,16 +386,24 @@ def test_other_settings_do_not_take_what_is_there(pictures: Path, tmp_path: Path
     run(pictures, tmp_path / "out", epochs=1)
     with pytest.raises(UserError, match="was made with size = 16, this command says 32"):
         run(pictures, tmp_path / "out", epochs=1, size=32)
-    with pytest.raises(UserError, match=r"out/work was made with epochs = 1, this command says 2; .* delete"):
+    with pytest.raises(
+        UserError, match=r"out/work was made with epochs = 1, this command says 2; .* delete"
+    ):
         run(pictures, tmp_path / "out", epochs=2)
 
 
-def test_other_pictures_are_trained_on_once_the_named_folder_is_deleted(pictures: Path, tmp_path: Path) -> None:
+def test_other_pictures_are_trained_on_once_the_named_folder_is_deleted(
+    pictures: Path, tmp_path: Path
+) -> None:
     out, others = tmp_path / "out", Path(shutil.copytree(pictures, tmp_path / "others"))
     run(pictures, out, epochs=1)
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "model.safetensors", "README.md", "fit.json", "work"
-    }  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "fit.json",
+        "work",
+    }
     for path in sorted((others / "red").iterdir())[10:]:
         path.unlink()
     with pytest.raises(UserError, match=r"out/work was made with images = '.*delete that folder"):
@@ -377,9 +449,14 @@ def test_the_cache_in_chunks_is_the_same(tmp_path: Path) -> None:
         return {"x": 2 * rows["x"]}
 
     caches = [
-        make_cache(tmp_path / str(chunk), {}, 200, read, double, "numbers", chunk=chunk, batch=3) for chunk in (7, 1000)
+        make_cache(tmp_path / str(chunk), {}, 200, read, double, "numbers", chunk=chunk, batch=3)
+        for chunk in (7, 1000)
     ]
     expected = torch.tensor([2.0 * i for i in range(200) if i != 150])[:, None]
     for cache in caches:
-        assert torch.equal(cache.whole("x"), expected) and len(cache) == 199 and cache.unreadable == ["150"]
+        assert (
+            torch.equal(cache.whole("x"), expected)
+            and len(cache) == 199
+            and cache.unreadable == ["150"]
+        )
         assert torch.equal(cache.take("x", [198, 0, 6, 7, 150]), expected[[198, 0, 6, 7, 150]])

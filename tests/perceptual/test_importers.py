@@ -33,7 +33,9 @@ def weights(format_: str, channels: int = 4) -> dict[str, Tensor]:
             name = f"{prefix}slice{stage}.{number}"
             number += 1
             if layer == "C":
-                table[f"{name}.weight"] = torch.randn(width, channels, 3, 3, generator=g) / (3 * channels**0.5)
+                table[f"{name}.weight"] = torch.randn(width, channels, 3, 3, generator=g) / (
+                    3 * channels**0.5
+                )
                 table[f"{name}.bias"] = 0.1 * torch.randn(width, generator=g)
                 channels = width
             if layer == "N":
@@ -64,7 +66,9 @@ def formula(format_: str, table: dict[str, Tensor], a: Tensor, b: Tensor) -> Ten
                 elif layer == "N" and format_ == "elatentlpips":
                     mean, var = w[f"{name}.running_mean"], w[f"{name}.running_var"]
                     scale = w[f"{name}.weight"] / (var + 1e-5).sqrt()
-                    x = (x - mean[:, None, None]) * scale[:, None, None] + w[f"{name}.bias"][:, None, None]
+                    x = (x - mean[:, None, None]) * scale[:, None, None] + w[f"{name}.bias"][
+                        :, None, None
+                    ]
                 elif layer == "N":
                     groups = x.reshape(len(x), 32, -1)
                     spread = (groups.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
@@ -75,18 +79,25 @@ def formula(format_: str, table: dict[str, Tensor], a: Tensor, b: Tensor) -> Ten
                 else:
                     x = x.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5))
             squares = (x**2).sum(1, keepdim=True)
-            found.append(x / (squares + 1e-8).sqrt() if format_ == "elatentlpips" else x / (squares.sqrt() + 1e-10))
+            found.append(
+                x / (squares + 1e-8).sqrt()
+                if format_ == "elatentlpips"
+                else x / (squares.sqrt() + 1e-10)
+            )
         return found
 
     layers = enumerate(zip(taps(a), taps(b), strict=True))
     return sum(
-        (((fa - fb) ** 2) * w[f"{head}{level}.model.1.weight"]).sum(1).mean((1, 2)) for level, (fa, fb) in layers
+        (((fa - fb) ** 2) * w[f"{head}{level}.model.1.weight"]).sum(1).mean((1, 2))
+        for level, (fa, fb) in layers
     )  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("format_", ["elatentlpips", "snu"])
 @pytest.mark.parametrize("channels", [4, 16])
-def test_the_imported_distance_is_the_published_formula(format_: str, channels: int, tmp_path: Path) -> None:
+def test_the_imported_distance_is_the_published_formula(
+    format_: str, channels: int, tmp_path: Path
+) -> None:
     table = weights(format_, channels)
     torch.save(collections.OrderedDict(table), tmp_path / "file.pth")
     told = import_network(tmp_path / "file.pth", format_, tmp_path / "out", WIDTHS)
@@ -143,12 +154,20 @@ def test_negative_heads_are_told(tmp_path: Path) -> None:
             lambda t: {k: v for k, v in t.items() if not k.startswith("lin4")},
             r"lin<4>\.model\.1\.weight, \[1, 64, 1, 1\], is missing",
         ),
-        (lambda t: {k: v for k, v in t.items() if "running" not in k}, r"running_mean, \[32\], is missing"),
+        (
+            lambda t: {k: v for k, v in t.items() if "running" not in k},
+            r"running_mean, \[32\], is missing",
+        ),
         (lambda t: t | {"extra.weight": torch.zeros(3)}, r"extra\.weight, \[3\], is not expected"),
-        (lambda t: {"layer1.0.conv1.weight": torch.zeros(64, 3, 7, 7)}, r"slice1\.<layer 0>\.weight, .* is missing"),
+        (
+            lambda t: {"layer1.0.conv1.weight": torch.zeros(64, 3, 7, 7)},
+            r"slice1\.<layer 0>\.weight, .* is missing",
+        ),
     ],
 )
-def test_another_architecture_is_told_by_its_first_key(change: object, told: str, tmp_path: Path) -> None:
+def test_another_architecture_is_told_by_its_first_key(
+    change: object, told: str, tmp_path: Path
+) -> None:
     torch.save(change(weights("elatentlpips")), tmp_path / "file.pth")  # type: ignore[operator]
     with pytest.raises(UserError, match=told):
         import_network(tmp_path / "file.pth", "elatentlpips", tmp_path / "out", WIDTHS)
@@ -169,12 +188,18 @@ class Evil:
 
 def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"lin0.model.1.weight": Evil(tmp_path / "pwned")}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match=r"it asks for posix\.mkdir, and .* needs to run code is refused") as refused:
+    with pytest.raises(
+        UserError, match=r"it asks for posix\.mkdir, and .* needs to run code is refused"
+    ) as refused:
         import_network(tmp_path / "evil.pth", "elatentlpips", tmp_path / "out")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
-    with pytest.raises(UserError, match=r"it asks for torch\.nn\.modules\.linear\.Linear, and") as refused_too:
+    with pytest.raises(
+        UserError, match=r"it asks for torch\.nn\.modules\.linear\.Linear, and"
+    ) as refused_too:
         import_network(tmp_path / "module.pth", "elatentlpips", tmp_path / "out")
-    assert "weights_only" not in f"{refused.value} {refused_too.value}"  # torch's advice: to read it all the same
+    assert (
+        "weights_only" not in f"{refused.value} {refused_too.value}"
+    )  # torch's advice: to read it all the same
     assert not (tmp_path / "pwned").exists() and not (tmp_path / "out").exists()
 
 
@@ -185,9 +210,13 @@ def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read as plain tensors"):
         import_network(tmp_path / "text.pth", "snu", tmp_path / "out")
     for new in (True, False):  # torch's two formats, cut off
-        torch.save({"x": torch.zeros(3000)}, tmp_path / "whole.pth", _use_new_zipfile_serialization=new)
+        torch.save(
+            {"x": torch.zeros(3000)}, tmp_path / "whole.pth", _use_new_zipfile_serialization=new
+        )
         (tmp_path / "half.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:5000])
-        with pytest.raises(UserError, match=r"it is cut off, damaged or no checkpoint .* Fetch it again") as cut:
+        with pytest.raises(
+            UserError, match=r"it is cut off, damaged or no checkpoint .* Fetch it again"
+        ) as cut:
             import_network(tmp_path / "half.pth", "snu", tmp_path / "out")
         assert "weights_only" not in str(cut.value)
     torch.save([torch.zeros(3)], tmp_path / "list.pth")

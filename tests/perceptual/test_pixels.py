@@ -10,13 +10,13 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from diffusion2gan import PixelLPIPS
+from diffusion2gan import PixelLPIPS, assets
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS
 from diffusion2gan.perceptual.ranking import two_afc
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.perceptual.weights import load_network
-from diffusion2gan.pocket import models, shipped, triplets
+from diffusion2gan.pocket import models, triplets
 from diffusion2gan.teacher.autoencoder import decode, encode, load_vae, spatial_factor
 
 
@@ -67,7 +67,9 @@ def test_encode_undoes_the_scaling_that_decode_undoes(vae: AutoencoderKL) -> Non
     with torch.no_grad():
         mean = vae.encode(images).latent_dist.mean
         torch.testing.assert_close(encode(vae, images), (mean - 0.1) * 0.7)
-        torch.testing.assert_close(decode(vae, encode(vae, images)), vae.decode(mean).sample, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            decode(vae, encode(vae, images)), vae.decode(mean).sample, rtol=1e-4, atol=1e-5
+        )
     assert spatial_factor(vae) == 4
 
 
@@ -86,11 +88,13 @@ def test_it_loads_with_any_vae_folder(
     with pytest.raises(UserError, match="needs their VAE"):
         PixelLPIPS.from_pretrained(tmp_path / "network")
     with pytest.raises(UserError, match="this network reads 4 channels: of latents"):
-        PixelLPIPS.from_pretrained(shipped.folder("latent_vgg"), vae=vae)
+        PixelLPIPS.from_pretrained(assets.folder("latent_vgg"), vae=vae)
     assert 'vae="your VAE")' in (tmp_path / "network" / "README.md").read_text()
 
 
-def test_bfloat16_is_near_and_half_a_cpu_cannot_is_said(vae: AutoencoderKL, parts: tuple[VGG, list[Tensor]]) -> None:
+def test_bfloat16_is_near_and_half_a_cpu_cannot_is_said(
+    vae: AutoencoderKL, parts: tuple[VGG, list[Tensor]]
+) -> None:
     a, b = latents(1), latents(2)
     exact = PixelLPIPS(*parts, vae)(a, b)
     reduced = PixelLPIPS(*copy.deepcopy(parts), copy.deepcopy(vae)).bfloat16()
@@ -101,7 +105,11 @@ def test_bfloat16_is_near_and_half_a_cpu_cannot_is_said(vae: AutoencoderKL, part
 
 def test_one_interface(vae: AutoencoderKL, parts: tuple[VGG, list[Tensor]]) -> None:
     a, b = latents(1), latents(2)
-    pixels, plain, ensembled = PixelLPIPS(*parts, vae), LatentLPIPS.from_pretrained(), ELatentLPIPS.from_pretrained()
+    pixels, plain, ensembled = (
+        PixelLPIPS(*parts, vae),
+        LatentLPIPS.from_pretrained(),
+        ELatentLPIPS.from_pretrained(),
+    )
     for distance in (pixels, plain, ensembled):
         found = [distance(a, b, torch.Generator().manual_seed(0)) for _ in range(2)]
         assert torch.equal(*found) and found[0].shape == (2,)
@@ -110,13 +118,15 @@ def test_one_interface(vae: AutoencoderKL, parts: tuple[VGG, list[Tensor]]) -> N
 @pytest.mark.parametrize("network", ["latent_vgg", "pixel_vgg"])
 def test_the_shipped_networks_tell_which_picture_was_distorted_further(network: str) -> None:
     """Calibrated on seed 0's triplets, asked on seed 1's; a network that tells nothing scores one half."""
-    vgg, heads, _ = load_network(shipped.folder(network), network)
+    vgg, heads, _ = load_network(assets.folder(network), network)
     assert not any(torch.equal(head, torch.ones_like(head)) for head in heads)
     distance = LatentLPIPS(vgg, heads)
     vae = load_vae("pocket")
     for subset in triplets.FAMILIES:
         made = [triplets.triplet(number, subset, 1) for number in range(12)]
-        p0, p1, ref = (torch.stack([getattr(m, name) for m in made]) for name in ("p0", "p1", "ref"))
+        p0, p1, ref = (
+            torch.stack([getattr(m, name) for m in made]) for name in ("p0", "p1", "ref")
+        )
         if network == "latent_vgg":
             p0, p1, ref = (encode(vae, images) for images in (p0, p1, ref))
         judge = torch.tensor([m.judge for m in made])
@@ -126,6 +136,6 @@ def test_the_shipped_networks_tell_which_picture_was_distorted_further(network: 
 def test_without_a_shipped_network_the_failure_says_so(
     vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(shipped, "ROOT", tmp_path)
+    monkeypatch.setattr(assets, "ROOT", tmp_path)
     with pytest.raises(Failure, match="no pocket pixel_vgg"):
         PixelLPIPS.from_pretrained("pocket", vae=vae)

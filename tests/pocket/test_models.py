@@ -40,7 +40,10 @@ def test_captions_have_a_token_a_word(words: CLIPTokenizer, batch: scenes.Scenes
     for caption in batch.captions:
         ids = words(caption).input_ids
         assert len(ids) == len(re.findall(r"[a-z]+|,", caption)) + 2 <= models.MAX_LENGTH
-        assert words.decode(ids, skip_special_tokens=True).replace(" ,", ",").split() == caption.split()
+        assert (
+            words.decode(ids, skip_special_tokens=True).replace(" ,", ",").split()
+            == caption.split()
+        )
 
 
 def test_other_words_fall_into_letters(words: CLIPTokenizer) -> None:
@@ -52,7 +55,9 @@ def test_other_words_fall_into_letters(words: CLIPTokenizer) -> None:
     assert not known & set(ids[1:-1])
 
 
-def test_the_tokenizer_survives_its_folder(words: CLIPTokenizer, batch: scenes.Scenes, tmp_path: Path) -> None:
+def test_the_tokenizer_survives_its_folder(
+    words: CLIPTokenizer, batch: scenes.Scenes, tmp_path: Path
+) -> None:
     words.save_pretrained(tmp_path)
     again = CLIPTokenizer.from_pretrained(tmp_path)
     assert len(again) == len(words) and again.model_max_length == models.MAX_LENGTH
@@ -79,9 +84,12 @@ def test_a_saved_pipeline_paints_the_same_pictures(tmp_path: Path) -> None:
         pipe.set_progress_bar_config(disable=True)
         with torch.no_grad():
             out = pipe(
-                ["a red ring", "a blue star on pink"], latents=noise.clone(), num_inference_steps=2, guidance_scale=3.0,
+                ["a red ring", "a blue star on pink"],
+                latents=noise.clone(),
+                num_inference_steps=2,
+                guidance_scale=3.0,
                 output_type="pt",
-            )  # fmt: skip
+            )
         pictures.append(out.images)
     assert type(again).__name__ == "StableDiffusionPipeline"
     assert pictures[0].shape == (2, 3, 64, 64) and torch.equal(*pictures)
@@ -95,7 +103,9 @@ def test_latents_are_4_by_16_by_16() -> None:
         latents = vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mean
         assert latents.shape == (1, 4, 16, 16)
         assert vae.decode(latents).sample.shape == (1, 3, 64, 64)
-        assert unet(latents, 999, torch.zeros(1, models.MAX_LENGTH, 96)).sample.shape == latents.shape
+        assert (
+            unet(latents, 999, torch.zeros(1, models.MAX_LENGTH, 96)).sample.shape == latents.shape
+        )
     assert (unet.config.in_channels, unet.config.sample_size) == (4, 16)
 
 
@@ -103,7 +113,9 @@ def test_the_schedule_is_stable_diffusions() -> None:
     """β linear in its square root from 0.00085 to 0.012; the first of any number of steps is the last timestep."""
     scheduler = models.scheduler()
     beta = torch.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000, dtype=torch.float64) ** 2
-    torch.testing.assert_close(scheduler.alphas_cumprod.double(), (1 - beta).cumprod(0), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        scheduler.alphas_cumprod.double(), (1 - beta).cumprod(0), rtol=1e-4, atol=1e-7
+    )
     for steps in (1, 4, 50):
         scheduler.set_timesteps(steps)
         assert int(scheduler.timesteps[0]) == 999 and len(scheduler.timesteps) == steps
@@ -113,7 +125,12 @@ def test_clip_and_vgg_shapes(words: CLIPTokenizer) -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         clip = models.clip(len(words)).eval()
-        ids = words(["a red ring", "a disc"], padding="max_length", max_length=models.MAX_LENGTH, return_tensors="pt")
+        ids = words(
+            ["a red ring", "a disc"],
+            padding="max_length",
+            max_length=models.MAX_LENGTH,
+            return_tensors="pt",
+        )
         out = clip(input_ids=ids.input_ids, pixel_values=torch.zeros(2, 3, 64, 64))
         assert out.logits_per_image.shape == (2, 2) and out.image_embeds.shape == (2, 128)
         maps = models.latent_vgg().eval()(torch.zeros(2, 4, 16, 16))
@@ -121,7 +138,15 @@ def test_clip_and_vgg_shapes(words: CLIPTokenizer) -> None:
 
 
 def test_probe_split_cuts_by_parts() -> None:
-    sizes = {"count": 3, "ground": 7, "shape": 8, "colour": 8, "pattern": 4, "shape_colour": 64, "shape_pattern": 32}
+    sizes = {
+        "count": 3,
+        "ground": 7,
+        "shape": 8,
+        "colour": 8,
+        "pattern": 4,
+        "shape_colour": 64,
+        "shape_pattern": 32,
+    }
     torch.manual_seed(0)
     logits = models.Probe().eval()(torch.zeros(2, 3, 64, 64))
     assert logits.shape == (2, sum(sizes.values()))
@@ -138,7 +163,9 @@ def test_attribute_targets_against_a_plain_loop(batch: scenes.Scenes) -> None:
             tuple(int(label[i, k]) for label in (batch.shape, batch.colour, batch.pattern))
             for k in range(int(batch.count[i]))
         ]
-        assert int(targets["count"][i]) == len(objects) - 1 and targets["ground"][i] == batch.ground[i]
+        assert (
+            int(targets["count"][i]) == len(objects) - 1 and targets["ground"][i] == batch.ground[i]
+        )
         expected = {
             "shape": {s for s, _, _ in objects},
             "colour": {c for _, c, _ in objects},
@@ -165,7 +192,9 @@ def perfect_logits(targets: dict[str, Tensor], size: float) -> Tensor:
 def test_attribute_loss_of_no_opinion(batch: scenes.Scenes) -> None:
     """Logits of 0: ln 3 + ln 7, and ln 2 for every cell of the tables."""
     loss = attribute_loss(torch.zeros(200, 126), attribute_targets(batch))
-    assert float(loss) == pytest.approx(math.log(3) + math.log(7) + (8 + 8 + 4 + 64 + 32) * math.log(2), rel=1e-5)
+    assert float(loss) == pytest.approx(
+        math.log(3) + math.log(7) + (8 + 8 + 4 + 64 + 32) * math.log(2), rel=1e-5
+    )
 
 
 def test_attribute_loss_of_right_and_wrong_answers(batch: scenes.Scenes) -> None:

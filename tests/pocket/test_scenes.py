@@ -73,8 +73,15 @@ def test_captions_are_those_of_draw(many: scenes.Scenes) -> None:
 
 def test_labels_are_in_range(many: scenes.Scenes) -> None:
     exists = torch.arange(3) < many.count[:, None]
-    assert set(many.count.tolist()) == {1, 2, 3} and set(many.ground.tolist()) == set(range(len(scenes.GROUNDS)))
-    names = {"shape": scenes.SHAPES, "colour": scenes.COLOURS, "pattern": scenes.PATTERNS, "size": scenes.SIZES}
+    assert set(many.count.tolist()) == {1, 2, 3} and set(many.ground.tolist()) == set(
+        range(len(scenes.GROUNDS))
+    )
+    names = {
+        "shape": scenes.SHAPES,
+        "colour": scenes.COLOURS,
+        "pattern": scenes.PATTERNS,
+        "size": scenes.SIZES,
+    }
     for field, known in names.items():
         label = getattr(many, field)
         assert label.dtype == torch.int64 and (label[~exists] == -1).all()
@@ -96,8 +103,14 @@ def test_stated_agrees_with_the_labels(many: scenes.Scenes) -> None:
         assert said.ground in (None, list(scenes.GROUNDS)[many.ground[i]])
         silent["ground"] += said.ground is None
     objects = int(many.count.sum())
-    for kind, share, total in (("colour", 0.08, objects), ("pattern", 0.25, objects), ("ground", 0.1, len(MANY))):
-        assert silent[kind] / total == pytest.approx(share, abs=4 * math.sqrt(share * (1 - share) / total)), kind
+    for kind, share, total in (
+        ("colour", 0.08, objects),
+        ("pattern", 0.25, objects),
+        ("ground", 0.1, len(MANY)),
+    ):
+        assert silent[kind] / total == pytest.approx(
+            share, abs=4 * math.sqrt(share * (1 - share) / total)
+        ), kind
 
 
 def test_stated_agrees_with_an_independent_reading(many: scenes.Scenes) -> None:
@@ -105,14 +118,22 @@ def test_stated_agrees_with_an_independent_reading(many: scenes.Scenes) -> None:
         said = scenes.stated(caption)
         read = phrases(caption)
         assert tuple(words[-1] for words in read) == said.shape
-        assert tuple(next((w for w in words if w in scenes.COLOURS), None) for words in read) == said.colour
-        assert tuple(next((w for w in words if w in scenes.PATTERNS), None) for words in read) == said.pattern
+        assert (
+            tuple(next((w for w in words if w in scenes.COLOURS), None) for words in read)
+            == said.colour
+        )
+        assert (
+            tuple(next((w for w in words if w in scenes.PATTERNS), None) for words in read)
+            == said.pattern
+        )
         for k, words in enumerate(read):
             size = next((w for w in words if w in scenes.SIZES), None)
             assert size in (None, scenes.SIZES[many.size[i, k]])
 
 
-@pytest.mark.parametrize("caption", ["a red dragon", "a red ring and a teapot on pink", "", "red on pink", "ring!x"])
+@pytest.mark.parametrize(
+    "caption", ["a red dragon", "a red ring and a teapot on pink", "", "red on pink", "ring!x"]
+)
 def test_stated_rejects_what_it_does_not_know(caption: str) -> None:
     with pytest.raises(ValueError, match="not a caption of the pocket world") as error:
         scenes.stated(caption)
@@ -134,7 +155,9 @@ def test_articles_fit_their_words(many: scenes.Scenes) -> None:
 def test_the_longest_caption_fits_the_tokenizer(many: scenes.Scenes) -> None:
     whole = "a large checkered purple triangle"
     longest = [
-        form.format(*[whole] * count) + " on lilac" for count, forms in scenes.RELATIONS.items() for form in forms
+        form.format(*[whole] * count) + " on lilac"
+        for count, forms in scenes.RELATIONS.items()
+        for form in forms
     ]
     lengths = [len(re.findall(r"[a-z]+|,", caption)) for caption in (*longest, *many.captions)]
     assert max(lengths) == max(lengths[: len(longest)]) <= models.MAX_LENGTH - 2
@@ -206,7 +229,10 @@ def test_what_a_relation_leaves_open_varies(many: scenes.Scenes) -> None:
 
 def lens(r: float, s: float, d: float) -> float:
     """The area two discs share."""
-    alpha, beta = math.acos((d * d + r * r - s * s) / (2 * d * r)), math.acos((d * d + s * s - r * r) / (2 * d * s))
+    alpha, beta = (
+        math.acos((d * d + r * r - s * s) / (2 * d * r)),
+        math.acos((d * d + s * s - r * r) / (2 * d * s)),
+    )
     kite = math.sqrt((-d + r + s) * (d + r - s) * (d - r + s) * (d + r + s)) / 2
     return r * r * alpha + s * s * beta - kite
 
@@ -239,7 +265,9 @@ def test_painted_objects_have_their_shapes_area(many: scenes.Scenes) -> None:
     for i, image in zip(alone, scenes.draw(alone, seed=7).images, strict=True):
         shape = scenes.SHAPES[many.shape[i, 0]]
         expected = UNIT_AREA[shape] * float(scenes._RADII[1, many.size[i, 0]]) ** 2 * 32**2
-        ratios[shape].append(float(tone(list(scenes.COLOURS)[many.colour[i, 0]], image).sum()) / expected)
+        ratios[shape].append(
+            float(tone(list(scenes.COLOURS)[many.colour[i, 0]], image).sum()) / expected
+        )
     assert set(ratios) == set(scenes.SHAPES)
     for shape, found in ratios.items():
         assert 0.8 < np.median(found) < 1.1 and min(found) > 0.5, (shape, found)
@@ -262,7 +290,9 @@ def test_edges_are_antialiased(many: scenes.Scenes) -> None:
         neither = (~ours & ~ground).float()
         assert 0.01 < neither.mean() < 0.2
         around = torch.nn.functional.max_pool2d(ours.float()[None, None], 5, 1, 2)[0, 0]
-        assert (neither * (1 - around)).sum() < 0.1 * neither.sum()  # they lie on its edge, or taper at a point
+        assert (
+            neither * (1 - around)
+        ).sum() < 0.1 * neither.sum()  # they lie on its edge, or taper at a point
 
 
 def test_patterned_objects_have_two_tones() -> None:
@@ -275,7 +305,9 @@ def test_patterned_objects_have_two_tones() -> None:
             image = batch.images[i]
             rgb = torch.tensor(scenes.COLOURS[colour])[:, None, None]
             pale = torch.cosine_similarity((image + 1) / 2, 0.3 * rgb + 0.7, dim=0) > 0.9995
-            shares[scenes.PATTERNS[batch.pattern[i, 0]]].append(float(pale.sum()) / float(tone(colour, image).sum()))
+            shares[scenes.PATTERNS[batch.pattern[i, 0]]].append(
+                float(pale.sum()) / float(tone(colour, image).sum())
+            )
     assert np.median(shares["plain"]) < 0.05
     for pattern in ("striped", "dotted", "checkered"):
         assert 0.1 < np.median(shares[pattern]) < 3, pattern

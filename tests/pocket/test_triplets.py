@@ -9,7 +9,15 @@ import torch
 
 from diffusion2gan.perceptual.triplets import open_triplets, read_triplet
 from diffusion2gan.pocket import scenes
-from diffusion2gan.pocket.triplets import FAMILIES, SUBSETS, blur, displace, distort, triplet, write_triplets
+from diffusion2gan.pocket.triplets import (
+    FAMILIES,
+    SUBSETS,
+    blur,
+    displace,
+    distort,
+    triplet,
+    write_triplets,
+)
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -19,7 +27,10 @@ def rng(seed: int = 0) -> torch.Generator:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_higher_grade_is_further(family: str) -> None:
     image = scenes.draw([3], 90).images[0]
-    errors = [float((distort(image, family, grade, rng()) - image).square().mean()) for grade in (0, 0.2, 0.5, 1)]
+    errors = [
+        float((distort(image, family, grade, rng()) - image).square().mean())
+        for grade in (0, 0.2, 0.5, 1)
+    ]
     assert errors[0] < 1e-9 and errors[0] < errors[1] < errors[2] < errors[3]
 
 
@@ -37,7 +48,9 @@ def test_the_judgement_is_the_grades(subset: str) -> None:
 
 def test_a_triplet_depends_on_its_number_alone() -> None:
     one, again, other = triplet(5, "mixed", 0), triplet(5, "mixed", 0), triplet(5, "mixed", 1)
-    assert torch.equal(one.p0, again.p0) and torch.equal(one.p1, again.p1) and one.judge == again.judge
+    assert (
+        torch.equal(one.p0, again.p0) and torch.equal(one.p1, again.p1) and one.judge == again.judge
+    )
     assert not torch.equal(one.p0, other.p0)
 
 
@@ -63,4 +76,6 @@ def test_files_hold_what_was_made(tmp_path: Path) -> None:
         rows, made = read_triplet(opened, i, 64), triplet(int(ref.stem), opened.subsets[number], 3)
         assert float(rows["judge"]) == made.judge
         for part in ("ref", "p0", "p1"):
-            torch.testing.assert_close(rows[part].float() / 127.5 - 1, getattr(made, part), rtol=0, atol=0.5 / 127)
+            torch.testing.assert_close(
+                rows[part].float() / 127.5 - 1, getattr(made, part), rtol=0, atol=0.5 / 127
+            )

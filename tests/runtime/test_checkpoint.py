@@ -40,12 +40,16 @@ def test_the_average_is_the_written_out_one() -> None:
         d = min(decay, (1 + n) / (10 + n))
         for key, value in module.state_dict().items():
             counted = not value.is_floating_point()
-            expected[key] = value.double() if counted else d * expected[key] + (1 - d) * value.double()
+            expected[key] = (
+                value.double() if counted else d * expected[key] + (1 - d) * value.double()
+            )
     assert ema.num_updates == 19 and (1 + 4) / (10 + 4) < decay < (1 + 19) / (10 + 19)
     for key, value in ema.shadow.items():
         torch.testing.assert_close(value.double(), expected[key], rtol=1e-5, atol=1e-6)
     assert int(ema.shadow["1.num_batches_tracked"]) == 19
-    assert all(ema.shadow[key].data_ptr() != value.data_ptr() for key, value in module.state_dict().items())
+    assert all(
+        ema.shadow[key].data_ptr() != value.data_ptr() for key, value in module.state_dict().items()
+    )
 
 
 def test_saved_and_loaded_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
@@ -60,7 +64,9 @@ def test_saved_and_loaded_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
 
     again, (loaded, meta) = network(seed=9), checkpoint.load(path)
     assert meta == {"pairs_seen": 3, "note": "ü"}
-    assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[k], tensors[k]) for k in tensors)
+    assert loaded.keys() == tensors.keys() and all(
+        torch.equal(loaded[k], tensors[k]) for k in tensors
+    )
     again.load_state_dict(checkpoint.unpack("net", loaded))
     optimizer_again = adam(again)
     checkpoint.unpack_optimizer("adam", optimizer_again, loaded)
@@ -82,7 +88,14 @@ def test_a_damaged_checkpoint_is_a_failure(tmp_path: Path) -> None:
     path = tmp_path / "c.safetensors"
     checkpoint.save(path, checkpoint.pack("net", network()), {})
     content = path.read_bytes()
-    for damaged in (b"", content[:5], content[:100], content[:-1], b"\xff" * 8 + content[8:], content[:9] + b"?" * 50):
+    for damaged in (
+        b"",
+        content[:5],
+        content[:100],
+        content[:-1],
+        b"\xff" * 8 + content[8:],
+        content[:9] + b"?" * 50,
+    ):
         path.write_bytes(damaged)
         with pytest.raises(Failure, match=r"c\.safetensors is damaged.*delete it"):
             checkpoint.load(path)

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.runtime import checkpoint, files
-from diffusion2gan.runtime.files import read_json, sha256, whole, write_image, write_json
-from diffusion2gan.runtime.images import from_uint8, sheet, to_uint8
+from diffusion2gan.runtime.files import atomic_write, read_json, sha256, write_image, write_json
+from diffusion2gan.runtime.images import contact_sheet, from_uint8, to_uint8
 
 
 def names(folder: Path) -> list[str]:
@@ -30,7 +30,7 @@ def names(folder: Path) -> list[str]:
 def test_a_file_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "file"
     for text in ("one", "two"):
-        with whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text)
             assert temporary.parent == path.parent  # one file system, so that a rename is whole
         assert path.read_text() == text and names(path.parent) == ["file"]
@@ -42,12 +42,16 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     dead.wait()
     path = tmp_path / "x"
     mine = [f".x.{files.HOST}-{dead.pid}.tmp", f".x.{files.HOST}-{dead.pid}.tmp.png"]
-    others = [f".x.another-{dead.pid}.tmp", f".x.{files.HOST}-{os.getppid()}.tmp", f".y.{files.HOST}-{dead.pid}.tmp"]
+    others = [
+        f".x.another-{dead.pid}.tmp",
+        f".x.{files.HOST}-{os.getppid()}.tmp",
+        f".y.{files.HOST}-{dead.pid}.tmp",
+    ]
     for name in (*mine, *others):
         (tmp_path / name).write_text("half")
     aside = tmp_path / f".x.{files.HOST}-{dead.pid}.old"
     (aside / "deep").mkdir(parents=True)
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         assert names(tmp_path) == sorted([*others, aside.name])
         temporary.write_text("new")
     assert names(tmp_path) == sorted([*others, "x"])
@@ -56,17 +60,19 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
 def test_a_folder_is_replaced_with_nothing_of_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     for name in ("a", "b"):
-        with whole(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.mkdir()
             (temporary / name).write_text(name)
     assert names(path) == ["b"] and names(tmp_path) == ["folder"]
 
 
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError(errno.EACCES, "no")])
+@pytest.mark.parametrize(
+    "error", [ValueError("no"), KeyboardInterrupt(), OSError(errno.EACCES, "no")]
+)
 def test_an_exception_leaves_the_old_file(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(type(error)), whole(path) as temporary:  # noqa: PT012
+    with pytest.raises(type(error)), atomic_write(path) as temporary:  # noqa: PT012
         temporary.write_text("half of the n")
         raise error
     assert path.read_text() == "old" and names(tmp_path) == ["file"]
@@ -76,7 +82,7 @@ def test_an_exception_leaves_the_old_folder(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     path.mkdir()
     (path / "old").write_text("old")
-    with pytest.raises(KeyboardInterrupt), whole(path) as temporary:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), atomic_write(path) as temporary:  # noqa: PT012
         temporary.mkdir()
         (temporary / "new").write_text("new")
         raise KeyboardInterrupt
@@ -87,7 +93,12 @@ def test_an_exception_leaves_the_old_folder(tmp_path: Path) -> None:
 def test_a_full_disk_is_a_failure(tmp_path: Path, number: int) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(Failure, match=r"disk is full: could not write .*file.*run the same command again"), whole(path):
+    with (
+        pytest.raises(
+            Failure, match=r"disk is full: could not write .*file.*run the same command again"
+        ),
+        atomic_write(path),
+    ):
         raise OSError(number, "full")
     assert path.read_text() == "old" and names(tmp_path) == ["file"]
 
@@ -103,7 +114,9 @@ def small_files() -> Iterator[None]:
 
 WRITERS: dict[str, Callable[[Path], object]] = {
     "safetensors": lambda path: save_file({"x": torch.zeros(100_000)}, path),
-    "parquet": lambda path: pq.write_table(pa.table({"x": np.random.default_rng(0).random(100_000)}), path),
+    "parquet": lambda path: pq.write_table(
+        pa.table({"x": np.random.default_rng(0).random(100_000)}), path
+    ),
     "text": lambda path: path.write_text("x" * 100_000),
 }
 
@@ -113,7 +126,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 def test_every_library_that_writes_tells_of_a_full_disk(tmp_path: Path, writer: str) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(Failure, match="disk is full"), whole(path) as temporary:
+    with pytest.raises(Failure, match="disk is full"), atomic_write(path) as temporary:
         WRITERS[writer](temporary)
     assert path.read_text() == "old" and names(tmp_path) == ["file"]
 
@@ -157,10 +170,10 @@ def test_pictures_are_written_whole(tmp_path: Path) -> None:
     assert np.array_equal(to_uint8(from_uint8(pictures)), pictures)
     greys = to_uint8(torch.tensor([-9.0, -1, 0, 1, 9]).expand(1, 3, 1, 5))[0, 0, :, 0]
     assert np.array_equal(greys, [0, 0, 128, 255, 255])
-    whole_sheet = sheet(from_uint8(pictures), columns=3)
+    whole_sheet = contact_sheet(from_uint8(pictures), columns=3)
     assert whole_sheet.size == (3 * 8 - 2, 2 * 7 - 2)
     assert np.array_equal(np.asarray(whole_sheet)[7:12, 0:6], pictures[3])
     write_image(tmp_path / "a.png", whole_sheet.save)
-    with pytest.raises(ValueError, match="stop"), whole(tmp_path / "a.png"):
+    with pytest.raises(ValueError, match="stop"), atomic_write(tmp_path / "a.png"):
         raise ValueError("stop")
     assert names(tmp_path) == ["a.png"]

@@ -12,20 +12,22 @@ from pathlib import Path
 import pytest
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.runtime.lock import claimed
+from diffusion2gan.runtime.lock import exclusive_lock
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from diffusion2gan.runtime.lock import claimed
-with claimed(Path(sys.argv[1])):
+from diffusion2gan.runtime.lock import exclusive_lock
+with exclusive_lock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
 def holder(path: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     return process
 
@@ -34,9 +36,9 @@ def test_the_second_is_refused_and_told_by_whom(tmp_path: Path) -> None:
     process = holder(tmp_path / "x")
     try:
         told = f"x is being written by another process .process {process.pid} on "
-        with pytest.raises(UserError, match=told), claimed(tmp_path / "x"):
+        with pytest.raises(UserError, match=told), exclusive_lock(tmp_path / "x"):
             raise AssertionError("two owners")
-        with claimed(tmp_path / "y"):  # another thing is free
+        with exclusive_lock(tmp_path / "y"):  # another thing is free
             pass
     finally:
         process.kill()
@@ -51,9 +53,12 @@ def test_a_dead_owner_holds_nothing(tmp_path: Path) -> None:
     (tmp_path / ".y.123.tmp").write_text("another's")
     (tmp_path / ".x.half.host-123.tmp").mkdir()  # of `x.half`, which somebody may be writing
     assert (tmp_path / ".x.lock").exists()
-    with claimed(tmp_path / "x"):
+    with exclusive_lock(tmp_path / "x"):
         assert not (tmp_path / ".x.123.tmp").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".x.half.host-123.tmp", ".y.123.tmp"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".x.half.host-123.tmp",
+        ".y.123.tmp",
+    ]
 
 
 def test_many_at_once_are_never_two(tmp_path: Path) -> None:
@@ -65,7 +70,7 @@ def test_many_at_once_are_never_two(tmp_path: Path) -> None:
         nonlocal inside, most, won
         for _ in range(200):
             try:
-                with claimed(tmp_path / "x"):
+                with exclusive_lock(tmp_path / "x"):
                     with guard:
                         inside, won = inside + 1, won + 1
                         most = max(most, inside)

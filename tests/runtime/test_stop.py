@@ -17,7 +17,10 @@ def send(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize(
     "came",
-    [[signal.SIGINT, signal.SIGTERM], [signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, signal.SIGINT]],
+    [
+        [signal.SIGINT, signal.SIGTERM],
+        [signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, signal.SIGINT],
+    ],
     ids=["ctrl-c first", "sigterm often"],
 )
 def test_the_first_signal_asks_and_a_second_ctrl_c_interrupts(came: list[signal.Signals]) -> None:

@@ -15,10 +15,10 @@ from tiny_families import FAMILIES, ONE_EACH, RESOLUTION, SIZE
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.pairs.store import noise_of
+from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.teacher.families import pack, unpack
+from diffusion2gan.teacher.loading import load_teacher
 from diffusion2gan.teacher.ode import solve_ode
-from diffusion2gan.teacher.pipeline import load_teacher
 
 PROMPTS = ["a red ring on a blue ground", "two stars"]
 Folder = Callable[[str], Path]
@@ -26,7 +26,9 @@ Folder = Callable[[str], Path]
 
 def stock(folder: Path) -> Any:
     """The stock pipeline with the deterministic first-order solver of its kind, built here by hand."""
-    without = {"text_encoder_3": None, "tokenizer_3": None} if folder.name == "sd3_without_t5" else {}
+    without = (
+        {"text_encoder_3": None, "tokenizer_3": None} if folder.name == "sd3_without_t5" else {}
+    )
     pipeline = DiffusionPipeline.from_pretrained(folder, **without)
     pipeline.set_progress_bar_config(disable=True)
     if folder.name.startswith("sd1") or folder.name.startswith("sd2") or folder.name == "sdxl":
@@ -44,7 +46,9 @@ def stock_call(pipeline: Any, noise: Tensor, **options: Any) -> Tensor:
     packed = type(pipeline).__name__ == "FluxPipeline"
     if packed:
         noise = pipeline._pack_latents(noise, len(noise), 16, SIZE, SIZE)
-    out = pipeline(PROMPTS, latents=noise, height=size, width=size, output_type="latent", **options).images
+    out = pipeline(
+        PROMPTS, latents=noise, height=size, width=size, output_type="latent", **options
+    ).images
     return pipeline._unpack_latents(out, size, size, 8) if packed else out
 
 
@@ -54,15 +58,19 @@ def load(folder: Path) -> Any:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("steps", "guidance_scale"), [(10, 3.0), (50, 3.0), (10, 0.0)])
-def test_the_ode_is_the_stock_pipelines(name: str, steps: int, guidance_scale: float, family_folder: Folder) -> None:
+def test_the_ode_is_the_stock_pipelines(
+    name: str, steps: int, guidance_scale: float, family_folder: Folder
+) -> None:
     if name == "flux_schnell" and guidance_scale > 0:
         pytest.skip("it has no guidance; test_a_teacher_without_guidance_refuses_one")
     if name not in ONE_EACH and steps == 50:
         pytest.skip("fifty steps of one member of each family are enough")
     folder = family_folder(name)
     teacher = load(folder)
-    noise = noise_of([1, 2], teacher.latent_shape)
-    expected = stock_call(stock(folder), noise, num_inference_steps=steps, guidance_scale=guidance_scale)
+    noise = noise_from_seeds([1, 2], teacher.latent_shape)
+    expected = stock_call(
+        stock(folder), noise, num_inference_steps=steps, guidance_scale=guidance_scale
+    )
     uncond = teacher.unconditional().expand(2)
     found = solve_ode(teacher, noise, teacher.encode(PROMPTS), uncond, steps, guidance_scale)
     assert found.dtype == torch.float32 and found.isfinite().all()
@@ -75,31 +83,44 @@ def test_the_ode_is_the_stock_pipelines(name: str, steps: int, guidance_scale: f
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux_dev", "sana"])
 def test_guidance_changes_the_latents(name: str, family_folder: Folder) -> None:
     teacher = load(family_folder(name))
-    noise, cond = noise_of([1], teacher.latent_shape), teacher.encode(PROMPTS[:1])
-    a, b = (solve_ode(teacher, noise, cond, teacher.unconditional(), 3, scale) for scale in (2.0, 6.0))
+    noise, cond = noise_from_seeds([1], teacher.latent_shape), teacher.encode(PROMPTS[:1])
+    a, b = (
+        solve_ode(teacher, noise, cond, teacher.unconditional(), 3, scale) for scale in (2.0, 6.0)
+    )
     assert float((a - b).abs().max()) > 1e-4
 
 
 def test_a_teacher_without_guidance_refuses_one(family_folder: Folder) -> None:
     teacher = load(family_folder("flux_schnell"))
     cond = teacher.encode(PROMPTS[:1])
-    with pytest.raises(UserError, match=r"distilled without guidance.*guidance_scale = 3.*--guidance-scale 0"):
-        solve_ode(teacher, noise_of([1], teacher.latent_shape), cond, cond, 1, 3.0)
+    with pytest.raises(
+        UserError, match=r"distilled without guidance.*guidance_scale = 3.*--guidance-scale 0"
+    ):
+        solve_ode(teacher, noise_from_seeds([1], teacher.latent_shape), cond, cond, 1, 3.0)
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
 def test_latents_are_decoded_as_the_stock_pipeline_does(name: str, family_folder: Folder) -> None:
     teacher, pipeline = load(family_folder(name)), stock(family_folder(name))
     seen: list[Tensor] = []
-    pipeline.vae.decode, real = (lambda x, **options: seen.append(x) or real(x, **options)), pipeline.vae.decode
+    pipeline.vae.decode, real = (
+        (lambda x, **options: seen.append(x) or real(x, **options)),
+        pipeline.vae.decode,
+    )
     size = RESOLUTION[name]
     options = {"use_resolution_binning": False} if name == "sana" else {}
-    noise = noise_of([1, 2], teacher.latent_shape)
+    noise = noise_from_seeds([1, 2], teacher.latent_shape)
     given = pipeline._pack_latents(noise, 2, 16, SIZE, SIZE) if name == "flux_dev" else noise
     shown = pipeline(
-        PROMPTS, latents=given, height=size, width=size, num_inference_steps=2, guidance_scale=0, output_type="pt",
+        PROMPTS,
+        latents=given,
+        height=size,
+        width=size,
+        num_inference_steps=2,
+        guidance_scale=0,
+        output_type="pt",
         **options,
-    ).images  # fmt: skip
+    ).images
     latents = stock_call(pipeline, noise, num_inference_steps=2, guidance_scale=0)
     images = teacher.decode(latents)
     assert images.shape[-2:] == teacher.pixels == (size, size)
@@ -124,16 +145,21 @@ def test_sdxls_network_reads_pooled_text_and_sizes(family_folder: Folder) -> Non
     cond = small.encode(PROMPTS)
     assert cond.time_ids is not None and cond.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 2
     assert large.latent_shape == (4, 16, 16) and large.encode(PROMPTS[:1]).time_ids[0, 0] == 128
-    noise = noise_of([1, 2], small.latent_shape)
+    noise = noise_from_seeds([1, 2], small.latent_shape)
     answer = small.denoise(noise, 999, cond)
     for name in ("pooled_prompt_embeds", "time_ids"):
         changed = type(cond)(**cond.tensors() | {name: cond.tensors()[name] * 2})
         assert float((small.denoise(noise, 999, changed) - answer).abs().max()) > 1e-4
-    assert float(small.unconditional().prompt_embeds.abs().max()) == 0  # force_zeros_for_empty_prompt
+    assert (
+        float(small.unconditional().prompt_embeds.abs().max()) == 0
+    )  # force_zeros_for_empty_prompt
 
 
 def test_tokens_are_packed_and_unpacked_as_flux_does(family_folder: Folder) -> None:
-    x, pipeline = torch.arange(2 * 16 * 4 * 6.0).reshape(2, 16, 4, 6), stock(family_folder("flux_schnell"))
+    x, pipeline = (
+        torch.arange(2 * 16 * 4 * 6.0).reshape(2, 16, 4, 6),
+        stock(family_folder("flux_schnell")),
+    )
     assert torch.equal(pack(x), pipeline._pack_latents(x, 2, 16, 4, 6))
     assert torch.equal(unpack(pack(x), (4, 6)), x)
 
@@ -144,9 +170,11 @@ def test_one_step_ends_at_the_networks_x0(name: str, family_folder: Folder) -> N
     teacher = load(family_folder(name))
     if name in ("sd15", "sd21", "sdxl"):
         pytest.skip("its steps do not start at the last timestep")
-    noise, cond = noise_of([3], teacher.latent_shape), teacher.encode(PROMPTS[:1])
+    noise, cond = noise_from_seeds([3], teacher.latent_shape), teacher.encode(PROMPTS[:1])
     found = solve_ode(teacher, noise, cond, cond, 1, 0.0)
-    torch.testing.assert_close(found, teacher.denoise(noise, teacher.last_timestep, cond), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found, teacher.denoise(noise, teacher.last_timestep, cond), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_resolutions_that_do_not_fit_are_said(family_folder: Folder) -> None:
@@ -164,17 +192,27 @@ def altered(folder: Path, to: Path, file: str, **settings: Any) -> Path:
     return to
 
 
-def test_models_that_cannot_teach_are_refused_by_name(family_folder: Folder, tmp_path: Path) -> None:
+def test_models_that_cannot_teach_are_refused_by_name(
+    family_folder: Folder, tmp_path: Path
+) -> None:
     sd = family_folder("sd15")
-    refiner = altered(sd, tmp_path / "a", "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline")
+    refiner = altered(
+        sd, tmp_path / "a", "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline"
+    )
     with pytest.raises(UserError, match="the SDXL refiner"):
         load_teacher(str(refiner))
     refiner = altered(
-        family_folder("sdxl"), tmp_path / "b", "model_index.json", text_encoder=[None, None], tokenizer=[None, None]
+        family_folder("sdxl"),
+        tmp_path / "b",
+        "model_index.json",
+        text_encoder=[None, None],
+        tokenizer=[None, None],
     )
     with pytest.raises(UserError, match="no text_encoder: it is the SDXL refiner"):
         load_teacher(str(refiner))
-    zero_snr = altered(sd, tmp_path / "c", "scheduler/scheduler_config.json", rescale_betas_zero_snr=True)
+    zero_snr = altered(
+        sd, tmp_path / "c", "scheduler/scheduler_config.json", rescale_betas_zero_snr=True
+    )
     with pytest.raises(UserError, match="ε with zero terminal SNR"):
         load_teacher(str(zero_snr))
 
@@ -182,13 +220,18 @@ def test_models_that_cannot_teach_are_refused_by_name(family_folder: Folder, tmp
 @pytest.mark.parametrize(
     ("kind", "told"),
     [
-        ("StableDiffusionInpaintPipeline", "an inpainting pipeline; give a text-to-image StableDiffusionPipeline"),
+        (
+            "StableDiffusionInpaintPipeline",
+            "an inpainting pipeline; give a text-to-image StableDiffusionPipeline",
+        ),
         ("StableDiffusion3Img2ImgPipeline", "an image-to-image pipeline"),
         ("FluxKontextPipeline", "an editing pipeline"),
         ("AuraFlowPipeline", "not supported; supported: StableDiffusionPipeline"),
     ],
 )
-def test_other_pipelines_are_refused_with_what_to_give(kind: str, told: str, tmp_path: Path) -> None:
+def test_other_pipelines_are_refused_with_what_to_give(
+    kind: str, told: str, tmp_path: Path
+) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
     with pytest.raises(UserError, match=told) as error:
         load_teacher(str(tmp_path))

@@ -12,10 +12,10 @@ import pytest
 from huggingface_hub import constants
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.evaluate.systems import load_system
+from diffusion2gan.pipelines.system import load_system
 from diffusion2gan.teacher.autoencoder import load_vae
 from diffusion2gan.teacher.hub import find
-from diffusion2gan.teacher.pipeline import load_pipeline, load_teacher
+from diffusion2gan.teacher.loading import load_pipeline, load_teacher
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 Folder = Callable[[str], Path]
@@ -37,7 +37,9 @@ def test_an_id_in_the_cache_is_the_model_there(cache: Path, family_folder: Folde
         teacher = load_teacher(name)
         assert teacher.name == f"org/tiny@{COMMIT}" and teacher.folder == find(name)[0]
         assert teacher.revision == load_teacher(str(family_folder("sd15"))).revision
-    assert load_system("org/tiny", 1).revision == load_system(str(family_folder("sd15")), 1).revision
+    assert (
+        load_system("org/tiny", 1).revision == load_system(str(family_folder("sd15")), 1).revision
+    )
     assert load_vae("org/tiny").config.latent_channels == 4
 
 
@@ -46,11 +48,17 @@ def test_an_id_that_is_not_there_tells_where_it_looked(name: str, cache: Path) -
     with pytest.raises(UserError) as told:
         load_teacher(name)
     repository, _, revision = name.partition("@")
-    for part in (str(cache), f"hf download {repository} --revision {revision or 'main'}", "is not a folder here"):
+    for part in (
+        str(cache),
+        f"hf download {repository} --revision {revision or 'main'}",
+        "is not a folder here",
+    ):
         assert part in str(told.value)
 
 
-def test_a_folder_here_comes_first(cache: Path, family_folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_here_comes_first(
+    cache: Path, family_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(cache)
     shutil.copytree(family_folder("sdxl"), cache / "org" / "tiny")
     assert type(load_teacher("org/tiny").pipeline).__name__ == "StableDiffusionXLPipeline"
@@ -73,6 +81,9 @@ def test_code_of_a_models_own_is_refused(
     path = tmp_path / "model" / file
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     (tmp_path / "model" / "pipeline.py").write_text("raise SystemExit('this ran')")
-    for load in (lambda: load_teacher(str(tmp_path / "model")), lambda: load_pipeline(tmp_path / "model")):
+    for load in (
+        lambda: load_teacher(str(tmp_path / "model")),
+        lambda: load_pipeline(tmp_path / "model"),
+    ):
         with pytest.raises(UserError, match=f"asks for code of its own \\({told}\\)"):
             load()

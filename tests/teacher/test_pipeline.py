@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.teacher.families import FAMILIES
-from diffusion2gan.teacher.pipeline import load_teacher
+from diffusion2gan.teacher.loading import load_teacher
 
 LONG = "a red ring and " * 30 + "a star"
 
@@ -67,11 +67,17 @@ def test_an_unknown_prediction_type_is_said(tiny_teacher: Path, tmp_path: Path) 
         load_teacher(str(folder))
 
 
-def test_a_teacher_is_frozen_and_named_by_its_weights(tiny_teacher: Path, sd_style_teacher: Path) -> None:
+def test_a_teacher_is_frozen_and_named_by_its_weights(
+    tiny_teacher: Path, sd_style_teacher: Path
+) -> None:
     teacher = load_teacher(str(tiny_teacher))
     for module in (teacher.network, teacher.vae, teacher.pipeline.text_encoder):
         assert not module.training and not any(p.requires_grad for p in module.parameters())
-    assert (teacher.latent_shape, teacher.spatial_factor, teacher.last_timestep) == ((4, 16, 16), 4, 999)
+    assert (teacher.latent_shape, teacher.spatial_factor, teacher.last_timestep) == (
+        (4, 16, 16),
+        4,
+        999,
+    )
     assert teacher.prediction_type == "v_prediction"
     assert load_teacher(str(tiny_teacher)).revision == teacher.revision
     assert load_teacher(str(sd_style_teacher)).prediction_type == "epsilon"
@@ -91,7 +97,9 @@ def test_prompts_are_encoded_as_diffusers_does_and_cut_with_one_warning(
     teacher.encode([LONG, LONG])
     assert "warning" not in capsys.readouterr().err
     # what is behind the cut is not read
-    assert torch.equal(teacher.encode([LONG]).prompt_embeds, teacher.encode([LONG + " on blue"]).prompt_embeds)
+    assert torch.equal(
+        teacher.encode([LONG]).prompt_embeds, teacher.encode([LONG + " on blue"]).prompt_embeds
+    )
 
 
 def test_decode_is_the_stock_pipelines(tiny_teacher: Path) -> None:

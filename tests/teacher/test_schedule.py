@@ -36,7 +36,12 @@ def test_to_x0_undoes_the_forward_noising(prediction_type: str, timestep: int) -
     alpha_bar = float(ALPHA_BARS[timestep])
     x0, eps = random(2, 4, 5, 3), random(2, 4, 5, 3, seed=1)
     x_t = math.sqrt(alpha_bar) * x0 + math.sqrt(1 - alpha_bar) * eps
-    found = to_x0(output_of(x0, eps, alpha_bar, prediction_type), x_t, Level.diffusion(alpha_bar), prediction_type)
+    found = to_x0(
+        output_of(x0, eps, alpha_bar, prediction_type),
+        x_t,
+        Level.diffusion(alpha_bar),
+        prediction_type,
+    )
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), x0, rtol=0, atol=3e-5 if timestep == 999 else 2e-6)
 
@@ -47,7 +52,10 @@ def test_to_x0_takes_a_noise_level_per_sample(prediction_type: str) -> None:
     x0, eps = random(3, 4, 2, 2), random(3, 4, 2, 2, seed=1)
     x_t = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
     found = to_x0(
-        output_of(x0, eps, alpha_bar, prediction_type), x_t, Level.diffusion(alpha_bar.float()), prediction_type
+        output_of(x0, eps, alpha_bar, prediction_type),
+        x_t,
+        Level.diffusion(alpha_bar.float()),
+        prediction_type,
     )
     torch.testing.assert_close(found.double(), x0, rtol=0, atol=1e-5)
 

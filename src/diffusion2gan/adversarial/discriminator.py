@@ -18,10 +18,15 @@ from diffusion2gan.adversarial.heads import conv, head, zero_conv
 from diffusion2gan.adversarial.transformer import TransformerDiscriminator
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import Recipe
+from diffusion2gan.teacher.conditioning import Conditioning
 from diffusion2gan.teacher.families import added
-from diffusion2gan.teacher.pipeline import Conditioning, Teacher
+from diffusion2gan.teacher.pipeline import Teacher
 
-DECODER_BLOCKS = {"UpBlock2D", "CrossAttnUpBlock2D", "AttnUpBlock2D"}  # those whose upsampler reads x alone
+DECODER_BLOCKS = {
+    "UpBlock2D",
+    "CrossAttnUpBlock2D",
+    "AttnUpBlock2D",
+}  # those whose upsampler reads x alone
 
 
 class Scale(NamedTuple):
@@ -45,9 +50,16 @@ class DiffusionDiscriminator(nn.Module):
     """
 
     def __init__(
-        self, unet: Any, *, timestep: int = 0, noise_input: bool = True, multi_scale_input: bool = True,
-        multi_scale_output: bool = True, spectral_norm: bool = False, gradient_checkpointing: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        unet: Any,
+        *,
+        timestep: int = 0,
+        noise_input: bool = True,
+        multi_scale_input: bool = True,
+        multi_scale_output: bool = True,
+        spectral_norm: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         check_unet(unet)
         self.timestep, self.multi_scale_output = timestep, multi_scale_output
@@ -58,14 +70,22 @@ class DiffusionDiscriminator(nn.Module):
         self.upsamplers = take_upsamplers(self.unet)
         entries, latent_channels = down_channels(self.unet), self.unet.config.in_channels
         self.noise_in = zero_conv(latent_channels, entries[0]) if noise_input else None
-        self.latents_in = nn.ModuleList(zero_conv(latent_channels, c) for c in entries[1:] if multi_scale_input)
+        self.latents_in = nn.ModuleList(
+            zero_conv(latent_channels, c) for c in entries[1:] if multi_scale_input
+        )
         scales = decoder_channels(self.unet)
-        read = [channels for scale in scales for channels in scale] if multi_scale_output else [scales[-1][-1]]
+        read = (
+            [channels for scale in scales for channels in scale]
+            if multi_scale_output
+            else [scales[-1][-1]]
+        )
         groups = self.unet.config.norm_num_groups or 1
         self.heads = nn.ModuleList(head(channels, groups, spectral_norm) for channels in read)
 
     @classmethod
-    def from_teacher(cls, teacher: Teacher, *, pretrained: bool = True, **options: Any) -> DiffusionDiscriminator:
+    def from_teacher(
+        cls, teacher: Teacher, *, pretrained: bool = True, **options: Any
+    ) -> DiffusionDiscriminator:
         """From a loaded teacher; without `pretrained`, the same network with random weights (torch's generator)."""
         unet = teacher.network
         if not pretrained:
@@ -74,7 +94,11 @@ class DiffusionDiscriminator(nn.Module):
 
     def forward(self, noise: Tensor, cond: Conditioning, latents: Tensor) -> list[Tensor]:
         scales = self.features(noise, cond, latents)
-        read = [x for scale in scales for x in scale] if self.multi_scale_output else [scales[-1].merged]
+        read = (
+            [x for scale in scales for x in scale]
+            if self.multi_scale_output
+            else [scales[-1].merged]
+        )
         return [head(x) for head, x in zip(self.heads, read, strict=True)]
 
     def features(self, noise: Tensor, cond: Conditioning, latents: Tensor) -> list[Scale]:
@@ -87,7 +111,9 @@ class DiffusionDiscriminator(nn.Module):
         skips = [x]
         for number, block in enumerate(unet.down_blocks):
             if number > 0 and len(self.latents_in) > 0:
-                x = x + self.latents_in[number - 1](F.interpolate(latents, size=x.shape[-2:], mode="area"))
+                x = x + self.latents_in[number - 1](
+                    F.interpolate(latents, size=x.shape[-2:], mode="area")
+                )
             x, states = run_block(block, x, emb, text)
             skips += states
         if unet.mid_block is not None:
@@ -117,7 +143,12 @@ class PatchDiscriminator(nn.Module):
     """
 
     def __init__(
-        self, latent_channels: int, *, width: int = 64, noise_input: bool = True, spectral_norm: bool = False
+        self,
+        latent_channels: int,
+        *,
+        width: int = 64,
+        noise_input: bool = True,
+        spectral_norm: bool = False,
     ) -> None:
         super().__init__()
         self.noise_input = noise_input
@@ -138,25 +169,36 @@ class PatchDiscriminator(nn.Module):
 Discriminator = DiffusionDiscriminator | TransformerDiscriminator | PatchDiscriminator
 
 
-def discriminator_of(recipe: Recipe, teacher: Teacher) -> Discriminator:
+def build_discriminator(recipe: Recipe, teacher: Teacher) -> Discriminator:
     """The recipe's discriminator; what of it is born random is born of the recipe's seed alone."""
-    common: dict[str, Any] = {"noise_input": recipe.noise_input, "spectral_norm": recipe.spectral_norm}
+    common: dict[str, Any] = {
+        "noise_input": recipe.noise_input,
+        "spectral_norm": recipe.spectral_norm,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         if recipe.discriminator == "patch":
             return PatchDiscriminator.from_teacher(teacher, width=recipe.patch_width, **common)
         common |= {
-            "pretrained": recipe.discriminator == "diffusion", "timestep": recipe.discriminator_timestep,
-            "multi_scale_output": recipe.multi_scale_output, "gradient_checkpointing": recipe.gradient_checkpointing,
-        }  # fmt: skip
+            "pretrained": recipe.discriminator == "diffusion",
+            "timestep": recipe.discriminator_timestep,
+            "multi_scale_output": recipe.multi_scale_output,
+            "gradient_checkpointing": recipe.gradient_checkpointing,
+        }
         if teacher.family.network == "transformer":
             return TransformerDiscriminator.from_teacher(teacher, **common)
-        return DiffusionDiscriminator.from_teacher(teacher, multi_scale_input=recipe.multi_scale_input, **common)
+        return DiffusionDiscriminator.from_teacher(
+            teacher, multi_scale_input=recipe.multi_scale_input, **common
+        )
 
 
 def check_unet(unet: Any) -> None:
     """Raises UserError where no discriminator can be grown from this network."""
-    blocks = [*unet.down_blocks, *unet.up_blocks, *([unet.mid_block] if unet.mid_block is not None else [])]
+    blocks = [
+        *unet.down_blocks,
+        *unet.up_blocks,
+        *([unet.mid_block] if unet.mid_block is not None else []),
+    ]
     if not any(getattr(block, "has_cross_attention", False) for block in blocks):
         raise UserError(
             "the teacher's UNet has no cross-attention, so a discriminator grown from it could not read the prompt. "
@@ -173,7 +215,10 @@ def check_unet(unet: Any) -> None:
 
 def take_upsamplers(unet: Any) -> nn.ModuleList:
     """Moves each decoder block's upsampler out of it, so that the block answers on its own grid."""
-    found = [block.upsamplers[0] if block.upsamplers is not None else nn.Identity() for block in unet.up_blocks]
+    found = [
+        block.upsamplers[0] if block.upsamplers is not None else nn.Identity()
+        for block in unet.up_blocks
+    ]
     for block in unet.up_blocks:
         block.upsamplers = None
     return nn.ModuleList(found)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusion2gan.teacher.pipeline import Conditioning
+from diffusion2gan.teacher.conditioning import Conditioning
 
 Logits = Sequence[Tensor]
 
@@ -33,7 +33,10 @@ def _over_heads(logits: Logits) -> Tensor:
 
 
 def r1_penalty(
-    discriminator: Callable[[Tensor, Conditioning, Tensor], Logits], noise: Tensor, cond: Conditioning, latents: Tensor
+    discriminator: Callable[[Tensor, Conditioning, Tensor], Logits],
+    noise: Tensor,
+    cond: Conditioning,
+    latents: Tensor,
 ) -> Tensor:
     """‖∇_x ΣD(z, c, x)‖² at real `latents`, Σ over all heads and places, the mean over samples (Mescheder et al. 2018).
 
@@ -61,7 +64,9 @@ def mix_and_match(
     up or down at random so that it is right on average. A row's donor is any pair of another prompt, so that what is
     labelled fake never fits its prompt; a row without one stays as it is.
     """
-    other = torch.tensor([[a != b for b in prompts] for a in prompts])  # [B, B]: may column lend to row?
+    other = torch.tensor(
+        [[a != b for b in prompts] for a in prompts]
+    )  # [B, B]: may column lend to row?
     able = other.any(1).nonzero().flatten()
     wanted = int(share * len(prompts) + torch.rand((), generator=generator).item())
     rows = able[torch.randperm(len(able), generator=generator)][:wanted]

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion2gan.adversarial.heads import head, zero_conv
+from diffusion2gan.teacher.conditioning import Conditioning
 from diffusion2gan.teacher.families import Family
-from diffusion2gan.teacher.pipeline import Conditioning, Teacher
+from diffusion2gan.teacher.pipeline import Teacher
 
 NUM_DEPTHS = 4  # features are read after each quarter of the blocks
 EMBEDDERS = ("x_embedder", "patch_embed", "pos_embed")  # Flux's, Sana's and SD3's: latents → tokens
@@ -30,9 +31,16 @@ class TransformerDiscriminator(nn.Module):
     """
 
     def __init__(
-        self, network: Any, family: Family, *, timestep: int = 0, noise_input: bool = True,
-        multi_scale_output: bool = True, spectral_norm: bool = False, gradient_checkpointing: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        network: Any,
+        family: Family,
+        *,
+        timestep: int = 0,
+        noise_input: bool = True,
+        multi_scale_output: bool = True,
+        spectral_norm: bool = False,
+        gradient_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
         self.family, self.timestep, self.multi_scale_output = family, timestep, multi_scale_output
         self.network: Any = copy.deepcopy(network).requires_grad_(True).train()
@@ -42,12 +50,18 @@ class TransformerDiscriminator(nn.Module):
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
         channels = network.config.in_channels // family.packed**2
-        self.noise_in = zero_conv(channels, width, self.patch, self.patch, 0) if noise_input else None
+        self.noise_in = (
+            zero_conv(channels, width, self.patch, self.patch, 0) if noise_input else None
+        )
         count = 2 * len(depths(self.network)) if multi_scale_output else 1
-        self.heads = nn.ModuleList(head(width, group_count(width), spectral_norm) for _ in range(count))
+        self.heads = nn.ModuleList(
+            head(width, group_count(width), spectral_norm) for _ in range(count)
+        )
 
     @classmethod
-    def from_teacher(cls, teacher: Teacher, *, pretrained: bool = True, **options: Any) -> TransformerDiscriminator:
+    def from_teacher(
+        cls, teacher: Teacher, *, pretrained: bool = True, **options: Any
+    ) -> TransformerDiscriminator:
         """From a loaded teacher; without `pretrained`, the same network with random weights (torch's generator)."""
         network = teacher.network
         if not pretrained:
@@ -86,10 +100,14 @@ class TransformerDiscriminator(nn.Module):
 
         with ExitStack() as stack:
             if self.noise_in is not None:
-                embedder = next(getattr(self.network, name) for name in EMBEDDERS if hasattr(self.network, name))
+                embedder = next(
+                    getattr(self.network, name) for name in EMBEDDERS if hasattr(self.network, name)
+                )
                 stack.callback(embedder.register_forward_hook(add_noise).remove)
             for depth in depths(self.network):
-                stack.callback(blocks(self.network)[depth].register_forward_hook(keep(depth)).remove)
+                stack.callback(
+                    blocks(self.network)[depth].register_forward_hook(keep(depth)).remove
+                )
             yield
 
 

@@ -10,18 +10,22 @@ from diffusion2gan.compare.pictures import make_pictures
 from diffusion2gan.compare.report import write_report
 from diffusion2gan.compare.table import METRICS, Column
 from diffusion2gan.errors import UserError, nearest
-from diffusion2gan.evaluate.pictures import ImageFolder
 from diffusion2gan.evaluate.protocols import check_same
-from diffusion2gan.evaluate.systems import System
+from diffusion2gan.pipelines.image_folder import ImageFolder
+from diffusion2gan.pipelines.system import System
 from diffusion2gan.runtime.files import read_json
 
 MAX_PROMPTS = 500
 
 
 def compare(
-    systems: Mapping[str, System | ImageFolder], prompts: Sequence[str], out: Path, *, seed: int,
+    systems: Mapping[str, System | ImageFolder],
+    prompts: Sequence[str],
+    out: Path,
+    *,
+    seed: int,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Writes the report of `prompts` into `out`. Noise i is the same for every system of one latent shape.
 
     A folder of pictures may stand among the systems: picture i is prompt i's.
@@ -31,13 +35,21 @@ def compare(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name the folder of the report")
     if len(prompts) > MAX_PROMPTS:
-        raise UserError(f"{len(prompts)} prompts: a page holds at most {MAX_PROMPTS}; give a shorter file")
+        raise UserError(
+            f"{len(prompts)} prompts: a page holds at most {MAX_PROMPTS}; give a shorter file"
+        )
     measured = metrics or {}
     check_same({name: measured[name] for name in systems if measured.get(name)})
     pictures = make_pictures(systems, prompts, seed, out / "pictures")
-    columns = [Column(name, pictures[name], measured.get(name, {}), systems[name].note) for name in systems]
+    columns = [
+        Column(name, pictures[name], measured.get(name, {}), systems[name].note) for name in systems
+    ]
     shapes = {system.latent_shape for system in systems.values() if isinstance(system, System)}
-    same = "the same for every system in a row" if len(shapes) < 2 else "the same for systems of one latent shape"
+    same = (
+        "the same for every system in a row"
+        if len(shapes) < 2
+        else "the same for systems of one latent shape"
+    )
     details = {
         "noise": f"{same}: CPU generator, set seed {seed}",
         **{name: _told(system) for name, system in systems.items()},

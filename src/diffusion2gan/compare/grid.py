@@ -19,7 +19,9 @@ GAP = 8  # pixels between the grid's cells
 MIN_SIDE = 128  # pixels: smaller pictures are scaled up in the grid
 MAX_SIDE = 512  # pixels: larger ones down
 MANY_SIDE = 256  # pixels: the same where one sheet does not hold every row
-MAX_PIXELS = 48_000_000  # of a sheet: rows beyond it are left out of the PNG and begin a new page of the PDF
+MAX_PIXELS = (
+    48_000_000  # of a sheet: rows beyond it are left out of the PNG and begin a new page of the PDF
+)
 MAX_LETTERS = 500  # of a prompt: more never fit its cell
 DPI = 200
 INK, FAINT, PAPER, BLANK = "#1c1c1a", "#6b6b66", "#ffffff", "#efefec"
@@ -32,7 +34,9 @@ def write_grid(folder: Path, columns: Sequence[Column], prompts: Sequence[str]) 
     first = grid(_rows(columns, 0, rows), prompts[:rows], max_side=side)
     files.write_image(folder / "grid.png", first.save)
     starts = range(rows, len(prompts), rows)
-    pages = (grid(_rows(columns, i, i + rows), prompts[i : i + rows], max_side=side) for i in starts)
+    pages = (
+        grid(_rows(columns, i, i + rows), prompts[i : i + rows], max_side=side) for i in starts
+    )
     files.write_image(folder / "grid.pdf", lambda path: _save_pdf(path, first, pages))
     return rows
 
@@ -82,8 +86,12 @@ class Layout(NamedTuple):
 
 
 def grid(
-    columns: Sequence[Column], prompts: Sequence[str], *, min_side: int = MIN_SIDE, max_side: int = MAX_SIDE
-) -> Image.Image:  # fmt: skip
+    columns: Sequence[Column],
+    prompts: Sequence[str],
+    *,
+    min_side: int = MIN_SIDE,
+    max_side: int = MAX_SIDE,
+) -> Image.Image:
     """One prompt a row, one system a column: names above, prompts at the left, RGB.
 
     All cells are one size, that of the largest picture: scaled up by a whole factor where its shorter side is under
@@ -95,7 +103,12 @@ def grid(
     draw = ImageDraw.Draw(sheet)
     font = _font(layout.text)
     for row, prompt in enumerate(prompts):
-        text = fit_text(prompt[:MAX_LETTERS], font, layout.label, lines=layout.cell[1] // line_height(layout.text))
+        text = fit_text(
+            prompt[:MAX_LETTERS],
+            font,
+            layout.label,
+            lines=layout.cell[1] // line_height(layout.text),
+        )
         _write(draw, (GAP, layout.corner(row, 0)[1]), text, font, INK)
     for index, column in enumerate(columns):
         _head(draw, layout, index, column, font)
@@ -104,14 +117,18 @@ def grid(
     return sheet
 
 
-def measure(columns: Sequence[Column], min_side: int = MIN_SIDE, max_side: int = MAX_SIDE) -> Layout:
+def measure(
+    columns: Sequence[Column], min_side: int = MIN_SIDE, max_side: int = MAX_SIDE
+) -> Layout:
     """The layout `grid` uses for these columns: its cell, text about 1/18 of that, a header that holds every name."""
     sizes = [picture.size for column in columns for picture in column.images if picture is not None]
     width = max((size[0] for size in sizes), default=min_side)
     height = max((size[1] for size in sizes), default=min_side)
     cell = _cell(width, height, min_side, max_side)
     text = max(14, min(cell) // 18)
-    lines = max(len(name) + len(note) for name, note in (_heading(c, _font(text), cell[0]) for c in columns))
+    lines = max(
+        len(name) + len(note) for name, note in (_heading(c, _font(text), cell[0]) for c in columns)
+    )
     return Layout(cell, text, label=14 * text, header=lines * line_height(text))
 
 
@@ -138,7 +155,9 @@ def _heading(column: Column, font: Font, width: int) -> tuple[list[str], list[st
     return fit_text(column.name, font, width, lines=3), fit_text(column.note, font, width, lines=2)
 
 
-def _head(draw: ImageDraw.ImageDraw, layout: Layout, index: int, column: Column, font: Font) -> None:
+def _head(
+    draw: ImageDraw.ImageDraw, layout: Layout, index: int, column: Column, font: Font
+) -> None:
     """Sets a system's name and note on the upper edge of its pictures."""
     name, note = _heading(column, font, layout.cell[0])
     line = line_height(layout.text)
@@ -148,8 +167,12 @@ def _head(draw: ImageDraw.ImageDraw, layout: Layout, index: int, column: Column,
 
 
 def _paste(
-    sheet: Image.Image, layout: Layout, corner: tuple[int, int], picture: Image.Image | None, font: Font
-) -> None:  # fmt: skip
+    sheet: Image.Image,
+    layout: Layout,
+    corner: tuple[int, int],
+    picture: Image.Image | None,
+    font: Font,
+) -> None:
     """Puts a picture into its cell, whole and centred, or a blank that says there is none."""
     if picture is not None:
         resized = ImageOps.contain(picture.convert("RGB"), layout.cell, Image.Resampling.LANCZOS)
@@ -160,10 +183,18 @@ def _paste(
     _write(ImageDraw.Draw(sheet), (corner[0] + GAP, corner[1] + GAP), ["no picture"], font, FAINT)
 
 
-def _write(draw: ImageDraw.ImageDraw, corner: tuple[int, int], lines: Sequence[str], font: Font, colour: str) -> None:
+def _write(
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    lines: Sequence[str],
+    font: Font,
+    colour: str,
+) -> None:
     size = font.size if isinstance(font, ImageFont.FreeTypeFont) else 14
     for number, line in enumerate(lines):
-        draw.text((corner[0], corner[1] + number * line_height(round(size))), line, fill=colour, font=font)
+        draw.text(
+            (corner[0], corner[1] + number * line_height(round(size))), line, fill=colour, font=font
+        )
 
 
 def fit_text(text: str, font: Font, width: int, lines: int) -> list[str]:
@@ -197,5 +228,10 @@ def _wrap(text: str, font: Font, width: int) -> list[str]:
 
 def _prefix(word: str, font: Font, width: int) -> str:
     """The longest start of `word` that fits `width` pixels, at least one letter."""
-    length = next((n for n in range(1, len(word) + 1) if font.getlength(word[:n]) > width), len(word) + 1) - 1
+    length = (
+        next(
+            (n for n in range(1, len(word) + 1) if font.getlength(word[:n]) > width), len(word) + 1
+        )
+        - 1
+    )
     return word[: max(1, length)]

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import from_numpy
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.evaluate.pictures import ImageFolder, open_system
-from diffusion2gan.evaluate.systems import System
-from diffusion2gan.pairs.store import noise_of, pair_seed
+from diffusion2gan.noise import noise_from_seeds, pair_seed
+from diffusion2gan.pipelines.image_folder import ImageFolder, open_system
+from diffusion2gan.pipelines.system import System
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.progress import Bar
 from diffusion2gan.teacher.pipeline import warn_truncated
@@ -21,7 +21,11 @@ BATCH = 16
 
 
 def make_pictures(
-    systems: Mapping[str, System | ImageFolder], prompts: Sequence[str], seed: int, cache: Path, what: str = "compare"
+    systems: Mapping[str, System | ImageFolder],
+    prompts: Sequence[str],
+    seed: int,
+    cache: Path,
+    what: str = "compare",
 ) -> dict[str, list[Image.Image]]:
     """One picture a prompt of every system, by name. Picture i's noise depends on `seed` and i alone.
 
@@ -35,10 +39,15 @@ def make_pictures(
     pictures: dict[str, list[Image.Image]] = {}
     with Bar(what, len(systems) * len(prompts)) as bar:
         for name, system in systems.items():
-            told = told or (isinstance(system, System) and warn_truncated(system.tokenizer, prompts, system.num_tokens))
+            told = told or (
+                isinstance(system, System)
+                and warn_truncated(system.tokenizer, prompts, system.num_tokens)
+            )
             pictures[name] = []
             for start in range(0, len(prompts), BATCH):
-                made = _batch(system, prompts[start : start + BATCH], range(start, start + BATCH), seed, cache)
+                made = _batch(
+                    system, prompts[start : start + BATCH], range(start, start + BATCH), seed, cache
+                )
                 pictures[name] += made
                 bar.advance(len(made))
     return pictures
@@ -46,13 +55,13 @@ def make_pictures(
 
 def _batch(
     system: System | ImageFolder, prompts: Sequence[str], indices: range, seed: int, cache: Path
-) -> list[Image.Image]:  # fmt: skip
+) -> list[Image.Image]:
     if isinstance(system, ImageFolder):
         return [Image.fromarray(picture) for picture in system.read(indices[: len(prompts)])]
     seeds = [pair_seed(seed, i) for i, _ in zip(indices, prompts, strict=False)]
     path = cache / system.key / f"{digest(prompts)}-{seeds[0]}.safetensors"
     if not path.exists():
-        made = system.generate(prompts, noise_of(seeds, system.latent_shape))
+        made = system.generate(prompts, noise_from_seeds(seeds, system.latent_shape))
         checkpoint.save(path, {"pictures": from_numpy(made)}, {"prompts": list(prompts)})
     return [Image.fromarray(picture) for picture in checkpoint.load(path)[0]["pictures"].numpy()]
 
@@ -67,7 +76,9 @@ def parse_names(texts: Sequence[str], option: str) -> dict[str, str]:
     for text in texts:
         name, equals, path = text.partition("=")
         if not equals or not name or not path:
-            raise UserError(f"{option} {text!r}: write it as NAME=PATH, such as student=export/student")
+            raise UserError(
+                f"{option} {text!r}: write it as NAME=PATH, such as student=export/student"
+            )
         if name in named:
             raise UserError(f"{option} {name}: given twice; every column needs its own name")
         named[name] = path
@@ -76,7 +87,7 @@ def parse_names(texts: Sequence[str], option: str) -> dict[str, str]:
 
 def parse_systems(
     texts: Sequence[str], device: str = "cpu", precision: str = "float32"
-) -> dict[str, System | ImageFolder]:  # fmt: skip
+) -> dict[str, System | ImageFolder]:
     """`NAME=PATH` or `NAME=PATH@STEPS` … → systems. Raises UserError as `parse_names` does, or with none at all."""
     named = parse_names(texts, "--system")
     if not named:
@@ -93,5 +104,7 @@ def system_of(
     """
     base, at, steps = path.rpartition("@")
     if at and steps.isdecimal() and int(steps) > 0 and not Path(path).exists():
-        return open_system(base, int(steps), device=device, precision=precision, resolution=resolution)
+        return open_system(
+            base, int(steps), device=device, precision=precision, resolution=resolution
+        )
     return open_system(path, device=device, precision=precision, resolution=resolution)

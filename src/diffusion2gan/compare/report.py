@@ -31,12 +31,16 @@ class Embedding(NamedTuple):
 
 EXACT = Embedding("PNG", 1 << 16, "")
 COMPACT = Embedding("WEBP", 1 << 14, "embedded as WebP, quality 90; PNG up to 24 megapixels in all")
-SMALL = Embedding("WEBP", 512, "embedded as WebP, quality 90, shrunk to 512 pixels: more than 400 megapixels in all")
+SMALL = Embedding(
+    "WEBP",
+    512,
+    "embedded as WebP, quality 90, shrunk to 512 pixels: more than 400 megapixels in all",
+)
 
 
 def write_report(
     folder: Path, columns: Sequence[Column], prompts: Sequence[str], details: Mapping[str, str]
-) -> None:  # fmt: skip
+) -> None:
     """Writes `index.html` (self-contained), `grid.png`, `grid.pdf` and `report.md`, each whole or not at all.
 
     `details`: lines of provenance for the foot of the page (teacher, seed, guidance…). Raises UserError where there
@@ -45,13 +49,17 @@ def write_report(
     folder = Path(folder)
     page = render(columns, prompts, details)
     rows = write_grid(folder, columns, prompts)
-    shown = {"grid.png": f"the first {rows} of {len(prompts)} prompts; grid.pdf has all"} if rows < len(prompts) else {}
+    shown = (
+        {"grid.png": f"the first {rows} of {len(prompts)} prompts; grid.pdf has all"}
+        if rows < len(prompts)
+        else {}
+    )
     _write(folder / "report.md", table.markdown(columns, len(prompts), {**details, **shown}))
     _write(folder / "index.html", page)
 
 
 def _write(path: Path, text: str) -> None:
-    with files.whole(path) as temporary:
+    with files.atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
@@ -59,9 +67,12 @@ def render(columns: Sequence[Column], prompts: Sequence[str], details: Mapping[s
     """The page's HTML. Every name, prompt and detail is escaped. Raises UserError as `write_report` does."""
     check(columns, prompts)
     environment = Environment(
-        loader=PackageLoader("diffusion2gan.compare"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=PackageLoader("diffusion2gan.compare"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
         lstrip_blocks=True,
-    )  # fmt: skip
+    )
     embedding = choose_embedding(columns)
     notes = {"pictures": embedding.note} if embedding.note else {}
     return environment.get_template("report.html.j2").render(
@@ -76,9 +87,13 @@ def render(columns: Sequence[Column], prompts: Sequence[str], details: Mapping[s
     )
 
 
-def raw(columns: Sequence[Column], prompts: Sequence[str], details: Mapping[str, str]) -> dict[str, Any]:
+def raw(
+    columns: Sequence[Column], prompts: Sequence[str], details: Mapping[str, str]
+) -> dict[str, Any]:
     """What the page's download holds: everything it was made from but the pictures. NaN and ±∞ become null."""
-    systems = [{"name": c.name, "note": c.note, "metrics": _finite(dict(c.metrics))} for c in columns]
+    systems = [
+        {"name": c.name, "note": c.note, "metrics": _finite(dict(c.metrics))} for c in columns
+    ]
     return {"systems": systems, "prompts": list(prompts), "details": dict(details)}
 
 
@@ -102,7 +117,12 @@ def _row(columns: Sequence[Column], prompt: str, row: int, embedding: Embedding)
     shots = [_shot(column, column.images[row], embedding) for column in columns]
     left_out = len(prompt) - MAX_LETTERS
     more = f" … and {left_out} more characters" if left_out > 0 else ""
-    return {"text": prompt[:MAX_LETTERS], "more": more, "alt": shorten(prompt, MAX_ALT), "shots": shots}
+    return {
+        "text": prompt[:MAX_LETTERS],
+        "more": more,
+        "alt": shorten(prompt, MAX_ALT),
+        "shots": shots,
+    }
 
 
 def shorten(text: str, length: int) -> str:
@@ -110,7 +130,9 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
-def _shot(column: Column, picture: Image.Image | None, embedding: Embedding) -> tuple[Column, str | None, int, int]:
+def _shot(
+    column: Column, picture: Image.Image | None, embedding: Embedding
+) -> tuple[Column, str | None, int, int]:
     if picture is None:
         return column, None, 0, 0
     return column, data_uri(picture, embedding), *picture.size
@@ -122,5 +144,11 @@ def data_uri(picture: Image.Image, embedding: Embedding = EXACT) -> str:
     picture = picture.convert("RGB")
     picture.info.clear()
     picture.thumbnail((embedding.max_side, embedding.max_side), Image.Resampling.LANCZOS)
-    picture.save(buffer, embedding.form, **({"optimize": True} if embedding.form == "PNG" else {"quality": 90}))
-    return f"data:image/{embedding.form.lower()};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    picture.save(
+        buffer,
+        embedding.form,
+        **({"optimize": True} if embedding.form == "PNG" else {"quality": 90}),
+    )
+    return f"data:image/{embedding.form.lower()};base64," + base64.b64encode(
+        buffer.getvalue()
+    ).decode("ascii")

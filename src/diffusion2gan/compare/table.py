@@ -48,7 +48,9 @@ METRICS = (
     Metric("cmmd", "CMMD", "lower"),
     Metric("patch_frechet_distance", "Fréchet distance, patches", "lower"),
     Metric("clip_score", "CLIP score", "higher"),
-    Metric("attribute_accuracy", "Attribute accuracy", "higher", ".1f", " %", 100.0),  # stored as a share in [0, 1]
+    Metric(
+        "attribute_accuracy", "Attribute accuracy", "higher", ".1f", " %", 100.0
+    ),  # stored as a share in [0, 1]
     Metric("precision", "Precision", "higher", ".3f"),
     Metric("recall", "Recall", "higher", ".3f"),
     Metric("density", "Density", "higher", ".3f"),
@@ -84,7 +86,12 @@ def interval(column: Column, key: str) -> tuple[float, float] | None:
     """A number's interval in `intervals`, [low, high]; None where it is missing or no such thing."""
     pairs = column.metrics.get("intervals")
     pair = pairs.get(key) if isinstance(pairs, Mapping) else None
-    if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2 or number(column, key) is None:
+    if (
+        not isinstance(pair, Sequence)
+        or isinstance(pair, str)
+        or len(pair) != 2
+        or number(column, key) is None
+    ):
         return None
     low, high = pair
     both = all(isinstance(x, float | int) and math.isfinite(x) for x in pair)
@@ -94,7 +101,9 @@ def interval(column: Column, key: str) -> tuple[float, float] | None:
 def metric_rows(columns: Sequence[Column]) -> list[tuple[Metric, list[Cell]]]:
     """The metrics at least one column has, one cell a column. Equal bests are all marked."""
     rows = [(metric, _cells(metric, columns)) for metric in METRICS]
-    return [(metric, cells) for metric, cells in rows if any(cell.text != MISSING for cell in cells)]
+    return [
+        (metric, cells) for metric, cells in rows if any(cell.text != MISSING for cell in cells)
+    ]
 
 
 def _cells(metric: Metric, columns: Sequence[Column]) -> list[Cell]:
@@ -102,8 +111,12 @@ def _cells(metric: Metric, columns: Sequence[Column]) -> list[Cell]:
     spans = [interval(column, metric.key) for column in columns]
     texts = [MISSING if value is None else metric.text(value) for value in values]
     best = best_value(values, metric.better)
-    won = "" if best is None or len(set(texts) - {MISSING}) < 2 else metric.text(best)  # what reads alike is alike
-    leaders = [span for text, span in zip(texts, spans, strict=True) if span is not None and text == won]
+    won = (
+        "" if best is None or len(set(texts) - {MISSING}) < 2 else metric.text(best)
+    )  # what reads alike is alike
+    leaders = [
+        span for text, span in zip(texts, spans, strict=True) if span is not None and text == won
+    ]
     return [
         Cell(
             text,
@@ -149,9 +162,17 @@ def _flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Plain values by their dotted names, without those the summary shows."""
     found: dict[str, Any] = {}
     for key, value in metrics.items():
-        if not prefix and key in NOT_OTHER and not (key == "protocol" and isinstance(value, Mapping)):
+        if (
+            not prefix
+            and key in NOT_OTHER
+            and not (key == "protocol" and isinstance(value, Mapping))
+        ):
             continue
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        found |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return found
 
 
@@ -166,8 +187,12 @@ def chart_data(columns: Sequence[Column]) -> dict[str, Any]:
     shown = [metric for metric, _ in metric_rows(columns)]
     return {
         "time": TIME,
-        "metrics": [{"key": m.key, "title": m.title, "better": m.better, "unit": m.unit} for m in shown],
-        "systems": [{"name": c.name, "values": {m.key: _triple(c, m) for m in shown}} for c in columns],
+        "metrics": [
+            {"key": m.key, "title": m.title, "better": m.better, "unit": m.unit} for m in shown
+        ],
+        "systems": [
+            {"name": c.name, "values": {m.key: _triple(c, m) for m in shown}} for c in columns
+        ],
     }
 
 
@@ -181,14 +206,24 @@ def _triple(column: Column, metric: Metric) -> list[float] | None:
 def markdown(columns: Sequence[Column], num_prompts: int, details: Mapping[str, str]) -> str:
     """`report.md`: the summary as a table, best in bold, and where it comes from."""
     heads = [_escape(f"{c.name} ({c.note})" if c.note else c.name) for c in columns]
-    lines = [f"# {' · '.join(_escape(c.name) for c in columns)}", "", f"{len(columns)} systems, {num_prompts} prompts."]
+    lines = [
+        f"# {' · '.join(_escape(c.name) for c in columns)}",
+        "",
+        f"{len(columns)} systems, {num_prompts} prompts.",
+    ]
     rows = metric_rows(columns)
     if rows:
         told = protocol(columns)
         lines += ["", f"Protocol: {_escape(told)}."] if told else []
         lines += ["", f"| metric | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-        lines += [f"| {_escape(m.title)} {ARROW[m.better]} | {' | '.join(map(_bold, cells))} |" for m, cells in rows]
-        lines += ["", "Bold: best of its row. In brackets: the interval. ≈: its interval overlaps the best's."]
+        lines += [
+            f"| {_escape(m.title)} {ARROW[m.better]} | {' | '.join(map(_bold, cells))} |"
+            for m, cells in rows
+        ]
+        lines += [
+            "",
+            "Bold: best of its row. In brackets: the interval. ≈: its interval overlaps the best's.",
+        ]
     lines += ["", "![Every prompt a row, every system a column](grid.png)", ""]
     lines += [f"- {_escape(key)}: {_escape(value)}" for key, value in details.items()]
     return "\n".join(lines).rstrip() + "\n"
@@ -204,4 +239,6 @@ def _bold(cell: Cell) -> str:
 
 def _escape(text: str) -> str:
     """Text that Markdown shows as it is: on one line, and no mark of Markdown's or HTML's taken for one."""
-    return "".join("\\" + letter if letter in r"\`*_[]<>|#&!" else letter for letter in " ".join(text.split()))
+    return "".join(
+        "\\" + letter if letter in r"\`*_[]<>|#&!" else letter for letter in " ".join(text.split())
+    )

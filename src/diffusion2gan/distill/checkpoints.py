@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import checkpoint
-from diffusion2gan.runtime.files import whole
+from diffusion2gan.runtime.files import atomic_write
 
 CHECKPOINT = "checkpoint.safetensors"  # the newest: where the run goes on
 BEST = "checkpoint-best.safetensors"
@@ -55,14 +55,21 @@ def keep(folder: Path, recipe: Recipe) -> None:
     if recipe.keep_checkpoints > 1:
         link(newest, folder / f"checkpoint-{meta['pairs_seen']:09d}.safetensors")
     best = folder / BEST
-    if recipe.keep_best and loss_of(meta) < (loss_of(checkpoint.meta(best)) if best.exists() else math.inf):
+    if recipe.keep_best and loss_of(meta) < (
+        loss_of(checkpoint.meta(best)) if best.exists() else math.inf
+    ):
         link(newest, best)
     kept = recipe.keep_checkpoints if recipe.keep_checkpoints > 1 else 0
-    before = [path for path in sorted(folder.glob(NUMBERED)) if number_of(path) <= meta["pairs_seen"]]
+    before = [
+        path for path in sorted(folder.glob(NUMBERED)) if number_of(path) <= meta["pairs_seen"]
+    ]
     for path in before[: max(0, len(before) - kept)]:
         path.unlink()
     if there := list(folder.glob(PARTS)):
-        named = {checkpoint.meta(path).get("parts", {}).get("folder") for path in folder.glob("*.safetensors")}
+        named = {
+            checkpoint.meta(path).get("parts", {}).get("folder")
+            for path in folder.glob("*.safetensors")
+        }
         for path in there:
             if path.name not in named:
                 shutil.rmtree(path)
@@ -82,7 +89,7 @@ def link(newest: Path, path: Path) -> None:
     """The same file under another name, which names the old one until then; a copy where the disk has no links."""
     if path.exists() and path.samefile(newest):
         return
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             os.link(newest, temporary)
         except OSError:
@@ -96,12 +103,16 @@ def find(run: Path) -> tuple[Path, Path]:
     """
     folder, file = (run.parent, run) if run.suffix == ".safetensors" else (run, run / CHECKPOINT)
     if not (folder / "recipe.json").is_file():
-        raise UserError(f"{folder} holds no run (recipe.json is missing); make one with diffusion2gan distill")
+        raise UserError(
+            f"{folder} holds no run (recipe.json is missing); make one with diffusion2gan distill"
+        )
     if not file.is_file():
         there = ", ".join(sorted(path.name for path in folder.glob("checkpoint*.safetensors")))
         if there:
             raise UserError(f"{folder} has no {file.name}; it has {there}")
-        raise UserError(f"{folder} has no checkpoint yet; run its distill command until the first one is written")
+        raise UserError(
+            f"{folder} has no checkpoint yet; run its distill command until the first one is written"
+        )
     return folder, file
 
 

@@ -6,8 +6,8 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe
-from diffusion2gan.runtime.places import Place
 from diffusion2gan.runtime.progress import console
+from diffusion2gan.runtime.storage import Location
 from diffusion2gan.teacher.pipeline import Teacher
 
 LOOKED_AT = 16  # pairs whose prompts are looked at
@@ -25,17 +25,17 @@ def check_ranks(recipe: Recipe, world: int) -> None:
             f"strategy=fsdp with optimizer={recipe.optimizer}: averages of 8 bits are not cut over ranks. Set "
             "optimizer=adamw, or strategy=ddp."
         )
-    share = recipe.batch_size // recipe.accumulate
+    share = recipe.batch_size // recipe.gradient_accumulation_steps
     if share % world:
         fit = [str(n) for n in range(1, share + 1) if share % n == 0]
         raise UserError(
-            f"batch_size {recipe.batch_size} in accumulate = {recipe.accumulate} parts a rank cannot be cut over "
-            f"{world} ranks. Numbers of ranks that would do: {', '.join(fit)}; or change batch_size or accumulate in a "
+            f"batch_size {recipe.batch_size} in gradient_accumulation_steps = {recipe.gradient_accumulation_steps} parts a rank cannot be cut over "
+            f"{world} ranks. Numbers of ranks that would do: {', '.join(fit)}; or change batch_size or gradient_accumulation_steps in a "
             "new run."
         )
 
 
-def check_pairs(spec: PairsSpec, teacher: Teacher, folder: Place) -> None:
+def check_pairs(spec: PairsSpec, teacher: Teacher, folder: Location) -> None:
     """Raises UserError where the pairs are another teacher's or another resolution's."""
     if spec.revision != teacher.revision:
         raise UserError(
@@ -49,7 +49,9 @@ def check_pairs(spec: PairsSpec, teacher: Teacher, folder: Place) -> None:
         )
 
 
-def check_discriminator(recipe: Recipe, teacher: Teacher, reader: PairReader, folder: Place) -> None:
+def check_discriminator(
+    recipe: Recipe, teacher: Teacher, reader: PairReader, folder: Location
+) -> None:
     """Raises UserError where a discriminator shall read prompts and the first pairs have none, or its timestep is none.
 
     Says where some have none, and where the run ends before the student meets the discriminator.
@@ -61,12 +63,12 @@ def check_discriminator(recipe: Recipe, teacher: Teacher, reader: PairReader, fo
             f"discriminator_timestep = {recipe.discriminator_timestep}, and the teacher's are 0 to "
             f"{teacher.last_timestep}; its latents are clean, 0 is the natural choice."
         )
-    felt_from = recipe.adversarial_from + recipe.discriminator_warmup
-    if felt_from >= recipe.pairs_seen:
+    felt_from = recipe.gan_start_pairs + recipe.discriminator_warmup
+    if felt_from >= recipe.total_pairs:
         console.print(
-            f"warning: the student would feel the discriminator from pair {felt_from} on (adversarial_from "
-            f"{recipe.adversarial_from} + discriminator_warmup {recipe.discriminator_warmup}), and the run ends at "
-            f"pairs_seen = {recipe.pairs_seen}: this is regression alone. Lower them, or set adversarial_weight=0.",
+            f"warning: the student would feel the discriminator from pair {felt_from} on (gan_start_pairs "
+            f"{recipe.gan_start_pairs} + discriminator_warmup {recipe.discriminator_warmup}), and the run ends at "
+            f"total_pairs = {recipe.total_pairs}: this is regression alone. Lower them, or set adversarial_weight=0.",
             soft_wrap=True,
         )
     prompts = reader.first(LOOKED_AT).prompts

@@ -13,14 +13,17 @@ SPAN = 100  # steps that a running average remembers
 SETTLED = 2 * SPAN  # values of a kind before any warning: the first ones are forgotten by then
 MAX_SKIPPED_IN_A_ROW = 10
 
-WINS, BLIND, DRIFT, DIVERGES, SKIPS = (
-    "the discriminator wins outright", "the discriminator cannot tell", "saturation drift", "divergence",
+D_TOO_STRONG, D_AT_CHANCE, DRIFT, DIVERGES, SKIPS = (
+    "the discriminator wins outright",
+    "the discriminator cannot tell",
+    "saturation drift",
+    "divergence",
     "many skipped steps",
-)  # fmt: skip
+)
 REMEDIES = {
-    WINS: "it tells nearly every fake: the student learns little from it. Raise r1_weight or mix_share, or lower "
+    D_TOO_STRONG: "it tells nearly every fake: the student learns little from it. Raise r1_weight or mix_share, or lower "
     "discriminator_learning_rate.",
-    BLIND: "real and fake look alike to it: the student is done, or it is too weak. Raise "
+    D_AT_CHANCE: "real and fake look alike to it: the student is done, or it is too weak. Raise "
     "discriminator_learning_rate, or lower r1_weight.",
     DRIFT: "the student's latents have another mean or spread than the teacher's: colours shift or saturate. Lower "
     "adversarial_weight, or raise r1_weight.",
@@ -37,7 +40,9 @@ def latent_statistics(student: Tensor, teacher: Tensor) -> dict[str, float]:
     (colour drift). `latent_std_ratio`: student's over teacher's standard deviation, the mean over channels
     (saturation; 1 is right, below is washed out).
     """
-    ours, theirs = (x.detach().double().transpose(0, 1).flatten(1) for x in (student, teacher))  # [C, B·h·w]
+    ours, theirs = (
+        x.detach().double().transpose(0, 1).flatten(1) for x in (student, teacher)
+    )  # [C, B·h·w]
     std = theirs.std(1).clamp_min(1e-12)
     shift = ((ours.mean(1) - theirs.mean(1)).abs() / std).max()
     return {"latent_shift": float(shift), "latent_std_ratio": float((ours.std(1) / std).mean())}
@@ -57,14 +62,20 @@ def logit_means(logits: list[Tensor]) -> list[float]:
     return [float(x.detach().double().mean()) for x in logits]
 
 
-def ailments(average: dict[str, float], lowest_loss: float) -> set[str]:
+def find_warnings(average: dict[str, float], lowest_loss: float) -> set[str]:
     """The bands that these running averages have left. `lowest_loss`: the lowest running distance so far."""
     found = set()
-    if "accuracy_real" in average and average["accuracy_real"] + average.get("accuracy_fake", 0.0) > 2 * 0.95:
-        found.add(WINS)
+    if (
+        "accuracy_real" in average
+        and average["accuracy_real"] + average.get("accuracy_fake", 0.0) > 2 * 0.95
+    ):
+        found.add(D_TOO_STRONG)
     if average.get("accuracy", 1.0) < 0.52:
-        found.add(BLIND)
-    if average.get("latent_shift", 0.0) > 0.25 or not 0.8 <= average.get("latent_std_ratio", 1.0) <= 1.2:
+        found.add(D_AT_CHANCE)
+    if (
+        average.get("latent_shift", 0.0) > 0.25
+        or not 0.8 <= average.get("latent_std_ratio", 1.0) <= 1.2
+    ):
         found.add(DRIFT)
     if average.get("loss", 0.0) > 2 * lowest_loss:
         found.add(DIVERGES)
@@ -95,7 +106,7 @@ class Health:
                 self._average(key, value)
         settled = {key: value for key, value in self.average.items() if self.counts[key] >= SETTLED}
         self.lowest_loss = min(self.lowest_loss, settled.get("loss", math.inf))
-        now = ailments(settled, self.lowest_loss)
+        now = find_warnings(settled, self.lowest_loss)
         new = sorted(now - set(self.told))
         self.told = sorted(now)
         return [f"{name}: {REMEDIES[name]}" for name in new]
@@ -111,7 +122,9 @@ class Health:
         average = self.average
         parts = [f"loss {average.get('loss', math.nan):.4f}"]
         if "accuracy_real" in average:
-            parts.append(f"D right on {average['accuracy_real']:.0%} real {average.get('accuracy_fake', 0):.0%} fake")
+            parts.append(
+                f"D right on {average['accuracy_real']:.0%} real {average.get('accuracy_fake', 0):.0%} fake"
+            )
         if "r1" in average:
             parts.append(f"R1 {average['r1']:.3g}")
         if self.skipped:
@@ -120,8 +133,13 @@ class Health:
 
     def state(self) -> dict[str, Any]:
         """JSON; every number comes back as it was."""
-        return asdict(self) | {"lowest_loss": None if math.isinf(self.lowest_loss) else self.lowest_loss}
+        return asdict(self) | {
+            "lowest_loss": None if math.isinf(self.lowest_loss) else self.lowest_loss
+        }
 
     @classmethod
-    def of(cls, state: dict[str, Any]) -> Health:
-        return cls(**state | {"lowest_loss": math.inf if state["lowest_loss"] is None else state["lowest_loss"]})
+    def from_state(cls, state: dict[str, Any]) -> Health:
+        return cls(
+            **state
+            | {"lowest_loss": math.inf if state["lowest_loss"] is None else state["lowest_loss"]}
+        )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, PixelLPIPS
-from diffusion2gan.perceptual.of_teacher import ensembled_distance, plain_distance
+from diffusion2gan.perceptual.teacher_features import ensembled_distance, plain_distance
 from diffusion2gan.perceptual.weights import check_fits
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.teacher.autoencoder import spatial_factor
@@ -19,7 +19,11 @@ class Distance(Protocol):
     """`(a, b, generator)` → [B]. With `part` = (rows, size), a and b are those rows of a batch of that size."""
 
     def __call__(
-        self, a: Tensor, b: Tensor, generator: torch.Generator, part: tuple[slice, int] | None = None
+        self,
+        a: Tensor,
+        b: Tensor,
+        generator: torch.Generator,
+        part: tuple[slice, int] | None = None,
     ) -> Tensor: ...
 
 
@@ -33,7 +37,9 @@ def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
     return (mse(a, b) + c**2).sqrt() - c
 
 
-def distance_of(recipe: Recipe, device: torch.device, teacher: Teacher | None = None) -> Distance:
+def build_distance(
+    recipe: Recipe, device: torch.device, teacher: Teacher | None = None
+) -> Distance:
     """The recipe's loss as one function of (student's latents, teacher's latents, generator).
 
     The `teacher` decodes for pixel_lpips and lends its features to perceptual = "teacher"; the others do without.
@@ -44,7 +50,9 @@ def distance_of(recipe: Recipe, device: torch.device, teacher: Teacher | None = 
         return _of_teacher(recipe, teacher)
     if teacher is not None and "lpips" in recipe.loss:
         factor = 1 if recipe.loss == "pixel_lpips" else spatial_factor(teacher.vae)
-        check_fits(recipe.perceptual, 3 if factor == 1 else teacher.latent_shape[0], factor, teacher.name)
+        check_fits(
+            recipe.perceptual, 3 if factor == 1 else teacher.latent_shape[0], factor, teacher.name
+        )
     match recipe.loss:
         case "mse":
             return lambda a, b, generator, part=None: mse(a, b)
@@ -60,7 +68,9 @@ def distance_of(recipe: Recipe, device: torch.device, teacher: Teacher | None = 
             return lambda a, b, generator, part=None: ensembled(a, b, generator, part)
         case "pixel_lpips":
             assert teacher is not None, "pixel_lpips decodes: give the teacher"
-            pixels: PixelLPIPS = PixelLPIPS.from_pretrained(recipe.perceptual, vae=teacher.vae).to(device)
+            pixels: PixelLPIPS = PixelLPIPS.from_pretrained(recipe.perceptual, vae=teacher.vae).to(
+                device
+            )
             return lambda a, b, generator, part=None: pixels(a, b)
 
 

@@ -16,7 +16,11 @@ BETAS, DISCRIMINATOR_BETAS = (0.9, 0.99), (0.0, 0.99)  # Adam's; no momentum whe
 
 def student_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019). Raises UserError where it is to be of 8 bits and bitsandbytes is not here."""
-    options: dict[str, Any] = {"lr": recipe.learning_rate, "betas": BETAS, "weight_decay": recipe.weight_decay}
+    options: dict[str, Any] = {
+        "lr": recipe.learning_rate,
+        "betas": BETAS,
+        "weight_decay": recipe.weight_decay,
+    }
     if recipe.optimizer == "adamw8bit":
         return eight_bit().AdamW8bit(module.parameters(), **options)  # type: ignore[no-any-return]
     return torch.optim.AdamW(module.parameters(), **options)
@@ -24,7 +28,10 @@ def student_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
 
 def discriminator_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
     """Adam without momentum, of as many bits as the student's."""
-    options: dict[str, Any] = {"lr": recipe.discriminator_learning_rate, "betas": DISCRIMINATOR_BETAS}
+    options: dict[str, Any] = {
+        "lr": recipe.discriminator_learning_rate,
+        "betas": DISCRIMINATOR_BETAS,
+    }
     if recipe.optimizer == "adamw8bit":
         return eight_bit().Adam8bit(module.parameters(), **options)  # type: ignore[no-any-return]
     return torch.optim.Adam(module.parameters(), **options)

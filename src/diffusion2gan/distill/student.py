@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError, nearest
 from diffusion2gan.recipe import Recipe
-from diffusion2gan.teacher.pipeline import Conditioning, Teacher, sharing_weights
+from diffusion2gan.teacher.conditioning import Conditioning
+from diffusion2gan.teacher.pipeline import Teacher, sharing_weights
 
 OUTPUT_LAYERS = ("conv_out", "proj_out")  # a UNet's and a transformer's last
 
@@ -27,9 +28,12 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self, teacher: Teacher, gradient_checkpointing: bool = False, lora_rank: int = 0,
+        self,
+        teacher: Teacher,
+        gradient_checkpointing: bool = False,
+        lora_rank: int = 0,
         lora_targets: Sequence[str] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         if lora_rank:
             self.network = with_lora(sharing_weights(teacher.network), lora_rank, lora_targets)
@@ -38,17 +42,23 @@ class Student(nn.Module):
         keep_output_in_float32(self.network)
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
-        lora = nn.ParameterDict({n.replace(".", "/"): p for n, p in self.network.named_parameters() if p.requires_grad})
-        self._trained = (lora if lora_rank else self.network,)  # in tuples: not parts of this module
+        lora = nn.ParameterDict(
+            {n.replace(".", "/"): p for n, p in self.network.named_parameters() if p.requires_grad}
+        )
+        self._trained = (
+            lora if lora_rank else self.network,
+        )  # in tuples: not parts of this module
         self._teacher = (teacher,)
 
     @classmethod
-    def of(cls, recipe: Recipe, teacher: Teacher) -> Student:
+    def from_recipe(cls, recipe: Recipe, teacher: Teacher) -> Student:
         """The recipe's; what of a LoRA is born random is born of the recipe's seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             targets = recipe.lora_targets.split("+")
-            return cls(teacher, recipe.gradient_checkpointing, recipe.lora_rank, targets).to(teacher.device)
+            return cls(teacher, recipe.gradient_checkpointing, recipe.lora_rank, targets).to(
+                teacher.device
+            )
 
     @property
     def trained(self) -> nn.Module:
@@ -65,7 +75,9 @@ class Student(nn.Module):
             return self.network.state_dict()
         weights = dict(self._teacher[0].network.state_dict())
         for name, layer in lora_layers(self.network).items():
-            weights[f"{name}.weight"] = weights[f"{name}.weight"] + layer.get_delta_weight("default").detach()
+            weights[f"{name}.weight"] = (
+                weights[f"{name}.weight"] + layer.get_delta_weight("default").detach()
+            )
         return weights
 
     def lora(self) -> dict[str, Tensor] | None:
@@ -82,12 +94,18 @@ def with_lora(network: Any, rank: int, targets: Sequence[str]) -> Any:
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise UserError("a LoRA student needs peft: pip install 'diffusion2gan[lora]', or set lora_rank=0") from error
-    linear = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+        raise UserError(
+            "a LoRA student needs peft: pip install 'diffusion2gan[lora]', or set lora_rank=0"
+        ) from error
+    linear = [
+        name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+    ]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             known = {name.rpartition(".")[2] for name in linear} - set("0123456789")
-            raise UserError(f"lora_targets: no layer of the teacher is called {target!r}{nearest(target, known)}")
+            raise UserError(
+                f"lora_targets: no layer of the teacher is called {target!r}{nearest(target, known)}"
+            )
     network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
     return network
 
@@ -102,7 +120,11 @@ def keep_output_in_float32(network: Any) -> None:
     """Replaces the output layer by one that autocast does not touch, with the same parameters and names."""
     name = next(name for name in OUTPUT_LAYERS if hasattr(network, name))
     layer = getattr(network, name)
-    setattr(network, name, Float32Conv2d.of(layer) if isinstance(layer, nn.Conv2d) else Float32Linear.of(layer))
+    setattr(
+        network,
+        name,
+        Float32Conv2d.of(layer) if isinstance(layer, nn.Conv2d) else Float32Linear.of(layer),
+    )
 
 
 class Float32Conv2d(nn.Conv2d):

@@ -31,7 +31,9 @@ Features = NDArray[np.float32]
 # name ends with the beginning of its sha256.
 INCEPTION_SHA256 = "6726825d"
 INCEPTION_SIDE = 299
-REMEDY = "install the extra: pip install 'diffusion2gan[eval]' with a torchvision made for this torch"
+REMEDY = (
+    "install the extra: pip install 'diffusion2gan[eval]' with a torchvision made for this torch"
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ def cached(space: Space, pictures: Pictures, folder: Path) -> Features:
     if not path.exists():
         found = space.features(pictures)
         check_features(found, space.name)
-        checkpoint.save(path, {"features": from_numpy(found)}, {"space": space.name, "revision": space.revision})
+        checkpoint.save(
+            path, {"features": from_numpy(found)}, {"space": space.name, "revision": space.revision}
+        )
     return np.asarray(checkpoint.load(path)[0]["features"].numpy())
 
 
@@ -78,15 +82,23 @@ def inception(weights: Path, expected: str = INCEPTION_SHA256, device: str = "cp
     digest = _checked(weights, expected)
     module = torch_fidelity("feature_extractor_inceptionv3")
     state = torch.load(weights, map_location="cpu", weights_only=True)
-    safe = io.BytesIO()  # torch-fidelity loads with pickle: what it gets is written here, from tensors alone
+    safe = (
+        io.BytesIO()
+    )  # torch-fidelity loads with pickle: what it gets is written here, from tensors alone
     torch.save(state, safe)
     safe.seek(0)
-    network = module.FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=safe).to(device)
+    network = module.FeatureExtractorInceptionV3(
+        "inception", ["2048"], feature_extractor_weights_path=safe
+    ).to(device)
 
     @torch.no_grad()
     def features(pictures: Pictures) -> Features:
-        resized = np.stack([_resized(picture, INCEPTION_SIDE, INCEPTION_SIDE) for picture in pictures])
-        return np.asarray(network(from_numpy(resized).permute(0, 3, 1, 2).to(device))[0].cpu().numpy())
+        resized = np.stack(
+            [_resized(picture, INCEPTION_SIDE, INCEPTION_SIDE) for picture in pictures]
+        )
+        return np.asarray(
+            network(from_numpy(resized).permute(0, 3, 1, 2).to(device))[0].cpu().numpy()
+        )
 
     return Space("inception", f"{digest}-bicubic299", features)
 
@@ -95,8 +107,14 @@ def torch_fidelity(module: str) -> Any:
     """A module of torch-fidelity. Raises UserError with the remedy where it, or its torchvision, does not load."""
     try:
         return importlib.import_module(f"torch_fidelity.{module}")
-    except (ImportError, RuntimeError, OSError) as error:  # a torchvision of another torch raises RuntimeError
-        raise UserError(f"the Inception features need torch-fidelity and torchvision ({error}): {REMEDY}") from error
+    except (
+        ImportError,
+        RuntimeError,
+        OSError,
+    ) as error:  # a torchvision of another torch raises RuntimeError
+        raise UserError(
+            f"the Inception features need torch-fidelity and torchvision ({error}): {REMEDY}"
+        ) from error
 
 
 def clip(name: str, device: str = "cpu") -> ClipSpace:
@@ -117,8 +135,12 @@ def clip(name: str, device: str = "cpu") -> ClipSpace:
         parts = []
         for start in range(0, len(prompts), 64):
             some = list(prompts[start : start + 64])
-            tokens = tokenizer(some, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            out = network.text_model(tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))
+            tokens = tokenizer(
+                some, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            )
+            out = network.text_model(
+                tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device)
+            )
             parts.append(_unit(network.text_projection(out.pooler_output)))
         return np.concatenate(parts)
 
@@ -146,13 +168,23 @@ def preprocessing(folder: Path) -> Callable[[Pictures], Tensor]:
     path = folder / "preprocessor_config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        short = config["size"] if isinstance(config["size"], int) else config["size"]["shortest_edge"]
-        crop = config["crop_size"] if isinstance(config["crop_size"], int) else config["crop_size"]["height"]
+        short = (
+            config["size"] if isinstance(config["size"], int) else config["size"]["shortest_edge"]
+        )
+        crop = (
+            config["crop_size"]
+            if isinstance(config["crop_size"], int)
+            else config["crop_size"]["height"]
+        )
         mean, std = (np.asarray(config[key], np.float32) for key in ("image_mean", "image_std"))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} does not say how pictures are prepared ({error!r}); fetch the model again") from error
+        raise UserError(
+            f"{path} does not say how pictures are prepared ({error!r}); fetch the model again"
+        ) from error
     if config.get("resample", 3) != 3:
-        raise UserError(f"{path} asks for resample {config['resample']}; only bicubic (3) is known here")
+        raise UserError(
+            f"{path} asks for resample {config['resample']}; only bicubic (3) is known here"
+        )
 
     def prepare(pictures: Pictures) -> Tensor:
         height, width = pictures.shape[1:3]
@@ -176,7 +208,9 @@ def _unit(x: Tensor) -> Features:
 
 def _checked(weights: Path, expected: str) -> str:
     if not weights.is_file():
-        raise UserError(f"no weights file {weights}; fetch torch-fidelity's weights-inception-2015-12-05-6726825d.pth")
+        raise UserError(
+            f"no weights file {weights}; fetch torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+        )
     digest = sha256(weights)
     if not digest.startswith(expected):
         raise UserError(
@@ -193,11 +227,15 @@ def _folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, local_files_only=True))
     except Exception as error:  # the hub's own many kinds, and its checks of the id
-        raise UserError(f"{name} is neither a folder nor a model already fetched; run: hf download {name}") from error
+        raise UserError(
+            f"{name} is neither a folder nor a model already fetched; run: hf download {name}"
+        ) from error
 
 
 def _loaded(kind: Any, folder: Path) -> Any:
     try:
-        return kind.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True).eval()
+        return kind.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
+        ).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} does not load as a {kind.__name__}: {error}") from error

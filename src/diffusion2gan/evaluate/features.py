@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import CLIPModel, CLIPTokenizer
 
-from diffusion2gan.pocket import models, scenes, shipped
+from diffusion2gan import assets
+from diffusion2gan.pocket import models, scenes
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256
 from diffusion2gan.runtime.images import from_uint8
@@ -32,8 +33,10 @@ class PocketClip:
     """The pocket world's CLIP: `images` and `texts` → features; `sha256` names its weights."""
 
     def __init__(self) -> None:
-        folder = shipped.folder("clip")
-        self._model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+        folder = assets.folder("clip")
+        self._model = CLIPModel.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True
+        ).eval()
         self._tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.sha256 = sha256(folder)
 
@@ -52,22 +55,28 @@ class PocketClip:
     def texts(self, prompts: Sequence[str]) -> NDArray[np.float32]:
         """[N, D] unit-length embeddings."""
         ids = self._tokenizer(
-            list(prompts), padding="max_length", max_length=models.MAX_LENGTH, truncation=True, return_tensors="pt"
+            list(prompts),
+            padding="max_length",
+            max_length=models.MAX_LENGTH,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
         embeds = self._model.text_projection(self._model.text_model(ids).pooler_output)
         return np.asarray(torch.nn.functional.normalize(embeds, dim=1).numpy())
 
 
 def load_probe() -> models.Probe:
-    tensors, _ = checkpoint.load(shipped.folder("probe") / "model.safetensors")
+    tensors, _ = checkpoint.load(assets.folder("probe") / "model.safetensors")
     probe = models.Probe()
-    probe.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    probe.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    )
     return probe.eval().requires_grad_(False)
 
 
 def probe_sha256() -> str:
     """Names the probe's weights."""
-    return sha256(shipped.folder("probe"))
+    return sha256(assets.folder("probe"))
 
 
 @torch.no_grad()
@@ -77,11 +86,15 @@ def probe_features(probe: models.Probe, pictures: Pictures) -> NDArray[np.float3
     What Inception's last pool is to the FID (Heusel et al. 2017). Unlike the pocket CLIP's embeddings, which hold what
     a caption can say, these also see how sharp a picture is (benchmarks/feature_spaces.py).
     """
-    maps = [probe.features(from_uint8(pictures[i : i + BATCH])) for i in range(0, len(pictures), BATCH)]
+    maps = [
+        probe.features(from_uint8(pictures[i : i + BATCH])) for i in range(0, len(pictures), BATCH)
+    ]
     return np.asarray(torch.cat(maps).mean((2, 3)).numpy())
 
 
-def attributes_right(probe: models.Probe, pictures: Pictures, prompts: Sequence[str]) -> dict[str, list[bool]]:
+def attributes_right(
+    probe: models.Probe, pictures: Pictures, prompts: Sequence[str]
+) -> dict[str, list[bool]]:
     """For every attribute a prompt states, whether the probe sees it in the picture. One entry per stated attribute.
 
     count: as many objects. ground. shape: one of that shape is there. colour and pattern belong to an object: its
@@ -95,9 +108,11 @@ def attributes_right(probe: models.Probe, pictures: Pictures, prompts: Sequence[
 @torch.no_grad()
 def attributes_of_each(
     probe: models.Probe, pictures: Pictures, prompts: Sequence[str]
-) -> list[dict[str, list[bool]]]:  # fmt: skip
+) -> list[dict[str, list[bool]]]:
     """`attributes_right`, picture by picture."""
-    logits = torch.cat([probe(from_uint8(pictures[i : i + BATCH])) for i in range(0, len(pictures), BATCH)])
+    logits = torch.cat(
+        [probe(from_uint8(pictures[i : i + BATCH])) for i in range(0, len(pictures), BATCH)]
+    )
     parts = models.split(logits)
     tables = {  # [N, shape, value]
         "colour": parts["shape_colour"].reshape(-1, len(scenes.SHAPES), len(scenes.COLOURS)),
@@ -109,14 +124,17 @@ def attributes_of_each(
         said = scenes.stated(prompt)
         right["count"].append(int(parts["count"][i].argmax()) + 1 == said.count)
         if said.ground is not None:
-            right["ground"].append(list(scenes.GROUNDS)[int(parts["ground"][i].argmax())] == said.ground)
+            right["ground"].append(
+                list(scenes.GROUNDS)[int(parts["ground"][i].argmax())] == said.ground
+            )
         for k, name in enumerate(said.shape):
             shape = scenes.SHAPES.index(name)
             there = bool(parts["shape"][i, shape] > 0)
             right["shape"].append(there)
             for kind, values, value in (
-                ("colour", tuple(scenes.COLOURS), said.colour[k]), ("pattern", scenes.PATTERNS, said.pattern[k])
-            ):  # fmt: skip
+                ("colour", tuple(scenes.COLOURS), said.colour[k]),
+                ("pattern", scenes.PATTERNS, said.pattern[k]),
+            ):
                 if value is not None:
                     likely = tables[kind][i, shape].topk(said.shape.count(name)).indices.tolist()
                     right[kind].append(there and values.index(value) in likely)

@@ -9,19 +9,28 @@ from numpy.typing import NDArray
 
 LEVEL = 0.95
 NUM_RESAMPLES = 1000
-MAX_DISTANCE_RESAMPLES = 200  # of a distance between sets, which costs a thousand times what a mean does
+MAX_DISTANCE_RESAMPLES = (
+    200  # of a distance between sets, which costs a thousand times what a mean does
+)
 FEWEST = 6  # captions, for an interval of a distance by a kernel: of fewer, too many resamples are one picture alone
 
 Rows = NDArray[np.integer]
 Features = NDArray[np.floating]
-Distances = Callable[[Features, Features, Features, Features], Features]  # metrics.kernel_distances, metrics.cmmds
+Distances = Callable[
+    [Features, Features, Features, Features], Features
+]  # metrics.kernel_distances, metrics.cmmds
 Interval = tuple[float, float]
 
 
 def bootstrap(
-    statistic: Callable[[Rows], float], count: int, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0,
-    level: float = LEVEL, point: float | None = None,
-) -> Interval:  # fmt: skip
+    statistic: Callable[[Rows], float],
+    count: int,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+    level: float = LEVEL,
+    point: float | None = None,
+) -> Interval:
     """The `level` interval of `statistic`, a function of which of `count` captions are looked at, repeats allowed.
 
     Captions are drawn with replacement (Efron 1979), their pictures and references with them, `num_resamples` times;
@@ -29,10 +38,14 @@ def bootstrap(
     """
     rng = np.random.default_rng(seed)
     point = statistic(np.arange(count)) if point is None else point
-    return around(point, [statistic(rng.integers(count, size=count)) for _ in range(num_resamples)], level)
+    return around(
+        point, [statistic(rng.integers(count, size=count)) for _ in range(num_resamples)], level
+    )
 
 
-def around(point: float, outcomes: Sequence[float] | NDArray[np.floating], level: float = LEVEL) -> Interval:
+def around(
+    point: float, outcomes: Sequence[float] | NDArray[np.floating], level: float = LEVEL
+) -> Interval:
     """The quantiles of `outcomes`, the resamples' statistics, moved to have the mean `point`, the one of all captions.
 
     The move matters for Fréchet distances: a resample has only 63 % different pictures, so its covariance is less well
@@ -48,12 +61,14 @@ def times_drawn(count: int, num_resamples: int, seed: int = 0) -> NDArray[np.flo
     """[num_resamples, count]: how often each caption is drawn in the resamples that `bootstrap` takes."""
     rng = np.random.default_rng(seed)
     rows = (rng.integers(count, size=count) for _ in range(num_resamples))
-    return np.array([np.bincount(one, minlength=count) for one in rows], np.float64).reshape(num_resamples, count)
+    return np.array([np.bincount(one, minlength=count) for one in rows], np.float64).reshape(
+        num_resamples, count
+    )
 
 
 def of_kernels(
     kernels: Mapping[str, tuple[Distances, Features, Features]], *, paired: bool, num_resamples: int
-) -> tuple[dict[str, float], dict[str, Interval]]:  # fmt: skip
+) -> tuple[dict[str, float], dict[str, Interval]]:
     """Numbers and intervals of distances by a kernel, each of one pass: name → (its function, `a`, `b`).
 
     `paired`: row i of `a` and of `b` are of one caption and drawn together; otherwise `b` stays as it is. Between equal
@@ -65,7 +80,9 @@ def of_kernels(
     for key, (distances, a, b) in kernels.items():
         num = min(num_resamples, MAX_DISTANCE_RESAMPLES) if len(a) >= FEWEST else 0
         times = np.vstack([np.ones((1, len(a))), times_drawn(len(a), num)])
-        point, *outcomes = map(float, distances(a, b, times, times if paired else np.ones((1, len(b)))))
+        point, *outcomes = map(
+            float, distances(a, b, times, times if paired else np.ones((1, len(b))))
+        )
         numbers[key] = point
         if outcomes:
             found[key] = around(point, outcomes)
@@ -73,13 +90,20 @@ def of_kernels(
 
 
 def bootstrap_mean(
-    values: NDArray[np.floating], weights: NDArray[np.floating] | None = None, *, num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0, level: float = LEVEL,
-) -> Interval:  # fmt: skip
+    values: NDArray[np.floating],
+    weights: NDArray[np.floating] | None = None,
+    *,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+    level: float = LEVEL,
+) -> Interval:
     """`bootstrap` of Σ values / Σ weights: a mean, or with weights a ratio such as right answers over questions."""
     values = np.asarray(values, np.float64)
     weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
     return bootstrap(
-        lambda rows: float(values[rows].sum() / weights[rows].sum()), len(values), num_resamples=num_resamples,
-        seed=seed, level=level,
-    )  # fmt: skip
+        lambda rows: float(values[rows].sum() / weights[rows].sum()),
+        len(values),
+        num_resamples=num_resamples,
+        seed=seed,
+        level=level,
+    )

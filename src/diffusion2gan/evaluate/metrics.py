@@ -77,7 +77,9 @@ def frechet_distance_of_moments(a: Moments, b: Moments) -> float:
     _check_rows(a.count, b.count)
     root_a, root_b = _root(a.covariance()), _root(b.covariance())
     inner = root_a.T @ root_b
-    cross = np.sqrt(np.linalg.eigvalsh(inner.T @ inner).clip(0)).sum()  # the nuclear norm of `inner`
+    cross = np.sqrt(
+        np.linalg.eigvalsh(inner.T @ inner).clip(0)
+    ).sum()  # the nuclear norm of `inner`
     squares = np.square(root_a).sum() + np.square(root_b).sum() - 2 * cross
     return float(max(0.0, np.square(a.mean - b.mean).sum() + squares))
 
@@ -93,7 +95,9 @@ def _root(covariance: Features) -> Features:
 
 def _check_rows(count_a: int, count_b: int) -> None:
     if min(count_a, count_b) < 2:
-        raise UserError(f"the Fréchet distance needs two pictures a side, got {count_a} and {count_b}; raise --count")
+        raise UserError(
+            f"the Fréchet distance needs two pictures a side, got {count_a} and {count_b}; raise --count"
+        )
 
 
 # -------------------------------------------------------------------------------------------- distances by a kernel
@@ -116,11 +120,15 @@ def kernel_distances(a: Features, b: Features, times_a: Features, times_b: Featu
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if min(len(a), len(b)) < 2:
-        raise UserError(f"the kernel distance needs two pictures a side, got {len(a)} and {len(b)}; raise --count")
+        raise UserError(
+            f"the kernel distance needs two pictures a side, got {len(a)} and {len(b)}; raise --count"
+        )
     within = []
     for x, times in ((a, times_a), (b, times_b)):
         alone = np.square(times) @ (np.square(x).sum(1) / x.shape[1] + 1) ** 3
-        num_pairs = np.square(times.sum(1)) - np.square(times).sum(1)  # 0 where one row is all that was drawn
+        num_pairs = np.square(times.sum(1)) - np.square(times).sum(
+            1
+        )  # 0 where one row is all that was drawn
         within.append((_weighted(_cubic(x, x), times, times) - alone) / np.maximum(num_pairs, 1))
     across = _weighted(_cubic(a, b), times_a, times_b) / (times_a.sum(1) * times_b.sum(1))
     return np.asarray(sum(within) - 2 * across)
@@ -139,7 +147,11 @@ def cmmds(a: Features, b: Features, times_a: Features, times_b: Features) -> Fea
     a, b = (_unit(np.asarray(x, np.float64)) for x in (a, b))
     parts = [
         _weighted(_gaussian(x, y), s, t) / (s.sum(1) * t.sum(1))
-        for x, y, s, t in ((a, a, times_a, times_a), (b, b, times_b, times_b), (a, b, times_a, times_b))
+        for x, y, s, t in (
+            (a, a, times_a, times_a),
+            (b, b, times_b, times_b),
+            (a, b, times_a, times_b),
+        )
     ]
     return np.asarray(1000 * (parts[0] + parts[1] - 2 * parts[2]))
 
@@ -215,9 +227,11 @@ def manifold(a: Features, b: Features) -> Manifold:
         recall |= (squares <= near_a[start : start + BLOCK, None]).any(0)
         coverage |= (squares <= wide_b).any(0)
     return Manifold(
-        np.concatenate(precision).astype(np.float64), recall.astype(np.float64), np.concatenate(density),
+        np.concatenate(precision).astype(np.float64),
+        recall.astype(np.float64),
+        np.concatenate(density),
         coverage.astype(np.float64),
-    )  # fmt: skip
+    )
 
 
 def _radii(x: Features, ks: Sequence[int]) -> Features:

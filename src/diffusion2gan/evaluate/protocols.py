@@ -37,16 +37,39 @@ CENTRE_LANCZOS = "largest centre square, Lanczos (Pillow)"
 CLEAN = "Inception: bicubic (Pillow), rounded to 8 bit; CLIP, DINOv2: as their own preprocessor_config.json says"
 
 POCKET = Protocol(
-    "pocket", None, 64, "none: other sizes are refused", "renderings of the same captions", "none", PER_CAPTION, 32
+    "pocket",
+    None,
+    64,
+    "none: other sizes are refused",
+    "renderings of the same captions",
+    "none",
+    PER_CAPTION,
+    32,
 )
 COCO2014 = Protocol(
-    "coco2014-30k", 30_000, 256, CENTRE_LANCZOS, "all of val2014, resized alike", CLEAN, PER_CAPTION, 128
+    "coco2014-30k",
+    30_000,
+    256,
+    CENTRE_LANCZOS,
+    "all of val2014, resized alike",
+    CLEAN,
+    PER_CAPTION,
+    128,
 )
-COCO2017 = Protocol("coco2017-5k", 5_000, 256, CENTRE_LANCZOS, "all of val2017, resized alike", CLEAN, PER_CAPTION, 128)
+COCO2017 = Protocol(
+    "coco2017-5k",
+    5_000,
+    256,
+    CENTRE_LANCZOS,
+    "all of val2017, resized alike",
+    CLEAN,
+    PER_CAPTION,
+    128,
+)
 PROTOCOLS = {protocol.name: protocol for protocol in (POCKET, COCO2014, COCO2017)}
 
 
-def protocol_of(name: str) -> Protocol:
+def get_protocol(name: str) -> Protocol:
     """Raises UserError at an unknown name: it tells the nearest."""
     if name not in PROTOCOLS:
         raise UserError(f"no such protocol: {name!r}{nearest(name, PROTOCOLS)}")
@@ -62,7 +85,9 @@ def read_captions(path: Path, count: int, sha256: str | None = None) -> list[str
     """
     captions = _of_annotations(path) if path.suffix == ".json" else _of_lines(path)
     if len(captions) < count:
-        raise UserError(f"{path} has {len(captions)} captions, the protocol needs {count}; give a longer file")
+        raise UserError(
+            f"{path} has {len(captions)} captions, the protocol needs {count}; give a longer file"
+        )
     captions = captions[:count]
     digest = captions_digest(captions)
     if sha256 is not None and not (digest.startswith(sha256.lower()) and len(sha256) >= 8):
@@ -82,20 +107,29 @@ def _of_lines(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"no captions file {path}; give one caption a line, or COCO's captions_val2014.json") from None
+        raise UserError(
+            f"no captions file {path}; give one caption a line, or COCO's captions_val2014.json"
+        ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     if "" in lines:
-        raise UserError(f"{path}: line {lines.index('') + 1} is empty; a caption's line is its index")
+        raise UserError(
+            f"{path}: line {lines.index('') + 1} is empty; a caption's line is its index"
+        )
     return lines
 
 
 def _of_annotations(path: Path) -> list[str]:
     told = read_json(path)
     try:
-        rows = sorted((int(row["image_id"]), int(row["id"]), str(row["caption"])) for row in told["annotations"])
+        rows = sorted(
+            (int(row["image_id"]), int(row["id"]), str(row["caption"]))
+            for row in told["annotations"]
+        )
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not in the form of COCO's caption annotations: {error!r}") from error
+        raise UserError(
+            f"{path} is not in the form of COCO's caption annotations: {error!r}"
+        ) from error
     first: dict[int, str] = {}
     for image_id, _, caption in rows:
         first.setdefault(image_id, " ".join(caption.split()))
@@ -103,16 +137,24 @@ def _of_annotations(path: Path) -> list[str]:
 
 
 def describe(
-    protocol: Protocol, *, captions: Sequence[str], seed: int, weights: Mapping[str, str], reference: str = ""
+    protocol: Protocol,
+    *,
+    captions: Sequence[str],
+    seed: int,
+    weights: Mapping[str, str],
+    reference: str = "",
 ) -> dict[str, Any]:
     """`protocol`, `protocol_settings` and `protocol_sha256` for metrics.json: equal where numbers may be compared.
 
     `weights` names the feature networks' weights, `reference` the contents of the reference pictures.
     """
     settings = asdict(protocol) | {
-        "count": len(captions), "captions_sha256": captions_digest(captions), "seed": seed,
-        "feature_weights": dict(weights), "reference_sha256": reference,
-    }  # fmt: skip
+        "count": len(captions),
+        "captions_sha256": captions_digest(captions),
+        "seed": seed,
+        "feature_weights": dict(weights),
+        "reference_sha256": reference,
+    }
     told = json.dumps(settings, sort_keys=True).encode()
     return {
         "protocol": protocol.name,
@@ -148,5 +190,7 @@ def check_same(metrics: Mapping[str, Mapping[str, Any]]) -> None:
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        flat |= (
+            {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+        )
     return flat

@@ -19,8 +19,8 @@ from diffusion2gan.pairs.store import (
     SPEC_FILE,
     Pairs,
     PairsSpec,
-    claim,
-    numbers,
+    column_to_tensor,
+    lock_shard,
     open_set,
     present_shards,
     read_shard,
@@ -29,12 +29,12 @@ from diffusion2gan.pairs.store import (
     start_set,
     write_shard,
 )
-from diffusion2gan.runtime.files import read_json, whole, write_json
-from diffusion2gan.runtime.places import Place, put, use
+from diffusion2gan.runtime.files import atomic_write, read_json, write_json
 from diffusion2gan.runtime.progress import Bar
+from diffusion2gan.runtime.storage import Location, atomic_put, with_local_copy
 
 
-def merge(parts: Sequence[Place], out: Place) -> tuple[int, int]:
+def merge(parts: Sequence[Location], out: Location) -> tuple[int, int]:
     """Copies into `out` every shard of `parts` that is not there yet; returns (shards there, shards of the set).
 
     Every copied shard is read whole first. Raises UserError where the parts are not of one set, Failure where a
@@ -44,8 +44,12 @@ def merge(parts: Sequence[Place], out: Place) -> tuple[int, int]:
     for part in parts[1:]:
         if (other := open_set(part)) != spec:
             theirs, ours = asdict(other), asdict(spec)
-            differ = "; ".join(f"{k}: {ours[k]!r} and {theirs[k]!r}" for k in ours if ours[k] != theirs[k])
-            raise UserError(f"{parts[0]} and {part} hold pairs of different sets ({differ}); only one set is merged")
+            differ = "; ".join(
+                f"{k}: {ours[k]!r} and {theirs[k]!r}" for k in ours if ours[k] != theirs[k]
+            )
+            raise UserError(
+                f"{parts[0]} and {part} hold pairs of different sets ({differ}); only one set is merged"
+            )
     start_set(out, spec)
     there = set(present_shards(out, spec))
     with Bar("merge", spec.num_shards, len(there)) as bar:
@@ -57,22 +61,26 @@ def merge(parts: Sequence[Place], out: Place) -> tuple[int, int]:
     return len(there), spec.num_shards
 
 
-def _copy(part: Place, out: Place, shard: int, spec: PairsSpec) -> None:
+def _copy(part: Location, out: Location, shard: int, spec: PairsSpec) -> None:
     if read_shard(part, shard, spec=spec).index != list(spec.shard_indices(shard)):
-        raise Failure(f"{part}/{shard_name(shard)} holds other pairs than its name says; delete it and continue")
-    with claim(out, shard), put(out, shard_name(shard)) as temporary:
-        use(part, shard_name(shard), lambda path: shutil.copyfile(path, temporary))
+        raise Failure(
+            f"{part}/{shard_name(shard)} holds other pairs than its name says; delete it and continue"
+        )
+    with lock_shard(out, shard), atomic_put(out, shard_name(shard)) as temporary:
+        with_local_copy(part, shard_name(shard), lambda path: shutil.copyfile(path, temporary))
 
 
 def tar_name(shard: int) -> str:
     return f"pairs-{shard:05d}.tar"
 
 
-def export_webdataset(folder: Place, out: Path) -> int:
+def export_webdataset(folder: Location, out: Path) -> int:
     """One tar a shard, ready for WebDataset: a pair is KEY.json (index, seed, prompt), KEY.latents.npy (float16) and,
     where the set keeps it, KEY.noise.npy. Tars that are there stay. Returns how many there are."""
     spec = open_set(folder)
-    if (out / SPEC_FILE).is_file() and PairsSpec.parse(read_json(out / SPEC_FILE), out / SPEC_FILE) != spec:
+    if (out / SPEC_FILE).is_file() and PairsSpec.parse(
+        read_json(out / SPEC_FILE), out / SPEC_FILE
+    ) != spec:
         raise UserError(f"{out} holds an export of another set; choose another --out")
     write_json(out / SPEC_FILE, asdict(spec))
     shards = present_shards(folder, spec)
@@ -84,11 +92,17 @@ def export_webdataset(folder: Place, out: Path) -> int:
     return len(shards)
 
 
-def _write_tar(folder: Place, out: Path, shard: int, spec: PairsSpec) -> None:
+def _write_tar(folder: Location, out: Path, shard: int, spec: PairsSpec) -> None:
     pairs = read_shard(folder, shard, spec=spec, dtype=torch.float16)
-    noise = numbers(read_table(folder, shard, spec), "noise", spec) if spec.keep_noise else None
-    with whole(out / tar_name(shard)) as temporary, tarfile.open(temporary, "w") as tar:
-        for row, (index, seed, prompt) in enumerate(zip(pairs.index, pairs.seed, pairs.prompts, strict=True)):
+    noise = (
+        column_to_tensor(read_table(folder, shard, spec), "noise", spec)
+        if spec.keep_noise
+        else None
+    )
+    with atomic_write(out / tar_name(shard)) as temporary, tarfile.open(temporary, "w") as tar:
+        for row, (index, seed, prompt) in enumerate(
+            zip(pairs.index, pairs.seed, pairs.prompts, strict=True)
+        ):
             about = json.dumps({"index": index, "seed": seed, "prompt": prompt}, ensure_ascii=False)
             _add(tar, f"{index:08d}.json", about.encode())
             _add(tar, f"{index:08d}.latents.npy", _npy(pairs.latents[row]))
@@ -108,13 +122,15 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
     tar.addfile(info, io.BytesIO(content))
 
 
-def import_webdataset(folder: Path, out: Place) -> int:
+def import_webdataset(folder: Path, out: Location) -> int:
     """The reverse of `export_webdataset`; shards that are there stay. Returns how many shards there are.
 
     Raises UserError where `folder` is no such export, Failure where a tar is damaged.
     """
     if not (folder / SPEC_FILE).is_file():
-        raise UserError(f"{folder} is no export of pairs ({SPEC_FILE} is missing); `pairs export` writes one")
+        raise UserError(
+            f"{folder} is no export of pairs ({SPEC_FILE} is missing); `pairs export` writes one"
+        )
     spec = PairsSpec.parse(read_json(folder / SPEC_FILE), folder / SPEC_FILE)
     start_set(out, spec)
     there = set(present_shards(out, spec))
@@ -123,7 +139,7 @@ def import_webdataset(folder: Path, out: Place) -> int:
         for shard in tars:
             if shard not in there:
                 pairs, noise = read_tar(folder / tar_name(shard), spec)
-                with claim(out, shard):
+                with lock_shard(out, shard):
                     write_shard(out, shard, spec, pairs, noise)
             bar.advance(1)
     return len(there | set(tars))
@@ -137,7 +153,11 @@ def read_tar(path: Path, spec: PairsSpec) -> tuple[Pairs, Tensor | None]:
         keys = sorted(name.removesuffix(".json") for name in files if name.endswith(".json"))
         about = [json.loads(files[f"{key}.json"]) for key in keys]
         latents = torch.stack([_tensor(files[f"{key}.latents.npy"], spec) for key in keys])
-        noise = torch.stack([_tensor(files[f"{key}.noise.npy"], spec) for key in keys]) if spec.keep_noise else None
+        noise = (
+            torch.stack([_tensor(files[f"{key}.noise.npy"], spec) for key in keys])
+            if spec.keep_noise
+            else None
+        )
         columns = [[row[name] for row in about] for name in ("index", "seed", "prompt")]
     except (tarfile.TarError, KeyError, ValueError, OSError, RuntimeError, EOFError) as error:
         raise Failure(f"{path} is damaged ({error}); export it again") from error
@@ -155,5 +175,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 def _tensor(content: bytes, spec: PairsSpec) -> Tensor:
     values = np.load(io.BytesIO(content), allow_pickle=False)
     if values.shape != tuple(spec.latent_shape) or values.dtype != np.float16:
-        raise ValueError(f"{values.dtype} {values.shape} where float16 {tuple(spec.latent_shape)} was expected")
+        raise ValueError(
+            f"{values.dtype} {values.shape} where float16 {tuple(spec.latent_shape)} was expected"
+        )
     return torch.from_numpy(values)

@@ -2,85 +2,68 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.noise import noise_from_seeds, pair_seed
 from diffusion2gan.pairs.store import (
     Pairs,
     PairsSpec,
-    claim,
-    noise_of,
-    pair_seed,
+    lock_shard,
     present_shards,
     start_set,
     write_shard,
 )
-from diffusion2gan.runtime.places import Place
+from diffusion2gan.runtime.distributed import get_ranks
 from diffusion2gan.runtime.progress import Bar
-from diffusion2gan.runtime.ranks import ranks
+from diffusion2gan.runtime.storage import Location
 from diffusion2gan.teacher.ode import solve_ode
 from diffusion2gan.teacher.pipeline import Teacher
-from diffusion2gan.teacher.suspicion import warn_suspicious
+from diffusion2gan.teacher.sanity_check import warn_if_implausible
 
 WAIT_S = 0.5  # between looks at what other ranks have made
 PromptsOf = Callable[[Sequence[int]], list[str]]
 Solve = Callable[[range], Pairs]
 
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line. Raises UserError where the file is missing, empty, not UTF-8 or has blank lines."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"no prompts file {path}; give a text file with one prompt a line, or `pocket`") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder; give a text file with one prompt a line") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    if not any(line.strip() for line in lines):
-        raise UserError(f"{path} is empty; write one prompt a line")
-    blank = [number for number, line in enumerate(lines, 1) if not line.strip()]
-    if blank:
-        shown = ", ".join(map(str, blank[:5]))
-        raise UserError(f"{path} has {len(blank)} blank lines (line {shown}); delete them, or write the prompts there")
-    return [line.strip() for line in lines]
-
-
-def prompts_digest(prompts: Sequence[str]) -> str:
-    """Names a list of prompts by its content: what a set was made from, whatever the file was called."""
-    return f"{len(prompts)} prompts, sha256 {hashlib.sha256(chr(10).join(prompts).encode()).hexdigest()[:16]}"
-
-
 def make_pairs(
-    teacher: Teacher, prompts_of: PromptsOf, spec: PairsSpec, folder: Place, batch_size: int = 64,
+    teacher: Teacher,
+    prompts_of: PromptsOf,
+    spec: PairsSpec,
+    folder: Location,
+    batch_size: int = 64,
     shards: range | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Solves the ODE of every pair whose shard is not there yet; of `shards` alone where they are given.
 
     Under torchrun each rank takes every N-th of them. A pair depends neither on `batch_size` nor on who makes it.
     """
-    wanted, here = list(check_range(shards, spec)), ranks()
+    wanted, here = list(check_range(shards, spec)), get_ranks()
     start_set(folder, spec)
-    if here.first and made(folder, spec, wanted) < pairs_in(spec, wanted):
-        first = noise_of([pair_seed(spec.seed, 0)], spec.latent_shape).to(teacher.device)
-        warn_suspicious(teacher, first, teacher.unconditional())
+    if here.is_main and made(folder, spec, wanted) < pairs_in(spec, wanted):
+        first = noise_from_seeds([pair_seed(spec.seed, 0)], spec.latent_shape).to(teacher.device)
+        warn_if_implausible(teacher, first, teacher.unconditional())
     solve = solver(teacher, prompts_of, spec)
     with Bar("pairs", pairs_in(spec, wanted), made(folder, spec, wanted)) as bar:
-        for shard in wanted[here.rank :: here.world]:
+        for shard in wanted[here.rank :: here.world_size]:
             if shard not in present_shards(folder, spec):
-                with claim(folder, shard):
+                with lock_shard(folder, shard):
                     make_shard(solve, spec, folder, shard, batch_size, bar)
             bar.reach(made(folder, spec, wanted))
-        while here.first and here.world > 1 and (done := made(folder, spec, wanted)) < pairs_in(spec, wanted):
+        while (
+            here.is_main
+            and here.world_size > 1
+            and (done := made(folder, spec, wanted)) < pairs_in(spec, wanted)
+        ):
             bar.reach(done)
             time.sleep(WAIT_S)
         bar.reach(made(folder, spec, wanted))
 
 
-def make_shard(solve: Solve, spec: PairsSpec, folder: Place, shard: int, batch_size: int, bar: Bar) -> None:
+def make_shard(
+    solve: Solve, spec: PairsSpec, folder: Location, shard: int, batch_size: int, bar: Bar
+) -> None:
     """One shard, unless another process has finished it since the look at the folder."""
     if shard in present_shards(folder, spec):
         return
@@ -90,7 +73,7 @@ def make_shard(solve: Solve, spec: PairsSpec, folder: Place, shard: int, batch_s
         batches.append(solve(batch))
         bar.advance(len(batch))
     pairs = Pairs.concat(batches)
-    noise = noise_of(pairs.seed, spec.latent_shape) if spec.keep_noise else None
+    noise = noise_from_seeds(pairs.seed, spec.latent_shape) if spec.keep_noise else None
     write_shard(folder, shard, spec, pairs, noise)
 
 
@@ -110,7 +93,7 @@ def pairs_in(spec: PairsSpec, shards: Sequence[int]) -> int:
     return sum(len(spec.shard_indices(shard)) for shard in shards)
 
 
-def made(folder: Place, spec: PairsSpec, wanted: Sequence[int]) -> int:
+def made(folder: Location, spec: PairsSpec, wanted: Sequence[int]) -> int:
     """How many pairs of the wanted shards are there, whoever made them."""
     return pairs_in(spec, sorted(set(wanted) & set(present_shards(folder, spec))))
 
@@ -121,9 +104,14 @@ def solver(teacher: Teacher, prompts_of: PromptsOf, spec: PairsSpec) -> Solve:
 
     def solve(indices: range) -> Pairs:
         seeds, prompts = [pair_seed(spec.seed, i) for i in indices], prompts_of(indices)
-        noise, cond = noise_of(seeds, spec.latent_shape).to(teacher.device), teacher.encode(prompts)
+        noise, cond = (
+            noise_from_seeds(seeds, spec.latent_shape).to(teacher.device),
+            teacher.encode(prompts),
+        )
         without = uncond.expand(len(indices))
-        latents = solve_ode(teacher, noise, cond, without, spec.num_inference_steps, spec.guidance_scale)
+        latents = solve_ode(
+            teacher, noise, cond, without, spec.num_inference_steps, spec.guidance_scale
+        )
         return Pairs(list(indices), seeds, prompts, latents.cpu())
 
     return solve

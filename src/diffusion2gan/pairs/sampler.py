@@ -16,8 +16,16 @@ import torch
 from numpy.typing import NDArray
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.pairs.store import ROW_GROUP, Pairs, PairsSpec, open_set, present_shards, read_shard, shard_name
-from diffusion2gan.runtime.places import Place
+from diffusion2gan.pairs.store import (
+    ROW_GROUP,
+    Pairs,
+    PairsSpec,
+    open_set,
+    present_shards,
+    read_shard,
+    shard_name,
+)
+from diffusion2gan.runtime.storage import Location
 
 WINDOW = 128  # row groups shuffled together: 16 384 pairs
 WINDOW_BYTES = 2**29  # at most, of latents: what 16 384 pairs of SD 1.5 have
@@ -34,7 +42,9 @@ class Window:
 
 def window_order(seed: int, epoch: int, window: int, num_pairs: int) -> NDArray[np.int64]:
     """[num_pairs] a permutation, by (seed, epoch, window) alone."""
-    return np.random.Generator(np.random.Philox(key=[seed, (epoch << 32) + window])).permutation(num_pairs)
+    return np.random.Generator(np.random.Philox(key=[seed, (epoch << 32) + window])).permutation(
+        num_pairs
+    )
 
 
 def shards_per_window(spec: PairsSpec) -> int:
@@ -45,7 +55,11 @@ def shards_per_window(spec: PairsSpec) -> int:
 
 def windows(seed: int, epoch: int, spec: PairsSpec) -> list[list[int]]:
     """The epoch's shards in random order, cut into windows."""
-    order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(spec.num_shards).tolist()
+    order = (
+        np.random.Generator(np.random.Philox(key=[seed, epoch]))
+        .permutation(spec.num_shards)
+        .tolist()
+    )
     size = shards_per_window(spec)
     return [order[i : i + size] for i in range(0, spec.num_shards, size)]
 
@@ -69,7 +83,7 @@ class PairReader:
     in memory, as float16.
     """
 
-    def __init__(self, folder: Place, seed: int, workers: int = 2) -> None:
+    def __init__(self, folder: Location, seed: int, workers: int = 2) -> None:
         self.spec: PairsSpec = open_set(folder)
         self._folder, self._seed, self._workers = folder, seed, workers
         there = set(present_shards(folder, self.spec))
@@ -112,7 +126,9 @@ class PairReader:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _finished(self, window: Window, futures: list[Future[Pairs]]) -> tuple[Pairs, NDArray[np.int64]]:
+    def _finished(
+        self, window: Window, futures: list[Future[Pairs]]
+    ) -> tuple[Pairs, NDArray[np.int64]]:
         return Pairs.concat([future.result() for future in futures]), window.order[window.skip :]
 
     def _read(self, shard: int) -> Pairs:

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.runtime.files import read_json
-from diffusion2gan.runtime.lock import claimed
-from diffusion2gan.runtime.places import Place, names, put, use
+from diffusion2gan.runtime.lock import exclusive_lock
+from diffusion2gan.runtime.storage import Location, atomic_put, list_names, with_local_copy
 
 SPEC_FILE = "pairs.json"
-PAIRS_PER_SEED = 2**24  # torch's CPU generator takes 32 bits of a seed: 256 sets of 16.7 M pairs never share a noise
 ROW_GROUP = 128
 
 
@@ -74,30 +73,20 @@ class Pairs:
     def rows(self, rows: Sequence[int]) -> Pairs:
         """The pairs at these places of the batch."""
         return Pairs(
-            [self.index[i] for i in rows], [self.seed[i] for i in rows], [self.prompts[i] for i in rows],
+            [self.index[i] for i in rows],
+            [self.seed[i] for i in rows],
+            [self.prompts[i] for i in rows],
             self.latents[list(rows)],
-        )  # fmt: skip
+        )
 
     @classmethod
     def concat(cls, parts: Sequence[Pairs]) -> Pairs:
         return cls(
-            [i for part in parts for i in part.index], [s for part in parts for s in part.seed],
-            [p for part in parts for p in part.prompts], torch.cat([part.latents for part in parts]),
-        )  # fmt: skip
-
-
-def pair_seed(set_seed: int, index: int) -> int:
-    """The seed of pair `index`: usable as it is with `torch.Generator("cpu").manual_seed` and a stock pipeline."""
-    if not 0 <= set_seed < 256:
-        raise UserError(f"--seed {set_seed}: a set's seed is 0 to 255, so that sets never share a noise")
-    if not 0 <= index < PAIRS_PER_SEED:
-        raise UserError(f"pair {index}: one seed has {PAIRS_PER_SEED} pairs; use another --seed for more")
-    return set_seed * PAIRS_PER_SEED + index
-
-
-def noise_of(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """[B, *shape] float32, N(0, I): each pair's from its own CPU generator, whatever the batch."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds])
+            [i for part in parts for i in part.index],
+            [s for part in parts for s in part.seed],
+            [p for part in parts for p in part.prompts],
+            torch.cat([part.latents for part in parts]),
+        )
 
 
 def shard_name(shard: int) -> str:
@@ -108,24 +97,30 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / shard_name(shard)
 
 
-def open_set(folder: Place) -> PairsSpec:
+def open_set(folder: Location) -> PairsSpec:
     """The description of the set in `folder`. Raises UserError where there is none."""
     where = Path(f"{folder}/{SPEC_FILE}")
-    if SPEC_FILE not in names(folder):
+    if SPEC_FILE not in list_names(folder):
         raise UserError(
             f"{folder} holds no pairs ({SPEC_FILE} is missing); make some: diffusion2gan pairs --out {folder}"
         )
-    return PairsSpec.parse(use(folder, SPEC_FILE, read_json), where)
+    return PairsSpec.parse(with_local_copy(folder, SPEC_FILE, read_json), where)
 
 
-def start_set(folder: Place, spec: PairsSpec) -> None:
+def start_set(folder: Location, spec: PairsSpec) -> None:
     """Creates the set, or checks that the one in `folder` is the same, so that it can be continued."""
-    if SPEC_FILE not in names(folder):
-        with put(folder, SPEC_FILE) as temporary:
-            temporary.write_text(json.dumps(asdict(spec), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if SPEC_FILE not in list_names(folder):
+        with atomic_put(folder, SPEC_FILE) as temporary:
+            temporary.write_text(
+                json.dumps(asdict(spec), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
         return
     there, wanted = asdict(open_set(folder)), asdict(spec)
-    differ = [f"{key}: {there[key]!r} there, {wanted[key]!r} asked" for key in wanted if there[key] != wanted[key]]
+    differ = [
+        f"{key}: {there[key]!r} there, {wanted[key]!r} asked"
+        for key in wanted
+        if there[key] != wanted[key]
+    ]
     if differ:
         raise UserError(
             f"{folder} already holds other pairs ({'; '.join(differ)}). Repeat the settings it was made with to "
@@ -133,12 +128,14 @@ def start_set(folder: Place, spec: PairsSpec) -> None:
         )
 
 
-def claim(folder: Place, shard: int) -> AbstractContextManager[None]:
+def lock_shard(folder: Location, shard: int) -> AbstractContextManager[None]:
     """Held while a shard is made: a second process that would make it is refused. Object stores know no locks."""
-    return claimed(shard_path(folder, shard)) if isinstance(folder, Path) else nullcontext()
+    return exclusive_lock(shard_path(folder, shard)) if isinstance(folder, Path) else nullcontext()
 
 
-def write_shard(folder: Place, shard: int, spec: PairsSpec, pairs: Pairs, noise: Tensor | None = None) -> None:
+def write_shard(
+    folder: Location, shard: int, spec: PairsSpec, pairs: Pairs, noise: Tensor | None = None
+) -> None:
     """Writes one shard whole or not at all."""
     size = int(np.prod(spec.latent_shape)) * 2
     columns = {
@@ -150,22 +147,32 @@ def write_shard(folder: Place, shard: int, spec: PairsSpec, pairs: Pairs, noise:
     if noise is not None:
         columns["noise"] = _to_bytes(noise, size)
     table = pa.table(columns).replace_schema_metadata({"diffusion2gan": json.dumps(asdict(spec))})
-    with put(folder, shard_name(shard)) as temporary:
+    with atomic_put(folder, shard_name(shard)) as temporary:
         pq.write_table(
-            table, temporary, row_group_size=ROW_GROUP, compression="zstd", write_page_checksum=True,
-            use_dictionary=["prompt"], write_statistics=["index", "seed"],
-        )  # fmt: skip
+            table,
+            temporary,
+            row_group_size=ROW_GROUP,
+            compression="zstd",
+            write_page_checksum=True,
+            use_dictionary=["prompt"],
+            write_statistics=["index", "seed"],
+        )
 
 
 def _to_bytes(tensor: Tensor, size: int) -> pa.Array:
     rows = tensor.to(torch.float16).contiguous().numpy().reshape(len(tensor), -1)
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(size), len(rows), [None, pa.py_buffer(rows.tobytes())])
+    return pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(size), len(rows), [None, pa.py_buffer(rows.tobytes())]
+    )
 
 
 def read_shard(
-    folder: Place, shard: int, row_groups: Sequence[int] | None = None, spec: PairsSpec | None = None,
+    folder: Location,
+    shard: int,
+    row_groups: Sequence[int] | None = None,
+    spec: PairsSpec | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Pairs:  # fmt: skip
+) -> Pairs:
     """One shard, or some of its row groups. Raises Failure where it is cut off, altered or not of this set.
 
     `spec` saves a look at the folder's description; `dtype` float16 is as stored.
@@ -176,7 +183,9 @@ def read_shard(
         return _from_table(table, spec, dtype)
 
 
-def read_table(folder: Place, shard: int, spec: PairsSpec, row_groups: Sequence[int] | None = None) -> pa.Table:
+def read_table(
+    folder: Location, shard: int, spec: PairsSpec, row_groups: Sequence[int] | None = None
+) -> pa.Table:
     """A shard's columns as they are stored. Raises as `read_shard` does."""
 
     def read(path: Path) -> pa.Table:
@@ -184,9 +193,12 @@ def read_table(folder: Place, shard: int, spec: PairsSpec, row_groups: Sequence[
             return file.read() if row_groups is None else file.read_row_groups(list(row_groups))
 
     with _told_damage(folder, shard):
-        table = use(folder, shard_name(shard), read)
+        table = with_local_copy(folder, shard_name(shard), read)
         described = (table.schema.metadata or {}).get(b"diffusion2gan")
-        if described is None or PairsSpec.parse(described.decode(), Path(shard_name(shard))) != spec:
+        if (
+            described is None
+            or PairsSpec.parse(described.decode(), Path(shard_name(shard))) != spec
+        ):
             raise Failure(
                 f"{folder}/{shard_name(shard)} belongs to another set than {folder}/{SPEC_FILE} describes; delete it "
                 "and continue."
@@ -195,13 +207,20 @@ def read_table(folder: Place, shard: int, spec: PairsSpec, row_groups: Sequence[
 
 
 @contextmanager
-def _told_damage(folder: Place, shard: int) -> Iterator[None]:
+def _told_damage(folder: Location, shard: int) -> Iterator[None]:
     name = f"{folder}/{shard_name(shard)}"
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{name} is missing: the set is not complete; run the same `pairs` command again.") from None
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:  # the last two: altered names or lengths
+        raise UserError(
+            f"{name} is missing: the set is not complete; run the same `pairs` command again."
+        ) from None
+    except (
+        pa.ArrowException,
+        OSError,
+        KeyError,
+        ValueError,
+    ) as error:  # the last two: altered names or lengths
         raise Failure(
             f"{name} is damaged ({str(error).splitlines()[0]}). Delete that file and run the same `pairs` command "
             "again: it remakes only that shard."
@@ -210,20 +229,24 @@ def _told_damage(folder: Place, shard: int) -> Iterator[None]:
 
 def _from_table(table: pa.Table, spec: PairsSpec, dtype: torch.dtype) -> Pairs:
     return Pairs(
-        table["index"].to_pylist(), table["seed"].to_pylist(), table["prompt"].to_pylist(),
-        numbers(table, "latents", spec).to(dtype),
-    )  # fmt: skip
+        table["index"].to_pylist(),
+        table["seed"].to_pylist(),
+        table["prompt"].to_pylist(),
+        column_to_tensor(table, "latents", spec).to(dtype),
+    )
 
 
-def numbers(table: pa.Table, column: str, spec: PairsSpec) -> Tensor:
+def column_to_tensor(table: pa.Table, column: str, spec: PairsSpec) -> Tensor:
     """A column of latents or noise, [B, C, h, w] float16 as stored."""
     parts = [
-        np.frombuffer(chunk.buffers()[1], np.float16).reshape(-1, *spec.latent_shape)[chunk.offset :][: len(chunk)]
+        np.frombuffer(chunk.buffers()[1], np.float16).reshape(-1, *spec.latent_shape)[
+            chunk.offset :
+        ][: len(chunk)]
         for chunk in table[column].chunks
     ]
     return torch.from_numpy(np.concatenate(parts))
 
 
-def present_shards(folder: Place, spec: PairsSpec) -> list[int]:
-    there = names(folder)
+def present_shards(folder: Location, spec: PairsSpec) -> list[int]:
+    there = list_names(folder)
     return [shard for shard in range(spec.num_shards) if shard_name(shard) in there]

@@ -64,9 +64,12 @@ def parse_families(transforms: str) -> tuple[str, ...]:
 
 
 def draw_transform(
-    batch: int, families: tuple[str, ...], generator: torch.Generator | None = None,
-    strengths: Strengths | None = None, device: torch.device | str = "cpu",
-) -> Transform:  # fmt: skip
+    batch: int,
+    families: tuple[str, ...],
+    generator: torch.Generator | None = None,
+    strengths: Strengths | None = None,
+    device: torch.device | str = "cpu",
+) -> Transform:
     """A fresh T for each of `batch` samples, on `device`.
 
     Random numbers come from `generator`, on its own device (a CPU one gives the same T on every machine). Without one
@@ -89,7 +92,10 @@ def draw_transform(
         shift = torch.stack([uniform(-s.blit_translate, s.blit_translate) for _ in "xy"], 1)
     if "geometric" in families:
         isotropic, aniso = 2 ** normal(s.scale_log2), 2 ** normal(s.aniso_log2)
-        before, after = uniform(-1, 1) * math.pi * 2 * s.rotate, uniform(-1, 1) * math.pi * 2 * s.rotate
+        before, after = (
+            uniform(-1, 1) * math.pi * 2 * s.rotate,
+            uniform(-1, 1) * math.pi * 2 * s.rotate,
+        )
         matrix = matrix @ _scale(isotropic, isotropic) @ _turn(before)
         matrix = matrix @ _scale(aniso, 1 / aniso) @ _turn(after - before)
         matrix = _shift(normal(2 * s.translate), normal(2 * s.translate)) @ matrix
@@ -98,19 +104,27 @@ def draw_transform(
     if "color" in families:
         column = (batch, 1, 1, 1)
         transform = replace(
-            transform, gain=(2 ** normal(s.contrast_log2)).reshape(column),
-            offset=normal(s.brightness).reshape(column), saturation=(2 ** normal(s.saturation_log2)).reshape(column),
-        )  # fmt: skip
+            transform,
+            gain=(2 ** normal(s.contrast_log2)).reshape(column),
+            offset=normal(s.brightness).reshape(column),
+            saturation=(2 ** normal(s.saturation_log2)).reshape(column),
+        )
     if "cutout" in families:
         x, y, half = uniform(0, 1), uniform(0, 1), s.cutout / 2
         transform = replace(transform, box=torch.stack([x - half, y - half, x + half, y + half], 1))
-    return Transform(*(None if value is None else value.to(device) for value in vars(transform).values()))
+    return Transform(
+        *(None if value is None else value.to(device) for value in vars(transform).values())
+    )
 
 
 def apply_transform(x: Tensor, transform: Transform) -> Tensor:
     """T(x), [B, C, h, w], float32, differentiable. Outside the picture it is mirrored; the cutout is zero."""
     x = x.float()
-    if transform.saturation is not None and transform.gain is not None and transform.offset is not None:
+    if (
+        transform.saturation is not None
+        and transform.gain is not None
+        and transform.offset is not None
+    ):
         grey = x.mean(1, keepdim=True)
         x = (grey + (x - grey) * transform.saturation) * transform.gain + transform.offset
     if transform.matrix is not None:
@@ -131,7 +145,10 @@ def _whole_pixels(transform: Transform, x: Tensor) -> Tensor:
     assert transform.matrix is not None
     if transform.shift is None:
         return transform.matrix
-    moves = [(transform.shift[:, axis] * side).round() / side for axis, side in enumerate((x.shape[3], x.shape[2]))]
+    moves = [
+        (transform.shift[:, axis] * side).round() / side
+        for axis, side in enumerate((x.shape[3], x.shape[2]))
+    ]
     return transform.matrix + F.pad(2 * torch.stack(moves, 1)[:, :, None], (2, 0))
 
 

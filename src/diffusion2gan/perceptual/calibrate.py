@@ -20,34 +20,53 @@ from diffusion2gan.perceptual.images import held_out, to_images
 from diffusion2gan.perceptual.ranking import calibrate_heads, two_afc
 from diffusion2gan.perceptual.triplets import Triplets, open_triplets, read_triplet
 from diffusion2gan.perceptual.weights import load_network
-from diffusion2gan.runtime.cache import Cache, Rows, claim, make_cache
+from diffusion2gan.runtime.cache import Cache, Rows, ensure_settings, make_cache
+from diffusion2gan.runtime.distributed import require_single_process, resolve_device
 from diffusion2gan.runtime.files import sha256, write_json
-from diffusion2gan.runtime.lock import claimed
-from diffusion2gan.runtime.ranks import check_alone, device_of
-from diffusion2gan.teacher.autoencoder import encode, load_vae, num_latent_channels, spatial_factor, vae_revision
+from diffusion2gan.runtime.lock import exclusive_lock
+from diffusion2gan.teacher.autoencoder import (
+    encode,
+    load_vae,
+    num_latent_channels,
+    spatial_factor,
+    vae_revision,
+)
 
 
 def calibrate(
-    triplets: Path, network: str, out: Path, vae: str | None = None, scored: Path | None = None, size: int = 64,
-    epochs: int = 10, peak_lr: float = 1e-4, seed: int = 0, device: str = "cpu",
-) -> dict[str, Any]:  # fmt: skip
+    triplets: Path,
+    network: str,
+    out: Path,
+    vae: str | None = None,
+    scored: Path | None = None,
+    size: int = 64,
+    epochs: int = 10,
+    peak_lr: float = 1e-4,
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, Any]:
     """Fits `network`'s heads to `triplets`, writes the calibrated network to `out`; returns the 2AFC scores.
 
     Scores are of the triplets in `scored`, or of a tenth of each sub-set that is held out. `vae` turns pictures into
     the latents that the network reads; None for one that reads pixels. `size`: the patches' side. What it goes on from
     lies in `out/work`, which nobody needs once the network is there.
     """
-    check_alone("perceptual calibrate")
-    place = device_of(device, "give --device cpu")
+    require_single_process("perceptual calibrate")
+    place = resolve_device(device, "give --device cpu")
     work = out / "work"
     vgg, heads, formula = load_network(network, "pixel_vgg" if vae is None else "latent_vgg")
     distance = LatentLPIPS(vgg, heads, **formula).to(place)
     opened = open_triplets(triplets)
     to_score = opened if scored is None else open_triplets(scored)
-    make, make_scored = (differences_of(each, distance, network, vae, size, place) for each in (opened, to_score))
-    with claimed(out / "model.safetensors"):
+    make, make_scored = (
+        differences_of(each, distance, network, vae, size, place) for each in (opened, to_score)
+    )
+    with exclusive_lock(out / "model.safetensors"):
         cache = make(work)
-        claim(work / "settings.json", {"epochs": epochs, "peak_lr": peak_lr, "seed": seed, "scored": str(scored)})
+        ensure_settings(
+            work / "settings.json",
+            {"epochs": epochs, "peak_lr": peak_lr, "seed": seed, "scored": str(scored)},
+        )
         subset = cache.whole("subset")
         apart = torch.zeros(len(subset), dtype=torch.bool)
         if scored is None:
@@ -55,14 +74,29 @@ def calibrate(
             check_scored(opened, subset[apart])
         d0, d1, judge = (cache.whole(name) for name in ("d0", "d1", "judge"))
         new = calibrate_heads(
-            d0[~apart], d1[~apart], judge[~apart], heads, folder=work, epochs=epochs, peak_lr=peak_lr, seed=seed
+            d0[~apart],
+            d1[~apart],
+            judge[~apart],
+            heads,
+            folder=work,
+            epochs=epochs,
+            peak_lr=peak_lr,
+            seed=seed,
         )
         if scored is not None:
             cache = make_scored(work / "scored")
             apart = torch.ones(len(cache), dtype=torch.bool)
-        result = {name: scores(cache, apart, number, heads, new) for number, name in enumerate(to_score.subsets)}
-        told = "; ".join(f"{name} {row['after']:.1%} (before: {row['before']:.1%})" for name, row in result.items())
-        LatentLPIPS(vgg.cpu(), new, **formula).save_pretrained(out, note=f"Heads calibrated. 2AFC score: {told}.")
+        result = {
+            name: scores(cache, apart, number, heads, new)
+            for number, name in enumerate(to_score.subsets)
+        }
+        told = "; ".join(
+            f"{name} {row['after']:.1%} (before: {row['before']:.1%})"
+            for name, row in result.items()
+        )
+        LatentLPIPS(vgg.cpu(), new, **formula).save_pretrained(
+            out, note=f"Heads calibrated. 2AFC score: {told}."
+        )
         write_json(out / "calibrate.json", result)
         return result
 
@@ -71,11 +105,18 @@ def check_scored(triplets: Triplets, apart: Tensor) -> None:
     """Raises UserError where a sub-set has nothing to be scored on."""
     for number, name in enumerate(triplets.subsets):
         if not (apart == number).any():
-            raise UserError(f"sub-set {name!r} in {triplets.folder} is too small to hold a triplet out; name --scored")
+            raise UserError(
+                f"sub-set {name!r} in {triplets.folder} is too small to hold a triplet out; name --scored"
+            )
 
 
 def differences_of(
-    triplets: Triplets, distance: LatentLPIPS, network: str, vae: str | None, size: int, device: torch.device
+    triplets: Triplets,
+    distance: LatentLPIPS,
+    network: str,
+    vae: str | None,
+    size: int,
+    device: torch.device,
 ) -> Callable[[Path], Cache]:
     """What makes in a folder the rows `d0`, `d1` [ΣC] float32, `judge`, `subset`.
 
@@ -91,10 +132,14 @@ def differences_of(
         )
     check_size(size, 1 if coder is None else spatial_factor(coder), distance.smallest_side)
     spec = {
-        "triplets": triplets.digest, "subsets": triplets.subsets, "size": size,
-        "network": network if network == "pocket" else sha256(Path(network) / "model.safetensors")[:16],
+        "triplets": triplets.digest,
+        "subsets": triplets.subsets,
+        "size": size,
+        "network": network
+        if network == "pocket"
+        else sha256(Path(network) / "model.safetensors")[:16],
         "vae": None if vae is None else vae_revision(vae),
-    }  # fmt: skip
+    }
 
     def finish(rows: Rows) -> Rows:
         ref, p0, p1 = (to_images(rows[name]).to(device) for name in ("ref", "p0", "p1"))
@@ -110,7 +155,9 @@ def differences_of(
     return lambda folder: make_cache(folder, spec, len(triplets.refs), read, finish, "triplets")
 
 
-def scores(cache: Cache, apart: Tensor, number: int, before: list[Tensor], after: list[Tensor]) -> dict[str, Any]:
+def scores(
+    cache: Cache, apart: Tensor, number: int, before: list[Tensor], after: list[Tensor]
+) -> dict[str, Any]:
     """2AFC of sub-set `number` on the rows kept `apart`, with both sets of heads."""
     rows = apart & (cache.whole("subset") == number)
     d0, d1, judge = (cache.whole(name)[rows] for name in ("d0", "d1", "judge"))

@@ -25,7 +25,9 @@ def check_shapes(a: Tensor, b: Tensor, channels: int, smallest_side: int) -> Non
             "VAE"
         )
     if min(a.shape[2:]) < smallest_side:
-        raise UserError(f"latents of {a.shape[2]}×{a.shape[3]}: this network needs {smallest_side}×{smallest_side}")
+        raise UserError(
+            f"latents of {a.shape[2]}×{a.shape[3]}: this network needs {smallest_side}×{smallest_side}"
+        )
 
 
 def check_size(size: int, factor: int, smallest_side: int) -> None:
@@ -38,7 +40,9 @@ def check_size(size: int, factor: int, smallest_side: int) -> None:
 def check_precision(dtype: torch.dtype, device: torch.device) -> None:
     """Raises UserError for a float16 network on a CPU. float16 latents are welcome: they are raised to float32."""
     if dtype == torch.float16 and device.type == "cpu":
-        raise UserError("the distance's network is in float16 on a CPU; use .float() or .bfloat16() there")
+        raise UserError(
+            "the distance's network is in float16 on a CPU; use .float() or .bfloat16() there"
+        )
 
 
 def check_finite(a: Tensor, b: Tensor) -> None:
@@ -46,7 +50,9 @@ def check_finite(a: Tensor, b: Tensor) -> None:
     for name, x in (("first", a), ("second", b)):
         if not torch.isfinite(x).all():
             bad = [i for i, row in enumerate(x) if not torch.isfinite(row).all()]
-            raise UserError(f"the {name} latents are not finite (NaN or infinity) in batch rows {bad[:8]}")
+            raise UserError(
+                f"the {name} latents are not finite (NaN or infinity) in batch rows {bad[:8]}"
+            )
 
 
 def warn_unscaled(x: Tensor) -> bool:
@@ -56,6 +62,7 @@ def warn_unscaled(x: Tensor) -> bool:
         return False
     console.print(
         f"warning: these latents have a standard deviation of {std:.2g}, far from 1. The distance expects the VAE's "
-        "latents × scaling_factor, as diffusers pipelines hold them (said once).", soft_wrap=True,
-    )  # fmt: skip
+        "latents × scaling_factor, as diffusers pipelines hold them (said once).",
+        soft_wrap=True,
+    )
     return True

@@ -12,8 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.perceptual.augment import Strengths, apply_transform, draw_transform, parse_families
-from diffusion2gan.perceptual.checks import check_finite, check_precision, check_shapes, warn_unscaled
+from diffusion2gan.perceptual.augment import (
+    Strengths,
+    apply_transform,
+    draw_transform,
+    parse_families,
+)
+from diffusion2gan.perceptual.checks import (
+    check_finite,
+    check_precision,
+    check_shapes,
+    warn_unscaled,
+)
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.perceptual.weights import load_network, save_network
 from diffusion2gan.teacher.autoencoder import decode, load_vae, num_latent_channels
@@ -59,11 +69,20 @@ class LatentLPIPS(nn.Module):
     network = "latent_vgg"
 
     def __init__(
-        self, vgg: VGG, heads: list[Tensor], *, eps: float = EPS, eps_inside: bool = True, target_grad: bool = False
+        self,
+        vgg: VGG,
+        heads: list[Tensor],
+        *,
+        eps: float = EPS,
+        eps_inside: bool = True,
+        target_grad: bool = False,
     ) -> None:
         super().__init__()
         # hidden from parameters() and train() of whatever holds this module
-        self._frozen = (vgg.eval().requires_grad_(False), [head.detach().clamp_min(0).float() for head in heads])
+        self._frozen = (
+            vgg.eval().requires_grad_(False),
+            [head.detach().clamp_min(0).float() for head in heads],
+        )
         self.eps, self.eps_inside, self.target_grad = eps, eps_inside, target_grad
         self.channels, self.smallest_side = int(vgg.config["in_channels"]), vgg.smallest_side
         self._told = False
@@ -105,9 +124,17 @@ class LatentLPIPS(nn.Module):
         vgg, heads, formula = load_network(source, cls.network)
         return cls(vgg, heads, **formula | options)
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32, note: str = "") -> None:
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype = torch.float32, note: str = ""
+    ) -> None:
         """Writes config.json, model.safetensors and README.md (a card, with `note`): a folder fit for a model hub."""
-        save_network(Path(folder), *self._frozen, {"eps": self.eps, "eps_inside": self.eps_inside}, dtype, note)
+        save_network(
+            Path(folder),
+            *self._frozen,
+            {"eps": self.eps, "eps_inside": self.eps_inside},
+            dtype,
+            note,
+        )
 
 
 class ELatentLPIPS(LatentLPIPS):
@@ -121,28 +148,49 @@ class ELatentLPIPS(LatentLPIPS):
     """
 
     def __init__(
-        self, vgg: VGG, heads: list[Tensor], transforms: str = "geometric+cutout", num_draws: int = 1,
-        strengths: Strengths | None = None, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        vgg: VGG,
+        heads: list[Tensor],
+        transforms: str = "geometric+cutout",
+        num_draws: int = 1,
+        strengths: Strengths | None = None,
+        **options: Any,
+    ) -> None:
         super().__init__(vgg, heads, **options)
         if num_draws < 1:
             raise UserError(f"num_draws = {num_draws}: at least one transform is drawn")
-        self.families, self.num_draws, self.strengths = parse_families(transforms), num_draws, strengths
+        self.families, self.num_draws, self.strengths = (
+            parse_families(transforms),
+            num_draws,
+            strengths,
+        )
 
     def forward(
-        self, a: Tensor, b: Tensor, generator: torch.Generator | None = None, part: tuple[slice, int] | None = None
+        self,
+        a: Tensor,
+        b: Tensor,
+        generator: torch.Generator | None = None,
+        part: tuple[slice, int] | None = None,
     ) -> Tensor:
         self._check(a, b)
-        draws = [self._between(*self._transformed(a, b, generator, part)) for _ in range(self.num_draws)]
+        draws = [
+            self._between(*self._transformed(a, b, generator, part)) for _ in range(self.num_draws)
+        ]
         return torch.stack(draws).mean(0)
 
     def _transformed(
-        self, a: Tensor, b: Tensor, generator: torch.Generator | None, part: tuple[slice, int] | None
+        self,
+        a: Tensor,
+        b: Tensor,
+        generator: torch.Generator | None,
+        part: tuple[slice, int] | None,
     ) -> tuple[Tensor, Tensor]:
         """(T a, T b) in float32, under autocast too."""
         rows, batch = part or (slice(None), len(a))
         with torch.autocast(a.device.type, enabled=False):
-            transform = draw_transform(batch, self.families, generator, self.strengths, a.device).rows(rows)
+            transform = draw_transform(
+                batch, self.families, generator, self.strengths, a.device
+            ).rows(rows)
             return apply_transform(a, transform), apply_transform(b, transform)
 
 
@@ -159,7 +207,9 @@ class PixelLPIPS(LatentLPIPS):
     def __init__(self, vgg: VGG, heads: list[Tensor], vae: nn.Module, **options: Any) -> None:
         super().__init__(vgg, heads, **options)
         if self.channels != 3:
-            raise UserError(f"PixelLPIPS compares pictures; this network reads {self.channels} channels: of latents")
+            raise UserError(
+                f"PixelLPIPS compares pictures; this network reads {self.channels} channels: of latents"
+            )
         self._decoder = (vae.eval().requires_grad_(False),)
         self.channels, self.smallest_side = num_latent_channels(vae), 1
 
@@ -171,7 +221,9 @@ class PixelLPIPS(LatentLPIPS):
         return super().features(decode(self._decoder[0], x))
 
     @classmethod
-    def from_pretrained(cls, source: str | Path = "pocket", vae: Any = None, **options: Any) -> Self:
+    def from_pretrained(
+        cls, source: str | Path = "pocket", vae: Any = None, **options: Any
+    ) -> Self:
         """`vae`: an AutoencoderKL, the folder of one or of a pipeline, or `pocket`, the default for its own network.
 
         Raises UserError where another network comes without a VAE.
@@ -182,4 +234,6 @@ class PixelLPIPS(LatentLPIPS):
                     f"PixelLPIPS of {source} decodes latents and needs their VAE: from_pretrained(…, vae=…)"
                 )
             vae = "pocket"
-        return super().from_pretrained(source, vae=vae if isinstance(vae, nn.Module) else load_vae(vae), **options)
+        return super().from_pretrained(
+            source, vae=vae if isinstance(vae, nn.Module) else load_vae(vae), **options
+        )

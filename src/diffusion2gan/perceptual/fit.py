@@ -20,15 +20,28 @@ from torch import Tensor, nn
 from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.checks import check_size
 from diffusion2gan.perceptual.distance import LatentLPIPS
-from diffusion2gan.perceptual.images import Labelled, check_classes, held_out, open_labelled, read_picture, to_images
+from diffusion2gan.perceptual.images import (
+    Labelled,
+    check_classes,
+    held_out,
+    open_labelled,
+    read_picture,
+    to_images,
+)
 from diffusion2gan.perceptual.vgg import STAGES, VGG, num_dropped_pools
-from diffusion2gan.runtime.cache import Cache, Rows, claim, make_cache
+from diffusion2gan.runtime.cache import Cache, Rows, ensure_settings, make_cache
+from diffusion2gan.runtime.distributed import Group, connect_ranks, get_ranks, resolve_device
 from diffusion2gan.runtime.files import write_json
-from diffusion2gan.runtime.fit import fit as fit_module
-from diffusion2gan.runtime.fit import shuffled
-from diffusion2gan.runtime.lock import claimed
-from diffusion2gan.runtime.ranks import Group, device_of, ranks, ranks_connected
-from diffusion2gan.teacher.autoencoder import encode, load_vae, num_latent_channels, spatial_factor, vae_revision
+from diffusion2gan.runtime.lock import exclusive_lock
+from diffusion2gan.runtime.trainer import fit as fit_module
+from diffusion2gan.runtime.trainer import shuffled
+from diffusion2gan.teacher.autoencoder import (
+    encode,
+    load_vae,
+    num_latent_channels,
+    spatial_factor,
+    vae_revision,
+)
 
 
 class Classifier(nn.Module):
@@ -43,9 +56,17 @@ class Classifier(nn.Module):
 
 
 def fit(
-    images: Path, out: Path, vae: str | None, widths: tuple[int, ...], size: int = 256, epochs: int = 30,
-    batch_size: int = 64, peak_lr: float = 1e-3, seed: int = 0, device: str = "cpu",
-) -> dict[str, Any] | None:  # fmt: skip
+    images: Path,
+    out: Path,
+    vae: str | None,
+    widths: tuple[int, ...],
+    size: int = 256,
+    epochs: int = 30,
+    batch_size: int = 64,
+    peak_lr: float = 1e-3,
+    seed: int = 0,
+    device: str = "cpu",
+) -> dict[str, Any] | None:
     """Trains on nine tenths of `images`, measures on the rest, writes the network to `out`; returns what it measured.
 
     Under torchrun all ranks train one network, each on its rows of a batch (batch norm sees those alone, so the network
@@ -55,21 +76,30 @@ def fit(
     `perceptual calibrate` is next. What it goes on from lies in `out/work`, which nobody needs once the network is
     there. Raises UserError at what `open_labelled` and `make_cache` refuse.
     """
-    here, place = ranks(), device_of(device, "give --device cpu")
+    here, place = get_ranks(), resolve_device(device, "give --device cpu")
     if len(widths) != len(STAGES):
-        raise UserError(f"--widths {','.join(map(str, widths))}: {len(widths)} numbers, five are needed, one a stage")
-    if batch_size % here.world or batch_size < 2 * here.world:
+        raise UserError(
+            f"--widths {','.join(map(str, widths))}: {len(widths)} numbers, five are needed, one a stage"
+        )
+    if batch_size % here.world_size or batch_size < 2 * here.world_size:
         raise UserError(
             f"--batch-size {batch_size}: batch norm needs 2 pictures or more at once"
-            + f", and each of {here.world} ranks as many; give a multiple of {here.world}" * (here.world > 1)
+            + f", and each of {here.world_size} ranks as many; give a multiple of {here.world_size}"
+            * (here.world_size > 1)
         )
     work, labelled = out / "work", open_labelled(images)
-    settings = {"widths": list(widths), "epochs": epochs, "batch_size": batch_size, "peak_lr": peak_lr, "seed": seed}
+    settings = {
+        "widths": list(widths),
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "peak_lr": peak_lr,
+        "seed": seed,
+    }
     vgg, make = inputs_of(labelled, vae, size, widths, seed, place)
-    with claimed(out / "model.safetensors") if here.first else nullcontext():
-        with ranks_connected(place) as group:
+    with exclusive_lock(out / "model.safetensors") if here.is_main else nullcontext():
+        with connect_ranks(place) as group:
             cache = make(work, group)
-            claim(work / "settings.json", settings)
+            ensure_settings(work / "settings.json", settings)
             labels = cache.whole("label")
             check_classes(labelled.classes, labels.tolist(), images)
             mask = held_out(labels, seed)
@@ -83,16 +113,29 @@ def fit(
                 return F.cross_entropy(classifier(inputs), labels[places].to(place))
 
             fit_module(
-                "fit", classifier, loss, num_pictures=epochs * len(training), batch_size=batch_size, peak_lr=peak_lr,
-                folder=work, seed=seed, group=group,
-            )  # fmt: skip
-        if not here.first:
+                "fit",
+                classifier,
+                loss,
+                num_pictures=epochs * len(training),
+                batch_size=batch_size,
+                peak_lr=peak_lr,
+                folder=work,
+                seed=seed,
+                group=group,
+            )
+        if not here.is_main:
             return None
         result = {
-            "top1": top1(classifier, cache, labels, mask.nonzero()[:, 0].tolist(), place), "held_out": int(mask.sum()),
-            "trained_on": len(training), "classes": len(labelled.classes), "unreadable": cache.unreadable,
-            "epochs": epochs, "seed": seed, "size": size, "vae": "none: pixels" if vae is None else Path(vae).name,
-        }  # fmt: skip
+            "top1": top1(classifier, cache, labels, mask.nonzero()[:, 0].tolist(), place),
+            "held_out": int(mask.sum()),
+            "trained_on": len(training),
+            "classes": len(labelled.classes),
+            "unreadable": cache.unreadable,
+            "epochs": epochs,
+            "seed": seed,
+            "size": size,
+            "vae": "none: pixels" if vae is None else Path(vae).name,
+        }
         heads = [torch.ones(width) for width in widths]
         note = (
             f"Trained to classify {len(labelled.classes)} classes: top-1 {result['top1']:.1%} on {result['held_out']} "
@@ -104,7 +147,12 @@ def fit(
 
 
 def inputs_of(
-    labelled: Labelled, vae: str | None, size: int, widths: tuple[int, ...], seed: int, device: torch.device
+    labelled: Labelled,
+    vae: str | None,
+    size: int,
+    widths: tuple[int, ...],
+    seed: int,
+    device: torch.device,
 ) -> tuple[VGG, Callable[[Path, Group], Cache]]:
     """A fresh network, and what makes in a folder the rows it reads: `input`, float16 latents or uint8, and `label`."""
     spec: dict[str, Any] = {"images": labelled.digest, "size": size, "vae": None}
@@ -139,7 +187,12 @@ def to_inputs(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def top1(
-    classifier: Classifier, cache: Cache, labels: Tensor, places: list[int], device: torch.device, batch: int = 256
+    classifier: Classifier,
+    cache: Cache,
+    labels: Tensor,
+    places: list[int],
+    device: torch.device,
+    batch: int = 256,
 ) -> float:
     """Share of `places` that the classifier gets right."""
     right = 0

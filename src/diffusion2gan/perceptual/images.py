@@ -65,14 +65,17 @@ def _open_folders(folder: Path) -> Labelled:
         raise UserError(f"no folder of pictures: {folder}")
     listed = {
         sub.name: sorted(p for p in sub.rglob("*") if p.suffix.lower() in SUFFIXES)
-        for sub in sorted(folder.iterdir()) if sub.is_dir() and not sub.name.startswith(".")
-    }  # fmt: skip
+        for sub in sorted(folder.iterdir())
+        if sub.is_dir() and not sub.name.startswith(".")
+    }
     classes = [name for name, paths in listed.items() if paths]
     paths = [path for name in classes for path in listed[name]]
     labels = [label for label, name in enumerate(classes) for _ in listed[name]]
     names = [str(path.relative_to(folder)) for path in paths]
     told = "".join(f"{name}:{size_of(path)}\n" for name, path in zip(names, paths, strict=True))
-    return Labelled(classes, names, labels, paths.__getitem__, hashlib.sha256(told.encode()).hexdigest()[:16])
+    return Labelled(
+        classes, names, labels, paths.__getitem__, hashlib.sha256(told.encode()).hexdigest()[:16]
+    )
 
 
 def size_of(path: Path) -> int:
@@ -86,7 +89,9 @@ def size_of(path: Path) -> int:
 def _open_dataset(folder: Path) -> Labelled:
     """Columns `image` and `label`; of several splits, `train`."""
     if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"{folder} is a Hugging Face dataset: install `datasets` to read it, or give class folders.")
+        raise UserError(
+            f"{folder} is a Hugging Face dataset: install `datasets` to read it, or give class folders."
+        )
     import datasets
 
     data = datasets.load_from_disk(str(folder))
@@ -99,16 +104,22 @@ def _open_dataset(folder: Path) -> Labelled:
         data = data["train"]
     missing = {"image", "label"} - set(data.features)
     if missing:
-        raise UserError(f"the dataset in {folder} has no column {', '.join(sorted(missing))}; rename its columns.")
+        raise UserError(
+            f"the dataset in {folder} has no column {', '.join(sorted(missing))}; rename its columns."
+        )
     data = data.cast_column("image", datasets.Image(decode=False))
     labels = class_numbers(data["label"], folder)
-    names = getattr(data.features["label"], "names", None) or [str(i) for i in range(max(labels, default=-1) + 1)]
+    names = getattr(data.features["label"], "names", None) or [
+        str(i) for i in range(max(labels, default=-1) + 1)
+    ]
 
     def source(i: int) -> Path | bytes:
         image = data[i]["image"]
         return image["bytes"] if image["bytes"] is not None else Path(image["path"])
 
-    return Labelled(list(names), [f"row {i}" for i in range(len(labels))], labels, source, data._fingerprint)
+    return Labelled(
+        list(names), [f"row {i}" for i in range(len(labels))], labels, source, data._fingerprint
+    )
 
 
 def class_numbers(column: Iterable[Any], folder: Path) -> list[int]:
@@ -138,7 +149,9 @@ def read_picture(source: Path | bytes, name: str, size: int | None = None) -> Te
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             picture = opened.convert("RGB")
-    except Exception as error:  # Pillow raises many kinds on damaged files: OSError, SyntaxError, struct.error, …
+    except (
+        Exception
+    ) as error:  # Pillow raises many kinds on damaged files: OSError, SyntaxError, struct.error, …
         raise Unreadable(f"{name} ({type(error).__name__})") from error
     if size is not None:
         scale = size / min(picture.size)

@@ -34,20 +34,26 @@ class Format:
 
 FORMATS = {
     "elatentlpips": Format(
-        r"net\.slice(\d)\.(\d+)\.(\w+)", r"lin(\d)\.model\.1\.weight",
-        {"num_dropped": 3, "tapped_after_pool": (4, 5)}, {"eps": 1e-8, "eps_inside": True},
+        r"net\.slice(\d)\.(\d+)\.(\w+)",
+        r"lin(\d)\.model\.1\.weight",
+        {"num_dropped": 3, "tapped_after_pool": (4, 5)},
+        {"eps": 1e-8, "eps_inside": True},
         "CC-BY-NC by the authors of the elatentlpips package: no commercial use",
     ),
     # pool 5 comes behind the last tap; groups and eps are not described: PyTorch's and LPIPS's usual ones
     "snu": Format(
-        r"slice(\d)\.(\d+)\.(\w+)", r"linear(\d)\.model\.1\.weight",
-        {"num_dropped": 2, "num_groups": 32}, {"eps": 1e-10, "eps_inside": False},
+        r"slice(\d)\.(\d+)\.(\w+)",
+        r"linear(\d)\.model\.1\.weight",
+        {"num_dropped": 2, "num_groups": 32},
+        {"eps": 1e-10, "eps_inside": False},
         "its publisher's, which this package does not know: read it before you use the weights",
     ),
-}  # fmt: skip
+}
 
 
-def import_network(file: Path, format_: str, out: Path, widths: tuple[int, ...] = WIDTHS) -> list[str]:
+def import_network(
+    file: Path, format_: str, out: Path, widths: tuple[int, ...] = WIDTHS
+) -> list[str]:
     """Writes the network in `file` to `out`; returns what the user should know, its licence first.
 
     Raises UserError at an unknown format, an unreadable file, a pickle that wants to run code, or another
@@ -57,20 +63,33 @@ def import_network(file: Path, format_: str, out: Path, widths: tuple[int, ...] 
         raise UserError(f"no format {format_!r}{nearest(format_, FORMATS)}")
     layout = FORMATS[format_]
     found = read_tensors(file)
-    channels = next((v.shape[1] for k, v in found.items() if re.fullmatch(layout.trunk, k) and v.ndim == 4), 4)
+    channels = next(
+        (v.shape[1] for k, v in found.items() if re.fullmatch(layout.trunk, k) and v.ndim == 4), 4
+    )
     vgg = VGG(channels, widths, **layout.network)
     keys = matching_keys(vgg, layout, found)
-    known = {found[key].data_ptr() for key in keys if key in found}  # a tensor may be stored under a second name too
-    found = {key: value for key, value in found.items() if key in keys or value.data_ptr() not in known}
-    if difference := first_difference(expected_shapes(vgg, keys), {k: tuple(v.shape) for k, v in found.items()}):
+    known = {
+        found[key].data_ptr() for key in keys if key in found
+    }  # a tensor may be stored under a second name too
+    found = {
+        key: value for key, value in found.items() if key in keys or value.data_ptr() not in known
+    }
+    if difference := first_difference(
+        expected_shapes(vgg, keys), {k: tuple(v.shape) for k, v in found.items()}
+    ):
         raise UserError(f"{file} is no checkpoint of format {format_!r}: {difference}.")
     trunk = {name: found[key] for key, name in keys.items() if name in vgg.state_dict()}
     vgg.load_state_dict(vgg.state_dict() | {name: value.float() for name, value in trunk.items()})
-    heads = [found[key].float().flatten() for key, name in keys.items() if name.startswith("heads/")]
+    heads = [
+        found[key].float().flatten() for key, name in keys.items() if name.startswith("heads/")
+    ]
     note = f"Imported from {file.name}, format {format_}. Licence of the weights: {layout.licence}."
     LatentLPIPS(vgg, heads, **layout.formula).save_pretrained(out, note=note)
     negative = sum(int((head < 0).sum()) for head in heads)
-    told = [f"licence of these weights: {layout.licence}.", f"{out}: ELatentLPIPS.from_pretrained({str(out)!r})"]
+    told = [
+        f"licence of these weights: {layout.licence}.",
+        f"{out}: ELatentLPIPS.from_pretrained({str(out)!r})",
+    ]
     return told + ([f"{negative} head weights are negative and count as zero"] if negative else [])
 
 
@@ -83,7 +102,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zip and pickle raise many kinds
-        asked = re.search(r"GLOBAL (\S+)", str(error))  # torch names what a pickle wants beside tensors
+        asked = re.search(
+            r"GLOBAL (\S+)", str(error)
+        )  # torch names what a pickle wants beside tensors
         if asked is None:
             raise UserError(
                 f"{file} cannot be read as plain tensors: it is cut off, damaged or no checkpoint of torch's "
@@ -94,14 +115,22 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             "refused. Ask its publisher for the state dict alone."
         ) from error
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+    if not isinstance(loaded, dict) or not all(
+        isinstance(value, Tensor) for value in loaded.values()
+    ):
         raise UserError(f"{file} holds no table of tensors; give the network's state dict.")
-    return {str(key): value for key, value in loaded.items() if not str(key).endswith("num_batches_tracked")}
+    return {
+        str(key): value
+        for key, value in loaded.items()
+        if not str(key).endswith("num_batches_tracked")
+    }
 
 
 def matching_keys(vgg: VGG, layout: Format, found: dict[str, Tensor]) -> dict[str, str]:
     """Their key → ours, in the network's order; where theirs lacks one, ours stands for it and will be missed."""
-    matches = sorted(((re.fullmatch(layout.trunk, key), key) for key in found), key=lambda pair: pair[1])
+    matches = sorted(
+        ((re.fullmatch(layout.trunk, key), key) for key in found), key=lambda pair: pair[1]
+    )
     layers: dict[int, list[int]] = {stage: [] for stage in range(1, len(STAGES) + 1)}
     for match, _ in matches:
         if match and int(match[1]) in layers and int(match[2]) not in layers[int(match[1])]:
@@ -119,7 +148,9 @@ def matching_keys(vgg: VGG, layout: Format, found: dict[str, Tensor]) -> dict[st
     heads = sorted(key for key in found if re.fullmatch(layout.head, key))
     stem = layout.head.split("(")[0]
     for level in range(len(STAGES)):
-        keys[heads[level] if level < len(heads) else f"{stem}<{level}>.model.1.weight"] = f"heads/{level}"
+        keys[heads[level] if level < len(heads) else f"{stem}<{level}>.model.1.weight"] = (
+            f"heads/{level}"
+        )
     return keys
 
 

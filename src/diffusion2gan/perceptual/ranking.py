@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion2gan.runtime.fit import fit, shuffled
+from diffusion2gan.runtime.trainer import fit, shuffled
 
 EPS = 0.1
 
@@ -21,7 +21,11 @@ class Ranker(nn.Module):
         super().__init__()
         self.heads = nn.Parameter(heads.clone())
         self.body = nn.Sequential(
-            nn.Linear(5, width), nn.LeakyReLU(0.2), nn.Linear(width, width), nn.LeakyReLU(0.2), nn.Linear(width, 1)
+            nn.Linear(5, width),
+            nn.LeakyReLU(0.2),
+            nn.Linear(width, width),
+            nn.LeakyReLU(0.2),
+            nn.Linear(width, 1),
         )
 
     def forward(self, differences0: Tensor, differences1: Tensor) -> Tensor:
@@ -46,9 +50,18 @@ def flat_then_linear(progress: float, peak: float) -> float:
 
 
 def calibrate_heads(
-    differences0: Tensor, differences1: Tensor, judge: Tensor, heads: list[Tensor], *, folder: Path,
-    stage: str = "calibrate", epochs: int = 10, batch_size: int = 50, peak_lr: float = 1e-4, seed: int = 0,
-) -> list[Tensor]:  # fmt: skip
+    differences0: Tensor,
+    differences1: Tensor,
+    judge: Tensor,
+    heads: list[Tensor],
+    *,
+    folder: Path,
+    stage: str = "calibrate",
+    epochs: int = 10,
+    batch_size: int = 50,
+    peak_lr: float = 1e-4,
+    seed: int = 0,
+) -> list[Tensor]:
     """New heads, one tensor a layer. `differences0`, `differences1` [N, ΣC] of p0 and p1 to ref, `judge` [N] in [0, 1].
 
     Binary cross-entropy against the share of people; Adam with β1 = .5, no dropout; heads clamped after each step.
@@ -60,11 +73,24 @@ def calibrate_heads(
 
     def loss(numbers: range) -> Tensor:
         places = torch.tensor(shuffled(numbers, count, seed))
-        return F.binary_cross_entropy_with_logits(ranker(differences0[places], differences1[places]), judge[places])
+        return F.binary_cross_entropy_with_logits(
+            ranker(differences0[places], differences1[places]), judge[places]
+        )
 
     fit(
-        stage, ranker, loss, num_pictures=epochs * count, batch_size=min(batch_size, count), peak_lr=peak_lr,
-        folder=folder, seed=seed, betas=(0.5, 0.999), weight_decay=0.0, ema_decay=0.0, max_grad_norm=math.inf,
-        schedule=flat_then_linear, after_step=ranker.clamp,
-    )  # fmt: skip
+        stage,
+        ranker,
+        loss,
+        num_pictures=epochs * count,
+        batch_size=min(batch_size, count),
+        peak_lr=peak_lr,
+        folder=folder,
+        seed=seed,
+        betas=(0.5, 0.999),
+        weight_decay=0.0,
+        ema_decay=0.0,
+        max_grad_norm=math.inf,
+        schedule=flat_then_linear,
+        after_step=ranker.clamp,
+    )
     return list(ranker.heads.detach().split([len(head) for head in heads]))

@@ -35,14 +35,22 @@ def open_triplets(folder: Path) -> Triplets:
     if not folder.is_dir():
         raise UserError(f"no folder of triplets: {folder}")
     homes = sorted(ref.parent for ref in folder.rglob("ref") if ref.is_dir())
-    found = [(number, ref) for number, home in enumerate(homes) for ref in sorted((home / "ref").iterdir())
-             if ref.suffix.lower() in SUFFIXES]  # fmt: skip
+    found = [
+        (number, ref)
+        for number, home in enumerate(homes)
+        for ref in sorted((home / "ref").iterdir())
+        if ref.suffix.lower() in SUFFIXES
+    ]
     if not found:
-        raise UserError(f"{folder} holds no triplets: FOLDER/<subset>/ref/*.png with p0, p1 and judge/*.npy beside ref")
+        raise UserError(
+            f"{folder} holds no triplets: FOLDER/<subset>/ref/*.png with p0, p1 and judge/*.npy beside ref"
+        )
     for _, ref in found:
         for path in (*alternatives(ref), judgement(ref)):
             if not path.is_file():
-                raise UserError(f"{ref} has no {path.parent.name}: {path} is missing. Add it or remove the triplet.")
+                raise UserError(
+                    f"{ref} has no {path.parent.name}: {path} is missing. Add it or remove the triplet."
+                )
     names = [str(home.relative_to(folder)) if home != folder else folder.name for home in homes]
     refs = [ref for _, ref in found]
     return Triplets(folder, names, [number for number, _ in found], refs, digest_of(folder, refs))
@@ -74,15 +82,25 @@ def read_triplet(triplets: Triplets, i: int, size: int) -> Rows:
     """
     ref = triplets.refs[i]
     paths = {"ref": ref, "p0": alternatives(ref)[0], "p1": alternatives(ref)[1]}
-    rows = {key: read_picture(path, str(path.relative_to(triplets.folder)), size) for key, path in paths.items()}
-    return rows | {"judge": torch.tensor(read_judgement(judgement(ref))), "subset": torch.tensor(triplets.subset[i])}
+    rows = {
+        key: read_picture(path, str(path.relative_to(triplets.folder)), size)
+        for key, path in paths.items()
+    }
+    return rows | {
+        "judge": torch.tensor(read_judgement(judgement(ref))),
+        "subset": torch.tensor(triplets.subset[i]),
+    }
 
 
 def read_judgement(path: Path) -> float:
     try:
         value = float(np.load(path, allow_pickle=False).reshape(()))
     except (ValueError, TypeError, EOFError) as error:
-        raise UserError(f"the judgement {path} is not one plain number ({error}); pickles are not read.") from error
+        raise UserError(
+            f"the judgement {path} is not one plain number ({error}); pickles are not read."
+        ) from error
     if not 0 <= value <= 1:
-        raise UserError(f"the judgement {path} is {value}; it is the share who chose p1, from 0 to 1.")
+        raise UserError(
+            f"the judgement {path} is {value}; it is the share who chose p1, from 0 to 1."
+        )
     return value

@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
 
-STAGES = (2, 2, 3, 3, 3)  # 3×3 convolutions per stage, VGG-16 (Simonyan & Zisserman 2014, table 1, D)
+STAGES = (
+    2,
+    2,
+    3,
+    3,
+    3,
+)  # 3×3 convolutions per stage, VGG-16 (Simonyan & Zisserman 2014, table 1, D)
 WIDTHS = (64, 128, 256, 512, 512)
 
 
@@ -30,18 +36,27 @@ class VGG(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, widths: tuple[int, ...] = WIDTHS, num_dropped: int = 3,
-        tapped_after_pool: tuple[int, ...] = (), num_groups: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        in_channels: int,
+        widths: tuple[int, ...] = WIDTHS,
+        num_dropped: int = 3,
+        tapped_after_pool: tuple[int, ...] = (),
+        num_groups: int = 0,
+    ) -> None:
         super().__init__()
         for stage in tapped_after_pool:
             if not num_dropped < stage <= len(STAGES):
-                raise UserError(f"no pool to tap stage {stage} behind: the pools left are {num_dropped + 1} … 5")
+                raise UserError(
+                    f"no pool to tap stage {stage} behind: the pools left are {num_dropped + 1} … 5"
+                )
         self.num_dropped, self.tapped_after_pool = num_dropped, tuple(tapped_after_pool)
         self.config: dict[str, Any] = {
-            "in_channels": in_channels, "widths": list(widths), "num_dropped": num_dropped,
-            "tapped_after_pool": list(tapped_after_pool), "num_groups": num_groups,
-        }  # fmt: skip
+            "in_channels": in_channels,
+            "widths": list(widths),
+            "num_dropped": num_dropped,
+            "tapped_after_pool": list(tapped_after_pool),
+            "num_groups": num_groups,
+        }
         channels, stages = in_channels, []
         for count, width in zip(STAGES, widths, strict=True):
             layers: list[nn.Module] = []

@@ -24,50 +24,80 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 def vae() -> AutoencoderKL:
     """4×: 64×64 pictures ↔ 4×16×16 latents, 12 times fewer numbers."""
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=4, norm_num_groups=8,
-        sample_size=scenes.IMAGE_SIZE, mid_block_add_attention=False,
-    )  # fmt: skip
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=scenes.IMAGE_SIZE,
+        mid_block_add_attention=False,
+    )
 
 
 def unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, block_out_channels=(32, 96, 128), layers_per_block=1,
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 96, 128),
+        layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8, cross_attention_dim=96, attention_head_dim=4,
-    )  # fmt: skip
+        norm_num_groups=8,
+        cross_attention_dim=96,
+        attention_head_dim=4,
+    )
 
 
 def tokenizer() -> CLIPTokenizer:
     """The world's words, one token each; any other word falls into letters."""
     words = [f"{word}</w>" for word in scenes.WORDS]
     trainer = BpeTrainer(
-        vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False,
+        vocab_size=10_000,
+        min_frequency=1,
+        end_of_word_suffix="</w>",
+        show_progress=False,
         initial_alphabet=list(string.ascii_lowercase + string.digits + string.punctuation),
-    )  # fmt: skip
+    )
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
     bpe.train_from_iterator(scenes.WORDS, trainer)
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
     characters = string.ascii_lowercase + string.digits + string.punctuation
-    pieces = list(dict.fromkeys([*characters, *(f"{c}</w>" for c in characters), *("".join(m) for m in merges)]))
+    pieces = list(
+        dict.fromkeys(
+            [*characters, *(f"{c}</w>" for c in characters), *("".join(m) for m in merges)]
+        )
+    )
     vocab = {piece: i for i, piece in enumerate([*pieces, START, END])}
     missing = set(words) - set(vocab)
     if missing:
         raise AssertionError(f"words without a token of their own: {missing}")
     return CLIPTokenizer(
-        vocab=vocab, merges=merges, model_max_length=MAX_LENGTH, bos_token=START, eos_token=END, unk_token=END,
+        vocab=vocab,
+        merges=merges,
+        model_max_length=MAX_LENGTH,
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
         pad_token=END,
-    )  # fmt: skip
+    )
 
 
 def _text_config(vocab_size: int, width: int) -> dict[str, int]:
     return {
-        "vocab_size": vocab_size, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "max_position_embeddings": MAX_LENGTH, "projection_dim": width,
-        "bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1, "pad_token_id": vocab_size - 1,
-    }  # fmt: skip
+        "vocab_size": vocab_size,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": MAX_LENGTH,
+        "projection_dim": width,
+        "bos_token_id": vocab_size - 2,
+        "eos_token_id": vocab_size - 1,
+        "pad_token_id": vocab_size - 1,
+    }
 
 
 def text_encoder(vocab_size: int) -> CLIPTextModel:
@@ -77,9 +107,14 @@ def text_encoder(vocab_size: int) -> CLIPTextModel:
 def clip(vocab_size: int) -> CLIPModel:
     """ViT with 8×8 patches on 64×64 pictures; 128-number embeddings."""
     vision = {
-        "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "image_size": scenes.IMAGE_SIZE, "patch_size": 8, "projection_dim": 128,
-    }  # fmt: skip
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "image_size": scenes.IMAGE_SIZE,
+        "patch_size": 8,
+        "projection_dim": 128,
+    }
     text = _text_config(vocab_size, 96)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=128))
 
@@ -96,10 +131,16 @@ def pixel_vgg() -> VGG:
 def scheduler() -> DDIMScheduler:
     """Stable Diffusion's own noise schedule; v-prediction, trailing steps (the first step is the last timestep)."""
     return DDIMScheduler(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-        clip_sample=False, set_alpha_to_one=True, steps_offset=1, timestep_spacing="trailing",
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+        timestep_spacing="trailing",
         prediction_type="v_prediction",
-    )  # fmt: skip
+    )
 
 
 PARTS = {
@@ -130,15 +171,22 @@ class AttributeHead(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(channels, 2 * channels, 1), nn.ReLU(), nn.Conv2d(2 * channels, sum(PARTS.values()), 1)
+            nn.Conv2d(channels, 2 * channels, 1),
+            nn.ReLU(),
+            nn.Conv2d(2 * channels, sum(PARTS.values()), 1),
         )
         last = self.body[2]
         assert isinstance(last.bias, Tensor)
-        nn.init.constant_(last.bias[sum(PARTS[part] for part in PER_PICTURE) :], -6.0)  # most are absent
+        nn.init.constant_(
+            last.bias[sum(PARTS[part] for part in PER_PICTURE) :], -6.0
+        )  # most are absent
 
     def forward(self, features: Tensor) -> Tensor:
         maps = split(self.body(features))
-        pooled = [m.mean((2, 3)) if part in PER_PICTURE else torch.logsumexp(m, (2, 3)) for part, m in maps.items()]
+        pooled = [
+            m.mean((2, 3)) if part in PER_PICTURE else torch.logsumexp(m, (2, 3))
+            for part, m in maps.items()
+        ]
         return torch.cat(pooled, 1)
 
 
@@ -150,7 +198,10 @@ class Probe(nn.Module):
         w = width
         self.stem = nn.Sequential(nn.Conv2d(3, w, 4, 2, 1), nn.BatchNorm2d(w), nn.ReLU())  # 32×32
         self.body = nn.Sequential(
-            _Residual(w, 2 * w, 2), _Residual(2 * w, 2 * w, 1), _Residual(2 * w, 4 * w, 2), _Residual(4 * w, 4 * w, 1)
+            _Residual(w, 2 * w, 2),
+            _Residual(2 * w, 2 * w, 1),
+            _Residual(2 * w, 4 * w, 2),
+            _Residual(4 * w, 4 * w, 1),
         )  # 8×8
         self.head = AttributeHead(4 * w)
 
@@ -166,11 +217,16 @@ class _Residual(nn.Module):
     def __init__(self, channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(channels, out_channels, 3, stride, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU(),
-            nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False), nn.BatchNorm2d(out_channels),
-        )  # fmt: skip
+            nn.Conv2d(channels, out_channels, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(),
+            nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
         same = channels == out_channels and stride == 1
-        self.skip = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1, stride, bias=False)
+        self.skip = (
+            nn.Identity() if same else nn.Conv2d(channels, out_channels, 1, stride, bias=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.body(x) + self.skip(x))
@@ -180,6 +236,12 @@ def pipeline(folder: Path | None = None) -> StableDiffusionPipeline:
     """An untrained pocket pipeline (tests, and the start of training)."""
     words = tokenizer()
     return StableDiffusionPipeline(
-        vae=vae(), text_encoder=text_encoder(len(words)), tokenizer=words, unet=unet(), scheduler=scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae(),
+        text_encoder=text_encoder(len(words)),
+        tokenizer=words,
+        unet=unet(),
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

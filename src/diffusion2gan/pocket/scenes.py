@@ -46,15 +46,29 @@ GROUNDS = {
 RELATIONS = {
     1: ("{0}",),
     2: ("{0} left of {1}", "{0} right of {1}", "{0} above {1}", "{0} below {1}", "{0} and {1}"),
-    3: ("{0} and {1} above {2}", "{0} above {1} and {2}", "{0} between {1} and {2}", "{0}, {1} and {2}"),
+    3: (
+        "{0} and {1} above {2}",
+        "{0} above {1} and {2}",
+        "{0} between {1} and {2}",
+        "{0}, {1} and {2}",
+    ),
 }
 WORDS = sorted(
-    {*SHAPES, *COLOURS, *PATTERNS, *SIZES, *GROUNDS, *"a an on left right of above below between and ,".split()}
+    {
+        *SHAPES,
+        *COLOURS,
+        *PATTERNS,
+        *SIZES,
+        *GROUNDS,
+        *"a an on left right of above below between and ,".split(),
+    }
 )
 IMAGE_SIZE = 64
 
 _NUM_DRAWS = 96
-_RADII = torch.tensor([[0.0, 0.0], [0.50, 0.70], [0.37, 0.46], [0.33, 0.40]])  # [count, size], half-widths
+_RADII = torch.tensor(
+    [[0.0, 0.0], [0.50, 0.70], [0.37, 0.46], [0.33, 0.40]]
+)  # [count, size], half-widths
 # Centres of the objects for each layout, in [-1, 1], y down.
 _PAIR = torch.tensor([[-0.48, 0.0], [0.48, 0.0], [0.0, 0.0]])
 _STACK = torch.tensor([[0.0, -0.48], [0.0, 0.48], [0.0, 0.0]])
@@ -99,7 +113,10 @@ class _Draws:
     """Uniform numbers of each picture, handed out column by column."""
 
     def __init__(self, indices: Sequence[int], seed: int) -> None:
-        rows = [np.random.Generator(np.random.Philox(key=[seed, index])).random(_NUM_DRAWS) for index in indices]
+        rows = [
+            np.random.Generator(np.random.Philox(key=[seed, index])).random(_NUM_DRAWS)
+            for index in indices
+        ]
         self._table = torch.from_numpy(np.array(rows, dtype=np.float64)).float()
         self._next = 0
 
@@ -138,8 +155,12 @@ def draw(indices: Sequence[int], seed: int, image_size: int = IMAGE_SIZE) -> Sce
     shrink = torch.where(in_row, 0.8, 1.0)[:, None]
     radius = _RADII[d.count[:, None], d.size] * draws.uniform(3, low=0.94, high=1.06) * shrink
     exists = torch.arange(3) < d.count[:, None]
-    images = _paint(draws, centre, radius, exists, d.shape, d.colour, d.pattern, d.ground, image_size)
-    shape, colour, pattern, size = (label.masked_fill(~exists, -1) for label in (d.shape, d.colour, d.pattern, d.size))
+    images = _paint(
+        draws, centre, radius, exists, d.shape, d.colour, d.pattern, d.ground, image_size
+    )
+    shape, colour, pattern, size = (
+        label.masked_fill(~exists, -1) for label in (d.shape, d.colour, d.pattern, d.size)
+    )
     return Scenes(images, d.captions, d.count, shape, colour, pattern, size, d.ground)
 
 
@@ -160,18 +181,30 @@ def _decide(draws: _Draws) -> _Decided:
     mentions_ground = draws.uniform() < 0.9
     said = [
         _caption(
-            int(count[i]), int(relation[i]), shape[i], colour[i], pattern[i], size[i], mentions[i],
+            int(count[i]),
+            int(relation[i]),
+            shape[i],
+            colour[i],
+            pattern[i],
+            size[i],
+            mentions[i],
             list(GROUNDS)[int(ground[i])] if mentions_ground[i] else None,
         )
         for i in range(len(count))
-    ]  # fmt: skip
+    ]
     return _Decided(count, relation, shape, colour, pattern, size, ground, said)
 
 
 def _caption(
-    count: int, relation: int, shape: Tensor, colour: Tensor, pattern: Tensor, size: Tensor, mentions: Tensor,
+    count: int,
+    relation: int,
+    shape: Tensor,
+    colour: Tensor,
+    pattern: Tensor,
+    size: Tensor,
+    mentions: Tensor,
     ground: str | None,
-) -> str:  # fmt: skip
+) -> str:
     phrases = []
     for k in range(count):
         words = [SHAPES[int(shape[k])]]
@@ -224,7 +257,9 @@ def _centres(draws: _Draws, count: Tensor, relation: Tensor) -> Tensor:
         elif n == 3:  # two above one, one above two, between, in any order
             layout = (_TWO_ABOVE, _TWO_BELOW, _ROW, (_TWO_ABOVE, _TWO_BELOW)[int(free[i])])[r]
             layouts[i] = layout * mirrored if swap[i] else layout
-    reach = torch.tensor([[0.0, 0.0], [0.26, 0.26], [0.08, 0.08], [0.06, 0.06]])[count][:, None]  # [B, 1, 2]
+    reach = torch.tensor([[0.0, 0.0], [0.26, 0.26], [0.08, 0.08], [0.06, 0.06]])[count][
+        :, None
+    ]  # [B, 1, 2]
     jitter = draws.uniform(3, 2, low=-1.0, high=1.0) * reach
     in_pair = (count == 2)[:, None, None].float()
     across = (layouts.abs() < 1e-3).float() * in_pair * draws.uniform(3, 1, low=-0.22, high=0.22)
@@ -232,9 +267,16 @@ def _centres(draws: _Draws, count: Tensor, relation: Tensor) -> Tensor:
 
 
 def _paint(
-    draws: _Draws, centre: Tensor, radius: Tensor, exists: Tensor, shape: Tensor, colour: Tensor, pattern: Tensor,
-    ground: Tensor, image_size: int,
-) -> Tensor:  # fmt: skip
+    draws: _Draws,
+    centre: Tensor,
+    radius: Tensor,
+    exists: Tensor,
+    shape: Tensor,
+    colour: Tensor,
+    pattern: Tensor,
+    ground: Tensor,
+    image_size: int,
+) -> Tensor:
     axis = (torch.arange(image_size) + 0.5) / image_size * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     pixel = 2.0 / image_size
@@ -248,13 +290,27 @@ def _paint(
     phase = draws.uniform(3, 2)
     for k in range(3):
         u, v = x - centre[:, k, 0, None, None], y - centre[:, k, 1, None, None]  # [B, H, W]
-        shadow = _distance(u + 0.09 * towards[:, 0], v + 0.09 * towards[:, 1], radius[:, k], turn[:, k], shape[:, k])
+        shadow = _distance(
+            u + 0.09 * towards[:, 0],
+            v + 0.09 * towards[:, 1],
+            radius[:, k],
+            turn[:, k],
+            shape[:, k],
+        )
         visible = exists[:, k, None, None].float()
         image = image * (1 - 0.42 * visible * (0.5 - shadow / (5 * pixel)).clamp(0, 1))[:, None]
 
         distance = _distance(u, v, radius[:, k], turn[:, k], shape[:, k])
         rgb = _surface(
-            u, v, palette[colour[:, k]], colour[:, k], pattern[:, k], angle[:, k], period[:, k], phase[:, k], pixel
+            u,
+            v,
+            palette[colour[:, k]],
+            colour[:, k],
+            pattern[:, k],
+            angle[:, k],
+            period[:, k],
+            phase[:, k],
+            pixel,
         )
         slope = (u * towards[:, 0] + v * towards[:, 1]) / radius[:, k, None, None]
         rim = (-distance / (2.5 * pixel)).clamp(0, 1)
@@ -278,9 +334,16 @@ def _ground(draws: _Draws, ground: Tensor, x: Tensor, y: Tensor, towards: Tensor
 
 
 def _surface(
-    u: Tensor, v: Tensor, rgb: Tensor, colour: Tensor, pattern: Tensor, angle: Tensor, period: Tensor, phase: Tensor,
+    u: Tensor,
+    v: Tensor,
+    rgb: Tensor,
+    colour: Tensor,
+    pattern: Tensor,
+    angle: Tensor,
+    period: Tensor,
+    phase: Tensor,
     pixel: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """[B, 3, H, W]: the object's colour, or two tones of it in its pattern, antialiased."""
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     cycles = 2 * math.pi / period[:, None, None]
@@ -318,7 +381,9 @@ def _distance(u: Tensor, v: Tensor, radius: Tensor, turn: Tensor, shape: Tensor)
 def _spikes(p: Tensor, q: Tensor, num: int, inner: float, outer: float = 1.0) -> Tensor:
     """A star of `num` points; with inner = outer·cos(π/num) a regular polygon. Distance to its edges' lines."""
     half = math.pi / num
-    folded = (torch.remainder(torch.atan2(q, p) + math.pi / 2 + half, 2 * half) - half).abs()  # first point up
+    folded = (
+        torch.remainder(torch.atan2(q, p) + math.pi / 2 + half, 2 * half) - half
+    ).abs()  # first point up
     rho = (p * p + q * q).sqrt()
     x, y = rho * folded.cos(), rho * folded.sin()
     dx, dy = inner * math.cos(half) - outer, inner * math.sin(half)

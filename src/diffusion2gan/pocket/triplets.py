@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion2gan.pocket import scenes
-from diffusion2gan.runtime.files import whole, write_image
+from diffusion2gan.runtime.files import atomic_write, write_image
 from diffusion2gan.runtime.images import to_pictures
 from diffusion2gan.runtime.progress import Bar
 
@@ -46,7 +46,9 @@ def triplet(number: int, subset: str, seed: int) -> Triplet:
     high = low + gap + float(torch.rand((), generator=generator)) * (1 - gap - low)
     order = torch.randperm(len(FAMILIES), generator=generator).tolist()
     families = [FAMILIES[k] for k in order[:2]] if subset == "mixed" else [subset, subset]
-    way = int(torch.randint(2**31, (), generator=generator))  # both go the same way, one of them further
+    way = int(
+        torch.randint(2**31, (), generator=generator)
+    )  # both go the same way, one of them further
     near, far = (
         distort(ref, family, grade, torch.Generator().manual_seed(way))
         for family, grade in zip(families, (low, high), strict=True)
@@ -67,10 +69,14 @@ def distort(image: Tensor, family: str, grade: float, generator: torch.Generator
             way = torch.tensor([math.cos(angle), math.sin(angle)])
             out = displace(image, (6 * grade * way)[:, None, None].expand(2, *image.shape[1:]))
         case "colour":
-            out = image + 0.5 * grade * F.normalize(torch.randn(3, 1, 1, generator=generator), dim=0)
+            out = image + 0.5 * grade * F.normalize(
+                torch.randn(3, 1, 1, generator=generator), dim=0
+            )
         case "warp":
             coarse = torch.randn(1, 2, 4, 4, generator=generator)
-            out = displace(image, 4 * grade * F.interpolate(coarse, image.shape[1:], mode="bicubic")[0])
+            out = displace(
+                image, 4 * grade * F.interpolate(coarse, image.shape[1:], mode="bicubic")[0]
+            )
         case _:
             raise ValueError(f"no family {family!r}")
     return out.clamp(-1, 1)
@@ -84,7 +90,9 @@ def blur(image: Tensor, sigma: float) -> Tensor:
     kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
     kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
     out = F.conv2d(F.pad(image[None], (radius, radius, 0, 0), mode="reflect"), kernel, groups=3)
-    return F.conv2d(F.pad(out, (0, 0, radius, radius), mode="reflect"), kernel.transpose(2, 3), groups=3)[0]
+    return F.conv2d(
+        F.pad(out, (0, 0, radius, radius), mode="reflect"), kernel.transpose(2, 3), groups=3
+    )[0]
 
 
 def displace(image: Tensor, pixels: Tensor) -> Tensor:
@@ -106,7 +114,7 @@ def write_triplets(folder: Path, count: int, seed: int) -> None:
 
 def _write(folder: Path, name: str, made: Triplet) -> None:
     """The judgement first: a triplet is there once its `ref` is."""
-    with whole(folder / "judge" / f"{name}.npy") as temporary, temporary.open("wb") as file:
+    with atomic_write(folder / "judge" / f"{name}.npy") as temporary, temporary.open("wb") as file:
         np.save(file, np.array([made.judge], np.float32))
     for part in ("p0", "p1", "ref"):
         write_image(folder / part / f"{name}.png", to_pictures(getattr(made, part)[None])[0].save)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.runtime import checkpoint
+from diffusion2gan.runtime.distributed import Group, Ranks
 from diffusion2gan.runtime.files import read_json, write_json
 from diffusion2gan.runtime.progress import Bar, console
-from diffusion2gan.runtime.ranks import Group, Ranks
 from diffusion2gan.runtime.stop import stop_signal
 
 MAX_UNREADABLE = 0.01  # share of the files
@@ -52,9 +52,16 @@ class Cache:
 
 
 def make_cache(
-    folder: Path, spec: dict[str, Any], count: int, read: Callable[[int], Rows], finish: Callable[[Rows], Rows],
-    what: str, chunk: int = 1024, batch: int = 32, group: Group | None = None,
-) -> Cache:  # fmt: skip
+    folder: Path,
+    spec: dict[str, Any],
+    count: int,
+    read: Callable[[int], Rows],
+    finish: Callable[[Rows], Rows],
+    what: str,
+    chunk: int = 1024,
+    batch: int = 32,
+    group: Group | None = None,
+) -> Cache:
     """Reads `count` things into `folder`: `read(i)` one by one, `finish` on batches of them (a network's turn).
 
     `spec` says what the cache is made of. A thing for which `read` raises Unreadable is skipped and named. The ranks of
@@ -62,11 +69,13 @@ def make_cache(
     all ranks see it, or more than 1 % are unreadable (at once where one rank alone finds so many).
     """
     group = group or Group(Ranks())
-    if group.ranks.first:
-        claim(folder / "cache.json", spec)
-    group.hear(f"claimed {what}", "")
+    if group.ranks.is_main:
+        ensure_settings(folder / "cache.json", spec)
+    group.all_gather_string(f"claimed {what}", "")
     if not (folder / "cache.json").exists():
-        raise UserError(f"{folder} of rank 0 is not there on rank {group.ranks.rank}. All ranks must see one --out.")
+        raise UserError(
+            f"{folder} of rank 0 is not there on rank {group.ranks.rank}. All ranks must see one --out."
+        )
     parts = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
     paths = [folder / f"{numbers.start:08d}.safetensors" for numbers in parts]
     unreadable: list[str] = []
@@ -74,7 +83,7 @@ def make_cache(
         for place, (numbers, path) in enumerate(zip(parts, paths, strict=True)):
             if stopped():
                 raise KeyboardInterrupt
-            if place % group.ranks.world == group.ranks.rank:
+            if place % group.ranks.world_size == group.ranks.rank:
                 if path.exists():
                     unreadable += checkpoint.meta(path)["unreadable"]
                 else:
@@ -85,12 +94,17 @@ def make_cache(
             bar.advance(len(numbers))
         if stopped():
             raise KeyboardInterrupt
-    group.hear(f"made {what}", "")
+    group.all_gather_string(f"made {what}", "")
     made = [checkpoint.load(path) for path in paths]
-    chunks, unreadable = [rows for rows, _ in made if rows], [name for _, meta in made for name in meta["unreadable"]]
+    chunks, unreadable = (
+        [rows for rows, _ in made if rows],
+        [name for _, meta in made for name in meta["unreadable"]],
+    )
     _check_share(unreadable, count, what, folder)
     if unreadable:
-        console.print(f"skipped {len(unreadable)} of {count} {what}: {_some(unreadable)}", soft_wrap=True)
+        console.print(
+            f"skipped {len(unreadable)} of {count} {what}: {_some(unreadable)}", soft_wrap=True
+        )
     return Cache({name: [rows[name] for rows in chunks] for name in chunks[0]}, unreadable)
 
 
@@ -109,10 +123,12 @@ def _read_chunk(
                 names.append(str(error))
         if group:
             done.append(finish({key: torch.stack([row[key] for row in group]) for key in group[0]}))
-    return ({key: torch.cat([rows[key] for rows in done]) for key in done[0]} if done else {}), names
+    return (
+        {key: torch.cat([rows[key] for rows in done]) for key in done[0]} if done else {}
+    ), names
 
 
-def claim(path: Path, spec: dict[str, Any]) -> None:
+def ensure_settings(path: Path, spec: dict[str, Any]) -> None:
     """Writes `spec`, what a folder's contents are made with. Raises UserError where `path` says something else."""
     if not path.exists():
         write_json(path, spec)

@@ -15,14 +15,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion2gan.errors import Failure, UserError
-from diffusion2gan.runtime import fsdp, parts
-from diffusion2gan.runtime.files import whole
+from diffusion2gan.runtime import fsdp, sharded_checkpoint
+from diffusion2gan.runtime.files import atomic_write
 
 
 def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """Writes `tensors` and `meta` (JSON) whole or not at all."""
-    with whole(path) as temporary:
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, temporary, {"meta": json.dumps(meta)})
+    with atomic_write(path) as temporary:
+        save_file(
+            {k: v.detach().contiguous().cpu() for k, v in tensors.items()},
+            temporary,
+            {"meta": json.dumps(meta)},
+        )
 
 
 def meta(path: Path) -> dict[str, Any]:
@@ -34,7 +38,9 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The reverse of `save`. Raises UserError where there is no such file, Failure where it or a part is damaged."""
     tensors, said = _read(path, tensors=True)
     if "parts" in said:
-        tensors = parts.read(path.parent / said["parts"]["folder"], said["parts"]["files"])
+        tensors = sharded_checkpoint.read(
+            path.parent / said["parts"]["folder"], said["parts"]["files"]
+        )
     return tensors, said
 
 
@@ -42,11 +48,13 @@ def _read(path: Path, tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]
     try:
         with safe_open(path, framework="pt") as file:
             said = json.loads((file.metadata() or {}).get("meta", "{}"))
-            return {key: file.get_tensor(key) for key in file.keys() if tensors}, said  # noqa: SIM118 (not a dict)
+            return {key: file.get_tensor(key) for key in file.keys() if tensors}, said  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except (SafetensorError, ValueError) as error:
-        raise Failure(f"checkpoint {path} is damaged ({error}); delete it to start this stage again.") from error
+        raise Failure(
+            f"checkpoint {path} is damaged ({error}); delete it to start this stage again."
+        ) from error
 
 
 def pack(name: str, module: nn.Module) -> dict[str, Tensor]:
@@ -54,7 +62,11 @@ def pack(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def unpack(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+    return {
+        key.removeprefix(f"{name}/"): value
+        for key, value in tensors.items()
+        if key.startswith(f"{name}/")
+    }
 
 
 def pack_optimizer(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -62,14 +74,20 @@ def pack_optimizer(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     packed: dict[str, Tensor] = {}
     for place, entry in optimizer.state_dict()["state"].items():
         for key, value in entry.items():
-            if isinstance(value, dict):  # bitsandbytes' own; some share memory, which safetensors does not take
-                packed |= {f"{name}/{place}/{inner}": tensor.clone() for inner, tensor in value.items()}
+            if isinstance(
+                value, dict
+            ):  # bitsandbytes' own; some share memory, which safetensors does not take
+                packed |= {
+                    f"{name}/{place}/{inner}": tensor.clone() for inner, tensor in value.items()
+                }
             else:
                 packed[f"{name}/{place}/{key}"] = torch.as_tensor(value)
     return packed
 
 
-def unpack_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def unpack_optimizer(
+    name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor | int]] = {}
     for key, value in unpack(name, tensors).items():
@@ -78,8 +96,12 @@ def unpack_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: dict[
             state.setdefault(int(place), {})[field] = int(value)
             continue
         same = value.shape == parameters[int(place)].shape and value.ndim > 0
-        state.setdefault(int(place), {})[field] = fsdp.like(value, parameters[int(place)]) if same else value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        state.setdefault(int(place), {})[field] = (
+            fsdp.shard_like(value, parameters[int(place)]) if same else value
+        )
+    optimizer.load_state_dict(
+        {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+    )
 
 
 class EMA:

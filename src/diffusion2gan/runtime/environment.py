@@ -8,7 +8,7 @@ import os
 from diffusion2gan.errors import UserError
 
 
-def number(name: str, default: float) -> float:
+def env_number(name: str, default: float) -> float:
     """The variable's value, `default` where it is not set. Raises UserError where it is no number of 0 or more."""
     text = os.environ.get(name, str(default))
     try:
@@ -16,5 +16,7 @@ def number(name: str, default: float) -> float:
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise UserError(f"{name}={text!r} in the environment is no number of 0 or more; unset it for {default:g}")
+        raise UserError(
+            f"{name}={text!r} in the environment is no number of 0 or more; unset it for {default:g}"
+        )
     return value

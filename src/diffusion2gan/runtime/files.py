@@ -20,11 +20,13 @@ from safetensors import SafetensorError
 
 from diffusion2gan.errors import Failure, UserError
 
-HOST = re.sub(r"[^\w]", "_", socket.gethostname())  # machines that share a disk have the same process numbers
+HOST = re.sub(
+    r"[^\w]", "_", socket.gethostname()
+)  # machines that share a disk have the same process numbers
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`; renamed onto it (file or folder) when the block succeeds.
 
     A crash, Ctrl-C or full disk leaves what was there before. Raises Failure where the disk is full, OSError where
@@ -52,7 +54,9 @@ def whole(path: Path) -> Iterator[Path]:
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
     finally:
-        with contextlib.suppress(OSError):  # a disk that is read-only has none to delete, and says so
+        with contextlib.suppress(
+            OSError
+        ):  # a disk that is read-only has none to delete, and says so
             _delete(temporary)
 
 
@@ -103,8 +107,10 @@ def _replace_folder(new: Path, path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    with whole(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(
+            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def read_json(path: Path) -> Any:
@@ -113,7 +119,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not JSON: {error}. Was it cut off or edited? Make it again.") from error
+        raise UserError(
+            f"{path} is not JSON: {error}. Was it cut off or edited? Make it again."
+        ) from error
 
 
 def sha256(path: Path) -> str:
@@ -123,13 +131,15 @@ def sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     files = sorted([*path.rglob("*.safetensors"), *path.rglob("scheduler_config.json")])
-    return hashlib.sha256("".join(f"{f.relative_to(path)}:{sha256(f)}\n" for f in files).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{f.relative_to(path)}:{sha256(f)}\n" for f in files).encode()
+    ).hexdigest()
 
 
 def write_image(path: Path, save: Callable[[Path], None]) -> None:
     """Calls `save(temporary)` and renames; the temporary keeps the suffix, which tells Pillow the format."""
     path = Path(path)
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         named = temporary.with_name(temporary.name + path.suffix)
         try:
             save(named)

@@ -10,7 +10,9 @@ from torch import Tensor
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """[B, 3, H, W] in [−1, 1] → [B, H, W, 3] uint8, rounded, as diffusers does."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return (
+        ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    )
 
 
 def from_uint8(pictures: np.ndarray) -> Tensor:
@@ -22,7 +24,7 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in to_uint8(images)]
 
 
-def sheet(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+def contact_sheet(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
     """A contact sheet, row by row, on white."""
     pictures = to_uint8(images)
     _, height, width, _ = pictures.shape

@@ -18,7 +18,7 @@ from diffusion2gan.errors import UserError
 
 
 @contextmanager
-def claimed(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path) -> Iterator[None]:
     """Holds `path` while the block runs, by a lock file beside it that the kernel frees when its owner dies.
 
     Raises UserError, naming the owner, where another living process holds it.
@@ -34,11 +34,15 @@ def claimed(path: Path) -> Iterator[None]:
             "give each its own part: --shard-range for pairs, another --out for runs."
         ) from None
     try:
-        file.write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8")
+        file.write_text(
+            json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8"
+        )
         _sweep(path)
         yield
     finally:
-        file.unlink(missing_ok=True)  # while it is still held: whoever opened it meanwhile sees that it is gone
+        file.unlink(
+            missing_ok=True
+        )  # while it is still held: whoever opened it meanwhile sees that it is gone
         lock.release()
 
 

@@ -7,9 +7,18 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # of several, one speaks
+console = Console(
+    stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0"
+)  # of several, one speaks
 
 
 def clock(seconds: float) -> str:
@@ -25,16 +34,28 @@ class Bar:
         self._what, self._total, self._done, self._first = what, total, done, done
         self._plain_every_s = plain_every_s
         self._note = ""
-        self._live = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("ETA"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
-        ) if console.is_terminal else None  # fmt: skip
+        self._live = (
+            Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            if console.is_terminal
+            else None
+        )
 
     def __enter__(self) -> Bar:
         self._start = self._last = time.monotonic()
         if self._live:
             self._live.start()
-            self._task = self._live.add_task(self._what, total=self._total, completed=self._done, note="")
+            self._task = self._live.add_task(
+                self._what, total=self._total, completed=self._done, note=""
+            )
         return self
 
     def advance(self, count: int, note: str = "") -> None:
@@ -57,6 +78,8 @@ class Bar:
         left = clock((self._total - self._done) / pace) if pace > 0 else "?"
         return f"{self._what}: {self._done}/{self._total} · {pace:.1f}/s · ETA {left} {self._note}".rstrip()
 
-    def __exit__(self, kind: type[BaseException] | None, value: object, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: object, trace: TracebackType | None
+    ) -> None:
         if self._live:
             self._live.stop()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion2gan import assets
 from diffusion2gan.errors import UserError
-from diffusion2gan.pocket import shipped
 from diffusion2gan.runtime.files import read_json, sha256
 from diffusion2gan.teacher.hub import find
 
@@ -27,10 +27,18 @@ def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
         )
     from diffusers import AutoencoderDC, AutoencoderKL
 
-    kind = AutoencoderDC if read_json(folder / "config.json").get("_class_name") == "AutoencoderDC" else AutoencoderKL
+    kind = (
+        AutoencoderDC
+        if read_json(folder / "config.json").get("_class_name") == "AutoencoderDC"
+        else AutoencoderKL
+    )
     try:
         vae = kind.from_pretrained(
-            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+            folder,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"the VAE in {folder} does not load: {error}") from error
@@ -43,13 +51,15 @@ def vae_revision(name: str | Path) -> str:
 
 
 def _folder(name: str | Path) -> Path:
-    folder = shipped.folder("teacher") if str(name) == "pocket" else find(str(name))[0]
+    folder = assets.folder("teacher") if str(name) == "pocket" else find(str(name))[0]
     return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
 
 
 def spatial_factor(vae: Any) -> int:
     """How many times smaller its latents are."""
-    widths = getattr(vae.config, "encoder_block_out_channels", None) or vae.config.block_out_channels
+    widths = (
+        getattr(vae.config, "encoder_block_out_channels", None) or vae.config.block_out_channels
+    )
     return int(2 ** (len(widths) - 1))
 
 
@@ -61,7 +71,9 @@ def num_latent_channels(vae: Any) -> int:
 def encode(vae: Any, images: Tensor) -> Tensor:
     """Latents × scaling_factor, [B, C, h, w] float32: the posterior's mean. `images` [B, 3, H, W] in [−1, 1]."""
     encoded = vae.encode(images.to(vae.dtype))
-    mean = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent  # a DC-AE has no posterior
+    mean = (
+        encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
+    )  # a DC-AE has no posterior
     shift, factor = normalisation(vae, mean)
     return ((mean - shift) * factor).float()
 
@@ -69,7 +81,9 @@ def encode(vae: Any, images: Tensor) -> Tensor:
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Images [B, 3, H, W], about [−1, 1], not clamped, of latents × scaling_factor; differentiable."""
     shift, factor = normalisation(vae, latents)
-    return torch.as_tensor(vae.decode((latents / factor + shift).to(vae.dtype), return_dict=False)[0])
+    return torch.as_tensor(
+        vae.decode((latents / factor + shift).to(vae.dtype), return_dict=False)[0]
+    )
 
 
 def normalisation(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | float]:

@@ -26,7 +26,9 @@ class Conditioning:
     @classmethod
     def concat(cls, *parts: Conditioning) -> Conditioning:
         """All rows of all parts, in order; every part has the same tensors."""
-        joined = {name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()}
+        joined = {
+            name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()
+        }
         return cls(**joined)
 
     def __len__(self) -> int:

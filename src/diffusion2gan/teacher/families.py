@@ -39,7 +39,9 @@ class Family:
 
 
 def encode_sd(pipeline: Any, prompts: Sequence[str], pixels: Pixels) -> Conditioning:
-    return Conditioning(pipeline.encode_prompt(list(prompts), pipeline.text_encoder.device, 1, False)[0])
+    return Conditioning(
+        pipeline.encode_prompt(list(prompts), pipeline.text_encoder.device, 1, False)[0]
+    )
 
 
 def unconditional_sd(pipeline: Any, pixels: Pixels) -> Conditioning:
@@ -47,7 +49,9 @@ def unconditional_sd(pipeline: Any, pixels: Pixels) -> Conditioning:
 
 
 def output_unet(network: Any, x_t: Tensor, timestep: float, cond: Conditioning) -> Tensor:
-    return torch.as_tensor(network(x_t, timestep, cond.prompt_embeds, added_cond_kwargs=added(cond)).sample)
+    return torch.as_tensor(
+        network(x_t, timestep, cond.prompt_embeds, added_cond_kwargs=added(cond)).sample
+    )
 
 
 def added(cond: Conditioning) -> dict[str, Tensor] | None:
@@ -75,19 +79,27 @@ def unconditional_sdxl(pipeline: Any, pixels: Pixels) -> Conditioning:
 def time_ids(pipeline: Any, pixels: Pixels, embeds: Tensor) -> Tensor:
     """[1, 6]: a picture of its full size, uncropped (Podell et al. 2023, section 2.2), as the pipeline's defaults."""
     projection = pipeline.text_encoder_2.config.projection_dim
-    return torch.as_tensor(pipeline._get_add_time_ids(pixels, (0, 0), pixels, embeds.dtype, projection)).to(embeds)
+    return torch.as_tensor(
+        pipeline._get_add_time_ids(pixels, (0, 0), pixels, embeds.dtype, projection)
+    ).to(embeds)
 
 
 def encode_sd3(pipeline: Any, prompts: Sequence[str], pixels: Pixels) -> Conditioning:
     """The T5 encoder is optional: without it the pipeline puts zeros in its place."""
     embeds, _, pooled, _ = pipeline.encode_prompt(
-        list(prompts), None, None, device=pipeline.text_encoder.device, do_classifier_free_guidance=False
+        list(prompts),
+        None,
+        None,
+        device=pipeline.text_encoder.device,
+        do_classifier_free_guidance=False,
     )
     return Conditioning(embeds, pooled)
 
 
 def unconditional_sd3(pipeline: Any, pixels: Pixels) -> Conditioning:
-    _, embeds, _, pooled = pipeline.encode_prompt([""], None, None, device=pipeline.text_encoder.device)
+    _, embeds, _, pooled = pipeline.encode_prompt(
+        [""], None, None, device=pipeline.text_encoder.device
+    )
     return Conditioning(embeds, pooled)
 
 
@@ -97,7 +109,9 @@ def output_sd3(network: Any, x_t: Tensor, timestep: float, cond: Conditioning) -
 
 
 def encode_flux(pipeline: Any, prompts: Sequence[str], pixels: Pixels) -> Conditioning:
-    embeds, pooled, _ = pipeline.encode_prompt(list(prompts), None, device=pipeline.text_encoder.device)
+    embeds, pooled, _ = pipeline.encode_prompt(
+        list(prompts), None, device=pipeline.text_encoder.device
+    )
     return Conditioning(embeds, pooled)
 
 
@@ -108,9 +122,14 @@ def unconditional_flux(pipeline: Any, pixels: Pixels) -> Conditioning:
 def output_flux(network: Any, x_t: Tensor, timestep: float, cond: Conditioning) -> Tensor:
     told = x_t.new_full((len(x_t),), timestep / 1000)
     tokens = network(
-        pack(x_t), cond.prompt_embeds, cond.pooled_prompt_embeds, told, guidance=flux_guidance(network, cond),
-        txt_ids=x_t.new_zeros(cond.prompt_embeds.shape[1], 3), img_ids=grid_ids(x_t),
-    ).sample  # fmt: skip
+        pack(x_t),
+        cond.prompt_embeds,
+        cond.pooled_prompt_embeds,
+        told,
+        guidance=flux_guidance(network, cond),
+        txt_ids=x_t.new_zeros(cond.prompt_embeds.shape[1], 3),
+        img_ids=grid_ids(x_t),
+    ).sample
     return unpack(tokens, x_t.shape[-2:])
 
 
@@ -123,7 +142,13 @@ def flux_guidance(network: Any, cond: Conditioning) -> Tensor | None:
 
 def pack(x: Tensor) -> Tensor:
     """[B, C, h, w] → tokens [B, h/2·w/2, 4C]: 2×2 patches, channels first."""
-    return x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return (
+        x.unflatten(2, (-1, 2))
+        .unflatten(4, (-1, 2))
+        .permute(0, 2, 4, 1, 3, 5)
+        .flatten(3)
+        .flatten(1, 2)
+    )
 
 
 def unpack(tokens: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
@@ -142,9 +167,14 @@ def grid_ids(x: Tensor) -> Tensor:
 
 def encode_sana(pipeline: Any, prompts: Sequence[str], pixels: Pixels) -> Conditioning:
     """With the instruction that the pipeline puts before a prompt by default (Xie et al. 2024, section 2.3)."""
-    instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+    instruction = (
+        inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+    )
     embeds, mask, _, _ = pipeline.encode_prompt(
-        list(prompts), False, device=pipeline.text_encoder.device, complex_human_instruction=instruction
+        list(prompts),
+        False,
+        device=pipeline.text_encoder.device,
+        complex_human_instruction=instruction,
     )
     return Conditioning(embeds, prompt_attention_mask=mask.float())
 
@@ -156,32 +186,60 @@ def unconditional_sana(pipeline: Any, pixels: Pixels) -> Conditioning:
 
 def output_sana(network: Any, x_t: Tensor, timestep: float, cond: Conditioning) -> Tensor:
     told = x_t.new_full((len(x_t),), timestep * network.config.timestep_scale)
-    answer = network(x_t, cond.prompt_embeds, told, encoder_attention_mask=cond.prompt_attention_mask).sample
+    answer = network(
+        x_t, cond.prompt_embeds, told, encoder_attention_mask=cond.prompt_attention_mask
+    ).sample
     return torch.as_tensor(answer[:, : x_t.shape[1]])  # some checkpoints answer a variance too
 
 
 FAMILIES = {
     "StableDiffusionPipeline": Family(
         "Stable Diffusion 1.x and 2.x: one CLIP text encoder, a conditional UNet, ε or v",
-        "unet", False, encode_sd, unconditional_sd, output_unet,
+        "unet",
+        False,
+        encode_sd,
+        unconditional_sd,
+        output_unet,
     ),
     "StableDiffusionXLPipeline": Family(
         "Stable Diffusion XL: two CLIP text encoders, pooled text and sizes beside the prompt",
-        "unet", False, encode_sdxl, unconditional_sdxl, output_unet,
+        "unet",
+        False,
+        encode_sdxl,
+        unconditional_sdxl,
+        output_unet,
     ),
     "StableDiffusion3Pipeline": Family(
         "Stable Diffusion 3 and 3.5: a flow transformer, two CLIP text encoders and, optionally, T5",
-        "transformer", True, encode_sd3, unconditional_sd3, output_sd3, tokenizer="tokenizer_3", num_tokens=256,
+        "transformer",
+        True,
+        encode_sd3,
+        unconditional_sd3,
+        output_sd3,
+        tokenizer="tokenizer_3",
+        num_tokens=256,
     ),
     "FluxPipeline": Family(
         "FLUX.1: a flow transformer on packed latents; dev reads the guidance scale, schnell has none",
-        "transformer", True, encode_flux, unconditional_flux, output_flux, 2, "tokenizer_2", 512,
+        "transformer",
+        True,
+        encode_flux,
+        unconditional_flux,
+        output_flux,
+        2,
+        "tokenizer_2",
+        512,
     ),
     "SanaPipeline": Family(
         "Sana: a linear flow transformer on the latents of a 32× autoencoder, Gemma as text encoder",
-        "transformer", True, encode_sana, unconditional_sana, output_sana, num_tokens=300,
+        "transformer",
+        True,
+        encode_sana,
+        unconditional_sana,
+        output_sana,
+        num_tokens=300,
     ),
-}  # fmt: skip
+}
 
 # What these are, and what to give instead: for the error that refuses them.
 REFUSED = {

@@ -12,7 +12,12 @@ from huggingface_hub import constants, snapshot_download
 from diffusion2gan.errors import UserError
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w.-]+))?")
-LIBRARIES = {"diffusers", "transformers", "stable_diffusion", None}  # stable_diffusion: the safety checker's, of old
+LIBRARIES = {
+    "diffusers",
+    "transformers",
+    "stable_diffusion",
+    None,
+}  # stable_diffusion: the safety checker's, of old
 
 
 def find(name: str) -> tuple[Path, str]:
@@ -57,4 +62,9 @@ def _is_own_code(name: str, kind: Any) -> bool:
     """Whether an entry of model_index.json names a class of neither library."""
     if name == "_class_name":
         return isinstance(kind, list)
-    return not name.startswith("_") and isinstance(kind, list) and len(kind) == 2 and kind[0] not in LIBRARIES
+    return (
+        not name.startswith("_")
+        and isinstance(kind, list)
+        and len(kind) == 2
+        and kind[0] not in LIBRARIES
+    )

@@ -12,9 +12,13 @@ from diffusion2gan.teacher.schedule import ode_step
 
 @torch.no_grad()
 def solve_ode(
-    teacher: Teacher, noise: Tensor, cond: Conditioning, uncond: Conditioning, num_inference_steps: int,
+    teacher: Teacher,
+    noise: Tensor,
+    cond: Conditioning,
+    uncond: Conditioning,
+    num_inference_steps: int,
     guidance_scale: float,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Latents [B, C, h, w] (float32, × scaling_factor) that DDIM, or Euler for flows, reaches from `noise`.
 
     Timesteps are those of the teacher's own scheduler settings, `num_inference_steps` of them. Classifier-free

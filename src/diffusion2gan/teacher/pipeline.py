@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,24 +10,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.utils import logging as diffusers_logging
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
-from transformers.utils import logging as transformers_logging
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.pocket import shipped
 from diffusion2gan.runtime.progress import console
-from diffusion2gan.teacher import autoencoder, hub, variants
+from diffusion2gan.teacher import autoencoder
 from diffusion2gan.teacher.conditioning import Conditioning as Conditioning
-from diffusion2gan.teacher.families import FAMILIES, REFUSED
-from diffusion2gan.teacher.remember import PromptStore
-from diffusion2gan.teacher.schedule import PREDICTIONS, Level, Step, to_x0
-
-diffusers_logging.set_verbosity_error()
-diffusers_logging.disable_progress_bar()
-transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
+from diffusion2gan.teacher.families import FAMILIES
+from diffusion2gan.teacher.prompt_cache import PromptCache
+from diffusion2gan.teacher.schedule import Level, Step, to_x0
 
 
 class Teacher:
@@ -39,7 +29,12 @@ class Teacher:
     """
 
     def __init__(
-        self, pipeline: Any, name: str, revision: str, resolution: int | None = None, folder: Path | None = None
+        self,
+        pipeline: Any,
+        name: str,
+        revision: str,
+        resolution: int | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.name, self.revision, self.resolution, self.folder = name, revision, resolution, folder
         self.pipeline = pipeline
@@ -51,18 +46,20 @@ class Teacher:
         self.vae = pipeline.vae
         self.tokenizer = getattr(pipeline, self.family.tokenizer) or pipeline.tokenizer
         self.scheduler: Any = (euler if self.family.flow else ddim)(pipeline.scheduler.config)
-        self.prediction_type: str = "flow_prediction" if self.family.flow else self.scheduler.config.prediction_type
-        self.truncation_told = False
+        self.prediction_type: str = (
+            "flow_prediction" if self.family.flow else self.scheduler.config.prediction_type
+        )
+        self.truncation_warned = False
         self.device: torch.device = next(self.network.parameters()).device
-        self.prompts: PromptStore | None = None
+        self.prompts: PromptCache | None = None
 
-    def remember_prompts(self, prompts: PromptStore) -> None:
+    def cache_prompts(self, prompts: PromptCache) -> None:
         """From now on prompts are looked up there, and the text encoders are gone."""
         self.prompts = prompts
         for name in [name for name in self.pipeline.components if name.startswith("text_encoder")]:
             setattr(self.pipeline, name, None)
 
-    def rest(self, *, network: bool, vae: bool) -> None:
+    def offload(self, *, network: bool, vae: bool) -> None:
         """Moves what is not needed for now to the CPU; `decode` takes the VAE back while it works."""
         for part in ([self.network] if network else []) + ([self.vae] if vae else []):
             part.to("cpu")
@@ -73,7 +70,9 @@ class Teacher:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        size = getattr(self.network.config, "sample_size", None) or self.pipeline.default_sample_size
+        size = (
+            getattr(self.network.config, "sample_size", None) or self.pipeline.default_sample_size
+        )
         if self.resolution is not None:
             size = self.resolution // self.spatial_factor
         height, width = (size, size) if isinstance(size, int) else size
@@ -144,7 +143,10 @@ class Teacher:
         self.scheduler.set_timesteps(num_inference_steps, **spacing)
         sigmas = self.scheduler.sigmas.tolist()
         levels = pairwise(map(Level.flow, sigmas))
-        return [Step(t, *both) for t, both in zip(self.scheduler.timesteps.tolist(), levels, strict=True)]
+        return [
+            Step(t, *both)
+            for t, both in zip(self.scheduler.timesteps.tolist(), levels, strict=True)
+        ]
 
     @property
     def num_image_tokens(self) -> int:
@@ -158,8 +160,8 @@ class Teacher:
         """Prompts → what the network reads. Too long ones are cut as diffusers cuts them."""
         if self.prompts is not None:
             return self.prompts.read(prompts).to(self.device)
-        if not self.truncation_told:
-            self.truncation_told = warn_truncated(self.tokenizer, prompts, self.num_tokens)
+        if not self.truncation_warned:
+            self.truncation_warned = warn_truncated(self.tokenizer, prompts, self.num_tokens)
         return self.family.encode(self.pipeline, prompts, self.pixels).to(self.device)
 
     @torch.no_grad()
@@ -167,7 +169,9 @@ class Teacher:
         """One row: what the network reads for no prompt, as the stock pipeline guides away from it."""
         return self.family.unconditional(self.pipeline, self.pixels).to(self.device)
 
-    def denoise(self, x_t: Tensor, timestep: float, cond: Conditioning, network: nn.Module | None = None) -> Tensor:
+    def denoise(
+        self, x_t: Tensor, timestep: float, cond: Conditioning, network: nn.Module | None = None
+    ) -> Tensor:
         """x0 [B, C, h, w] in float32, by the teacher's network or another of its kind."""
         output = self.family.output(network or self.network, x_t, timestep, cond)
         return to_x0(output, x_t, self.level(timestep), self.prediction_type)
@@ -189,13 +193,16 @@ def sharing_weights(network: Any) -> Any:
 def warn_truncated(tokenizer: Any, prompts: Sequence[str], limit: int | None = None) -> bool:
     """Says how many prompts are cut, if any, at the tokenizer's own limit or `limit`; returns whether it said so."""
     limit = limit or tokenizer.model_max_length
-    lengths = [len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids]
+    lengths = [
+        len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+    ]
     num_long = sum(length > limit for length in lengths)
     if num_long:
         console.print(
             f"warning: {num_long} of {len(prompts)} prompts are longer than the tokenizer's {limit} tokens and are cut "
-            "there, as diffusers does (said once).", soft_wrap=True,
-        )  # fmt: skip
+            "there, as diffusers does (said once).",
+            soft_wrap=True,
+        )
     return num_long > 0
 
 
@@ -207,146 +214,14 @@ def ddim(config: Any) -> DDIMScheduler:
 def euler(config: Any) -> FlowMatchEulerDiscreteScheduler:
     """Deterministic Euler with a flow pipeline's own shift, whatever its scheduler calls it."""
     shift = config.get("flow_shift", config.get("shift", 1.0))
-    return FlowMatchEulerDiscreteScheduler.from_config(config, shift=shift, stochastic_sampling=False)
+    return FlowMatchEulerDiscreteScheduler.from_config(
+        config, shift=shift, stochastic_sampling=False
+    )
 
 
 def shift_of(config: Any, num_tokens: int) -> float:
     """µ of a schedule shifted by resolution: linear in the number of image tokens (Esser et al. 2024, 5.3.2)."""
-    slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+    slope = (config.max_shift - config.base_shift) / (
+        config.max_image_seq_len - config.base_image_seq_len
+    )
     return float(config.base_shift + slope * (num_tokens - config.base_image_seq_len))
-
-
-def load_teacher(
-    name: str = "pocket", device: str | torch.device = "cpu", resolution: int | None = None, *,
-    config: str | None = None, loras: str | None = None, vae: str | None = None,
-) -> Teacher:  # fmt: skip
-    """`pocket`, the folder of a supported diffusers pipeline, a .safetensors of one's weights, or a hub's id: float32.
-
-    `resolution`, the pictures' side in pixels, is the model's own if not given. `config` is a single file's pipeline
-    folder; `loras`, `PATH[@SCALE]` with commas between, are merged into the weights; `vae` takes the VAE's place.
-    An id, `org/name` or `org/name@revision`, is looked up in the hub's cache on this machine; nothing is downloaded.
-    Raises UserError where something is not there, is not supported, or does not fit.
-    """
-    single, base = variants.is_single_file(name), hub.find(config)[0] if config is not None else None
-    if name == "pocket":
-        source, told = shipped.folder("teacher"), name
-    else:
-        source, told = (Path(name), Path(name).name) if single else hub.find(name)
-    if single:
-        family = check_pipeline_folder(base) if base is not None else None
-        pipeline = variants.load_single_file(source, base, family)
-        pipeline.set_progress_bar_config(disable=True)
-    else:
-        check_pipeline_folder(source)
-        pipeline = load_pipeline(source)
-    check_family(pipeline, source)
-    if loras and variants.has_peft():
-        variants.merge_loras(pipeline, loras)
-    if vae:
-        variants.replace_vae(pipeline, vae)
-    revision = variants.revision_of(source, base, loras, vae)
-    teacher = Teacher(pipeline.to(device), told, revision, resolution, source)
-    check_resolution(teacher)
-    return teacher
-
-
-def check_pipeline_folder(folder: Path) -> str:
-    """The class name in `model_index.json`. Raises UserError where there is none or it is not supported."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        what = "is not a folder" if not folder.is_dir() else "has no model_index.json"
-        raise UserError(
-            f"{folder} is no diffusers pipeline: it {what}. Give `pocket` or a folder that "
-            "`DiffusionPipeline.save_pretrained` wrote, or the id of a model in the hub's cache, such as org/name."
-        )
-    try:
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise UserError(f"{index} does not name a pipeline class ({error}); save the pipeline again.") from error
-    hub.check_no_code(folder)
-    if (name := str(name)) not in FAMILIES:
-        what = f" ({REFUSED[name]})" if name in REFUSED else ""
-        raise UserError(
-            f"{folder} is a {name}{what}, which is not supported; supported: {', '.join(FAMILIES)}. Convert it, choose "
-            "another teacher, or add its family: CONTRIBUTING.md shows how."
-        )
-    return name
-
-
-def load_pipeline(folder: Path) -> DiffusionPipeline:
-    """`DiffusionPipeline.from_pretrained` from disk alone: float32, safetensors only, no remote code, no checker.
-
-    `folder` has a `model_index.json`; which classes may teach is `check_pipeline_folder`'s to say.
-    """
-    hub.check_no_code(folder)
-    options: dict[str, Any] = absent_parts(folder)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    if index["_class_name"] == "StableDiffusionPipeline":
-        options |= {"safety_checker": None, "requires_safety_checker": False}
-    check_whole(folder, index, options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            pipeline = DiffusionPipeline.from_pretrained(
-                folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True, **options
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"the pipeline in {folder} does not load: {error}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def check_whole(folder: Path, index: dict[str, Any], without: dict[str, Any]) -> None:
-    """Raises UserError where a part that `index` names has no folder."""
-    parts = [name for name, kind in index.items() if isinstance(kind, list) and name not in without]
-    missing = [name for name in parts if not name.startswith("_") and not (folder / name).is_dir()]
-    if not missing:
-        return
-    optional = (
-        " Stable Diffusion 3 runs without its third encoder: write text_encoder_3 and tokenizer_3 as [null, null]"
-    )
-    raise UserError(
-        f"{folder} has no {missing[0]}, which its model_index.json names: it was not copied or downloaded whole."
-        + (f"{optional} there." if missing[0].endswith("_3") else "")
-    )
-
-
-def absent_parts(folder: Path) -> dict[str, None]:
-    """Those that a folder says it is without, as SD3's T5: `from_pretrained` must be told so again."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return {name: None for name, kind in index.items() if isinstance(kind, list) and kind[0] is None}
-
-
-def check_family(pipeline: Any, folder: Path) -> None:
-    """Raises UserError where a pipeline of a supported class holds a model that cannot teach."""
-    family = FAMILIES[type(pipeline).__name__]
-    config, network = pipeline.scheduler.config, getattr(pipeline, family.network).config
-    prediction = config.get("prediction_type", "epsilon")
-    known = PREDICTIONS[:3] if not family.flow else ("epsilon", "flow_prediction")  # "epsilon": not said
-    if prediction not in known:
-        raise UserError(f"{folder} predicts {prediction!r}; supported: {', '.join(known)}.")
-    if prediction == "epsilon" and config.get("rescale_betas_zero_snr", False):
-        raise UserError(
-            f"{folder} predicts ε with zero terminal SNR, where ε says nothing of the picture at the last timestep; "
-            "its scheduler_config.json should say v_prediction, or rescale_betas_zero_snr: false."
-        )
-    if "text_encoder" in pipeline.components and pipeline.text_encoder is None:
-        raise UserError(
-            f"{folder} has no text_encoder: it is the SDXL refiner, or not whole; give the base model's pipeline."
-        )
-    if getattr(network, "time_cond_proj_dim", None) is not None:
-        raise UserError(f"{folder} is already distilled (its network reads a guidance scale); give its own teacher.")
-    channels, latents = network.in_channels // family.packed**2, pipeline.vae.config.latent_channels
-    if channels != latents:
-        raise UserError(
-            f"{folder} takes {channels} channels, its VAE makes {latents}: it is an inpainting or editing model; give "
-            "a text-to-image one."
-        )
-
-
-def check_resolution(teacher: Teacher) -> None:
-    """Raises UserError where the asked resolution is no whole number of the network's patches."""
-    patch = teacher.family.packed * getattr(teacher.network.config, "patch_size", 1)
-    unit = teacher.spatial_factor * patch
-    if teacher.resolution is not None and (teacher.resolution <= 0 or teacher.resolution % unit):
-        raise UserError(f"resolution {teacher.resolution}: {teacher.name} makes pictures in steps of {unit} pixels.")

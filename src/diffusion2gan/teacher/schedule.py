@@ -53,7 +53,9 @@ def to_x0(output: Tensor, x_t: Tensor, level: Level, prediction_type: str) -> Te
             return output
         case "flow_prediction":
             return x_t - sigma * output
-    raise ValueError(f"unknown prediction_type {prediction_type!r}; known: {', '.join(PREDICTIONS)}")
+    raise ValueError(
+        f"unknown prediction_type {prediction_type!r}; known: {', '.join(PREDICTIONS)}"
+    )
 
 
 def ode_step(x_t: Tensor, x0: Tensor, here: Level, there: Level) -> Tensor:

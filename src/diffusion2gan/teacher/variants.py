@@ -54,18 +54,38 @@ def load_single_file(file: Path, config: Path | None, family: str | None) -> Any
                 no_checker = {"safety_checker": None} if family == "StableDiffusionPipeline" else {}
                 return kind.from_single_file(str(file), config=str(config), **options, **no_checker)
             network = network_class(config)
-            transformer = network.from_single_file(str(file), config=str(config), subfolder="transformer", **options)
-            absent = {"text_encoder_3": None, "tokenizer_3": None} if not (config / "text_encoder_3").is_dir() else {}
+            transformer = network.from_single_file(
+                str(file), config=str(config), subfolder="transformer", **options
+            )
+            absent = (
+                {"text_encoder_3": None, "tokenizer_3": None}
+                if not (config / "text_encoder_3").is_dir()
+                else {}
+            )
             absent = absent if family == "StableDiffusion3Pipeline" else {}
-            return kind.from_pretrained(config, transformer=transformer, use_safetensors=True, **options, **absent)
-        except (SingleFileComponentError, OSError, ValueError, LookupError, RuntimeError, AttributeError) as error:
+            return kind.from_pretrained(
+                config, transformer=transformer, use_safetensors=True, **options, **absent
+            )
+        except (
+            SingleFileComponentError,
+            OSError,
+            ValueError,
+            LookupError,
+            RuntimeError,
+            AttributeError,
+        ) as error:
             told = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise UserError(f"{file} does not load as the {family} that {config} describes: {told}") from error
+            raise UserError(
+                f"{file} does not load as the {family} that {config} describes: {told}"
+            ) from error
 
 
 def network_class(config: Path) -> Any:
     """The class of a pipeline folder's transformer."""
-    return getattr(diffusers, json.loads((config / "transformer" / "config.json").read_text("utf-8"))["_class_name"])
+    return getattr(
+        diffusers,
+        json.loads((config / "transformer" / "config.json").read_text("utf-8"))["_class_name"],
+    )
 
 
 def merge_loras(pipeline: Any, loras: str) -> None:
@@ -75,7 +95,11 @@ def merge_loras(pipeline: Any, loras: str) -> None:
     """
     for lora in loras.split(","):
         path, scale = lora_of(lora)
-        before = {name: len(parts) for name, parts in pipeline.get_list_adapters().items()} if has_peft() else {}
+        before = (
+            {name: len(parts) for name, parts in pipeline.get_list_adapters().items()}
+            if has_peft()
+            else {}
+        )
         try:
             pipeline.load_lora_weights(str(path), adapter_name="merged", local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -97,7 +121,9 @@ def has_peft() -> bool:
     try:
         import peft  # noqa: F401
     except ImportError as error:
-        raise UserError("a teacher with a LoRA needs peft: pip install 'diffusion2gan[lora]'") from error
+        raise UserError(
+            "a teacher with a LoRA needs peft: pip install 'diffusion2gan[lora]'"
+        ) from error
     return True
 
 
@@ -109,7 +135,9 @@ def lora_of(text: str) -> tuple[Path, float]:
     try:
         number = float(scale)
     except ValueError:
-        raise UserError(f"the LoRA {text!r}: what follows @ is its scale, a number, not {scale!r}") from None
+        raise UserError(
+            f"the LoRA {text!r}: what follows @ is its scale, a number, not {scale!r}"
+        ) from None
     is_single_file(path)
     if not Path(path).exists():
         raise UserError(f"no such LoRA: {path}")
@@ -119,7 +147,10 @@ def lora_of(text: str) -> tuple[Path, float]:
 def replace_vae(pipeline: Any, name: str) -> None:
     """Another VAE for the same latents. Raises UserError where its latents are of another kind."""
     vae = autoencoder.load_vae(name, pipeline.device)
-    kinds = [(autoencoder.num_latent_channels(x), autoencoder.spatial_factor(x)) for x in (pipeline.vae, vae)]
+    kinds = [
+        (autoencoder.num_latent_channels(x), autoencoder.spatial_factor(x))
+        for x in (pipeline.vae, vae)
+    ]
     if kinds[0] != kinds[1]:
         (channels, factor), (its_channels, its_factor) = kinds
         raise UserError(
@@ -132,7 +163,11 @@ def replace_vae(pipeline: Any, name: str) -> None:
 def revision_of(source: Path, config: Path | None, loras: str | None, vae: str | None) -> str:
     """A digest of all weights that make the teacher; a plain folder's is its own."""
     digest = sha256(source)[:16]
-    extras = [sha256(lora_of(lora)[0]) + f"@{lora_of(lora)[1]}" for lora in loras.split(",")] if loras else []
+    extras = (
+        [sha256(lora_of(lora)[0]) + f"@{lora_of(lora)[1]}" for lora in loras.split(",")]
+        if loras
+        else []
+    )
     extras += [autoencoder.vae_revision(vae)] if vae else []
     extras += [sha256(config)] if config and source.is_file() else []
     if not extras:

@@ -1,0 +1,58 @@
+"""`diffusion2gan export` and `generate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffusion2gan.cli.options import DeviceOption, PrecisionOption, here
+
+
+def export(
+    run: Annotated[
+        Path, typer.Argument(callback=here, help="A run's folder, or one of its checkpoints.")
+    ],
+    out: Annotated[Path, typer.Option(callback=here, help="The pipeline folder to write.")],
+    half: Annotated[bool, typer.Option("--half", help="float16 weights.")] = False,
+) -> None:
+    """Write a pipeline folder that stock diffusers runs with num_inference_steps=1, guidance_scale=0."""
+    import torch
+
+    from diffusion2gan import export as job
+
+    job.export(run, out, torch.float16 if half else torch.float32)
+    typer.echo(
+        f"{out}: DiffusionPipeline.from_pretrained({str(out)!r})(prompt, num_inference_steps=1, guidance_scale=0)"
+    )
+
+
+def generate(
+    student: Annotated[
+        str, typer.Argument(help="pocket-student, pocket-teacher or a pipeline folder.")
+    ],
+    prompt: Annotated[list[str], typer.Option(help="Repeat it for several prompts, one row each.")],
+    out: Annotated[Path, typer.Option(callback=here, help="The picture to write.")],
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    per_prompt: Annotated[
+        int, typer.Option(min=1, help="Pictures a prompt, from seeds seed, seed+1, …")
+    ] = 4,
+    num_inference_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0.0)] = None,
+    device: DeviceOption = "cpu",
+    precision: PrecisionOption = "float32",
+) -> None:
+    """Make pictures and print the seconds each took."""
+    from diffusion2gan import generate as job
+    from diffusion2gan.pipelines.system import load_system
+    from diffusion2gan.runtime.distributed import get_ranks, rank_device
+
+    system = load_system(
+        student, num_inference_steps, guidance_scale, rank_device(device), precision
+    )
+    seconds = job.generate(system, prompt, seed, per_prompt, out)
+    if get_ranks().is_main:
+        typer.echo(
+            f"{out}: {len(prompt) * per_prompt} pictures, {system.note}, {seconds:.4f} seconds per picture"
+        )

@@ -1,0 +1,155 @@
+"""A state cut over ranks, on disk: what several processes wrote, one reads whole, or says which part is wrong."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from diffusion2gan.errors import Failure
+from diffusion2gan.runtime import checkpoint, sharded_checkpoint
+
+WRITE = """
+import os, sys
+from pathlib import Path
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+sys.path.insert(0, sys.argv[2])
+from test_sharded_checkpoint import state
+from diffusion2gan.errors import Failure
+from diffusion2gan.runtime import sharded_checkpoint
+from diffusion2gan.runtime.distributed import connect_ranks
+
+def main(out):
+    with connect_ranks(torch.device("cpu")) as group:
+        mesh, beside = init_device_mesh("cpu", (group.ranks.world_size,)), group.new_gloo_group()
+        cut = lambda x: distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None)
+        tensors = {key: cut(value) if value.ndim and key != "whole" else value for key, value in state().items()}
+        write = sharded_checkpoint.staged(out / "parts", tensors, beside)
+        for value in tensors.values():
+            value.zero_()  # training goes on meanwhile
+        write()
+        full = sharded_checkpoint.staged(out / "no" / "such" if group.ranks.is_main else Path(__file__) / "below", tensors, beside)
+        try:
+            full()
+        except Failure as error:
+            (out / f"told{group.ranks.rank}").write_text(str(error))
+
+main(Path(sys.argv[1]))
+"""
+NAMES = [f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)]
+
+
+def state() -> dict[str, Tensor]:
+    """Rows that two ranks cannot halve, fewer rows than ranks, none at all; numbers; other types; one that is whole."""
+    generator = torch.Generator().manual_seed(0)
+    rows = {f"rows/{count}": torch.randn(count, 3, generator=generator) for count in (0, 1, 2, 5)}
+    rows |= {
+        "half": torch.randn(5, generator=generator).bfloat16(),
+        "integers": torch.arange(3),
+        "whole": torch.ones(4),
+    }
+    return rows | {"adam/0/step": torch.tensor(3.0), "count": torch.tensor(2**40)}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("written")
+    (out / "write.py").write_text(WRITE)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *launcher, out / "write.py", out, Path(__file__).parent]
+    ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    return out
+
+
+def test_one_process_reads_what_two_wrote(written: Path) -> None:
+    numels = {key: value.numel() for key, value in state().items()}
+    files = sharded_checkpoint.files(written / "parts", numels)
+    assert list(files) == NAMES and min(files.values()) > 0
+    found = sharded_checkpoint.read(written / "parts", files)
+    assert found.keys() == state().keys()
+    for key, value in state().items():
+        assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
+    rows = [
+        safe_open(written / "parts" / name, "pt").get_slice("rows/5").get_shape()[0]
+        for name in NAMES
+    ]
+    assert rows == [3, 2]  # each rank has written its own alone
+    with pytest.raises(
+        Failure, match=r"15 of the 18 numbers of rows/5.*all must see the same --out"
+    ):
+        sharded_checkpoint.files(written / "parts", numels | {"rows/5": 18})
+    with pytest.raises(Failure, match=r"0 of the 1 numbers of another"):
+        sharded_checkpoint.files(written / "parts", numels | {"another": 1})
+
+
+def test_a_rank_that_cannot_write_is_told_by_all(written: Path) -> None:
+    for rank in (0, 1):
+        told = (written / f"told{rank}").read_text()
+        assert (
+            "rank 1: NotADirectoryError" in told
+            and "The checkpoint before is intact" in told
+            and "\n" not in told
+        )
+    assert not (written / "no" / "such").exists()
+
+
+def test_a_wrong_part_is_named(written: Path, tmp_path: Path) -> None:
+    """Missing (DCP alone gives its rows by chance, or fewer rows), cut off, one too many, overwritten."""
+    for name in NAMES:
+        files = sharded_checkpoint.sizes(written / "parts")
+        for damage, told in (
+            (
+                lambda path: path.unlink(),
+                "no such file, and .* bytes when the checkpoint was written",
+            ),
+            (
+                lambda path: path.write_bytes(path.read_bytes()[:-1]),
+                "bytes, and .* bytes when the checkpoint",
+            ),
+            (
+                lambda path: shutil.copy(path, path.with_name("shard-3.safetensors")),
+                "shard-3.*and no such file when",
+            ),
+            (lambda path: path.write_bytes(b"\xff" * path.stat().st_size), "are damaged"),
+        ):
+            folder = tmp_path / "parts"
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(written / "parts", folder)
+            checkpoint.save(
+                tmp_path / "newest",
+                {},
+                {"parts": {"folder": "parts", "files": files}, "pairs_seen": 3},
+            )
+            tensors, meta = checkpoint.load(tmp_path / "newest")
+            assert torch.equal(tensors["rows/5"], state()["rows/5"]) and meta["pairs_seen"] == 3
+            damage(folder / name)
+            with pytest.raises(Failure, match=told + r"(.|\n)*another checkpoint of the run"):
+                checkpoint.load(tmp_path / "newest")
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (exec, ("raise SystemExit('unpickled')",))
+
+
+def test_no_pickle_is_read(written: Path, tmp_path: Path) -> None:
+    shutil.copytree(written / "parts", tmp_path / "parts")
+    (tmp_path / "parts" / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(SystemExit, match="unpickled"):
+        pickle.loads((tmp_path / "parts" / ".metadata").read_bytes())
+    assert (
+        sharded_checkpoint.read(
+            tmp_path / "parts", sharded_checkpoint.sizes(written / "parts")
+        ).keys()
+        == state().keys()
+    )

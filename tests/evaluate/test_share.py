@@ -105,9 +105,9 @@ def test_two_ranks_measure_what_one_process_does(tiny_teacher: Path, tmp_path: P
 LATE = """
 import os, sys, time, torch
 from diffusion2gan.errors import Failure
-from diffusion2gan.runtime import ranks
-ranks.PATIENCE_S = 2
-with ranks.connect_ranks(torch.device("cpu")) as group:
+from diffusion2gan.runtime import distributed
+distributed.PATIENCE_S = 2
+with distributed.connect_ranks(torch.device("cpu")) as group:
     if group.ranks.rank == 1:
         time.sleep(20)
         os._exit(0)

@@ -1,11 +1,11 @@
-"""Check that a refactoring changes no result: the same short run in two checkouts, compared bit for bit.
+"""Check that a refactoring changes no result: the same short run in two checkouts, bit for bit.
 
-    python benchmarks/same_behaviour.py --old ../old-checkout \
-        --renamed total_pairs=pairs_seen gradient_accumulation_steps=accumulate gan_start_pairs=adversarial_from
+    python benchmarks/same_behaviour.py --old ../old-checkout --renamed total_pairs=pairs_seen
 
-The run covers pair generation, regression, the discriminator with R1 and mix-and-match on two processes,
-a stop by SIGTERM, an exact resume, export and generation. `--renamed NEW=OLD` names settings that the old
-checkout calls differently. Writes docs/results/same_behaviour.json; exits with 1 if any file differs.
+The run covers pair generation, regression, the discriminator with R1 and mix-and-match on two
+processes, a stop by SIGTERM, an exact resume, export and generation. `--renamed NEW=OLD` names
+settings that the old checkout calls differently. Writes docs/results/same_behaviour.json; exits
+with 1 if any file differs.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def run_everything(checkout: Path, folder: Path, renamed: Mapping[str, str]) -> dict[str, str]:
-    """Run pairs, distill (stopped and resumed), export and generate; return each result's SHA-256."""
+    """Run every job, with distill stopped and resumed; return the SHA-256 of each result."""
     folder.mkdir(parents=True)
     run_command(checkout, folder, ["pairs", *PAIRS, "--out", "pairs"])
 

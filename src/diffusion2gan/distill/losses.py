@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffusion2gan.perceptual.augment import BatchRows
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, PixelLPIPS
 from diffusion2gan.perceptual.teacher_features import ensembled_distance, plain_distance
 from diffusion2gan.perceptual.weights import check_fits
@@ -16,14 +17,14 @@ from diffusion2gan.teacher.pipeline import Teacher
 
 
 class Distance(Protocol):
-    """`(a, b, generator)` → [B]. With `part` = (rows, size), a and b are those rows of a batch of that size."""
+    """`distance(a, b, generator, rows)` → [B]. With `rows`, a and b are these rows of a larger batch."""
 
     def __call__(
         self,
         a: Tensor,
         b: Tensor,
-        generator: torch.Generator,
-        part: tuple[slice, int] | None = None,
+        generator: torch.Generator | None = None,
+        rows: BatchRows | None = None,
     ) -> Tensor: ...
 
 
@@ -55,28 +56,22 @@ def build_distance(
         )
     match recipe.loss:
         case "mse":
-            return lambda a, b, generator, part=None: mse(a, b)
+            return lambda a, b, generator=None, rows=None: mse(a, b)
         case "pseudo_huber":
-            return lambda a, b, generator, part=None: pseudo_huber(a, b, recipe.pseudo_huber_c)
+            return lambda a, b, generator=None, rows=None: pseudo_huber(a, b, recipe.pseudo_huber_c)
         case "latent_lpips":
-            plain: LatentLPIPS = LatentLPIPS.from_pretrained(recipe.perceptual).to(device)
-            return lambda a, b, generator, part=None: plain(a, b)
+            return LatentLPIPS.from_pretrained(recipe.perceptual).to(device)
         case "e_latent_lpips":
-            ensembled: ELatentLPIPS = ELatentLPIPS.from_pretrained(
+            return ELatentLPIPS.from_pretrained(
                 recipe.perceptual, transforms=recipe.transforms, num_draws=recipe.num_draws
             ).to(device)
-            return lambda a, b, generator, part=None: ensembled(a, b, generator, part)
         case "pixel_lpips":
             assert teacher is not None, "pixel_lpips decodes: give the teacher"
-            pixels: PixelLPIPS = PixelLPIPS.from_pretrained(recipe.perceptual, vae=teacher.vae).to(
-                device
-            )
-            return lambda a, b, generator, part=None: pixels(a, b)
+            return PixelLPIPS.from_pretrained(recipe.perceptual, vae=teacher.vae).to(device)
 
 
 def _of_teacher(recipe: Recipe, teacher: Teacher) -> Distance:
     bfloat16 = recipe.precision == "bfloat16"
     if recipe.loss == "latent_lpips":
-        plain = plain_distance(teacher, bfloat16=bfloat16)
-        return lambda a, b, generator, part=None: plain(a, b)
+        return plain_distance(teacher, bfloat16=bfloat16)
     return ensembled_distance(teacher, recipe.transforms, recipe.num_draws, bfloat16=bfloat16)

@@ -40,6 +40,7 @@ from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.pairs.store import Pairs, PairsSpec, read_shard
+from diffusion2gan.perceptual.augment import BatchRows
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import fsdp
 from diffusion2gan.runtime.distributed import Flags, connect_ranks, get_ranks, resolve_device
@@ -249,7 +250,7 @@ def student_step(
         with run.autocast():
             latents = run.student(part.noise, part.cond)
         loss = regression = (
-            distance(latents, part.latents, generator, part.place).mean() * part.weight
+            distance(latents, part.latents, generator, part.batch_rows).mean() * part.weight
         )
         if run.discriminator is not None and weight > 0:
             with run.autocast():
@@ -289,8 +290,8 @@ class MicroBatch:
         return len(self.prompts) / len(self.batch)
 
     @property
-    def place(self) -> tuple[slice, int]:
-        return self.rows, len(self.batch)
+    def batch_rows(self) -> BatchRows:
+        return BatchRows(self.rows, len(self.batch))
 
 
 def micro_batches(run: Run, pairs: Pairs) -> list[MicroBatch]:

@@ -34,6 +34,18 @@ class Strengths:
 
 
 @dataclass(frozen=True)
+class BatchRows:
+    """Which rows of a larger batch two tensors are: `rows` of a batch of `batch_size` samples.
+
+    Transforms are drawn for the full batch and these rows are taken from it, so that dividing a batch into
+    micro-batches, or over ranks, does not change which transform a sample gets.
+    """
+
+    rows: slice
+    batch_size: int
+
+
+@dataclass(frozen=True)
 class Transform:
     """One T per sample; None where a part is off.
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.augment import (
+    BatchRows,
     Strengths,
     apply_transform,
     draw_transform,
@@ -92,8 +93,14 @@ class LatentLPIPS(nn.Module):
         self._frozen = (vgg._apply(fn), [head.to(fn(head).device) for head in heads])
         return super()._apply(fn, recurse)
 
-    def forward(self, a: Tensor, b: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """[B, C, h, w] twice → [B]. Nothing is drawn here: `generator` stands for the one interface of all three."""
+    def forward(
+        self,
+        a: Tensor,
+        b: Tensor,
+        generator: torch.Generator | None = None,
+        rows: BatchRows | None = None,
+    ) -> Tensor:
+        """[B]. This distance is deterministic: `generator` and `rows` are accepted and ignored."""
         self._check(a, b)
         return self._between(a.float(), b.float())
 
@@ -143,8 +150,8 @@ class ELatentLPIPS(LatentLPIPS):
     `transforms`: families joined by "+" (`geometric+cutout` is the paper's final choice); `num_draws`: Ts averaged
     per call; `strengths` (`Strengths`): how far each family goes; further options are LatentLPIPS's. For monitoring,
     fix T: `distance(a, b, generator)` with a generator seeded anew before each call gives each place of the batch the
-    same T every time; a CPU one on every machine. Without a generator T is drawn on the latents' own device. `part` =
-    (rows, size of the batch): `a` and `b` are these rows of a batch and get the Ts that they would get in it.
+    same T every time; a CPU one on every machine. Without a generator T is drawn on the latents' own device. With
+    `rows` (`BatchRows`), `a` and `b` are these rows of a larger batch and get the Ts that they would get in it.
     """
 
     def __init__(
@@ -170,11 +177,11 @@ class ELatentLPIPS(LatentLPIPS):
         a: Tensor,
         b: Tensor,
         generator: torch.Generator | None = None,
-        part: tuple[slice, int] | None = None,
+        rows: BatchRows | None = None,
     ) -> Tensor:
         self._check(a, b)
         draws = [
-            self._between(*self._transformed(a, b, generator, part)) for _ in range(self.num_draws)
+            self._between(*self._transformed(a, b, generator, rows)) for _ in range(self.num_draws)
         ]
         return torch.stack(draws).mean(0)
 
@@ -183,14 +190,15 @@ class ELatentLPIPS(LatentLPIPS):
         a: Tensor,
         b: Tensor,
         generator: torch.Generator | None,
-        part: tuple[slice, int] | None,
+        rows: BatchRows | None,
     ) -> tuple[Tensor, Tensor]:
         """(T a, T b) in float32, under autocast too."""
-        rows, batch = part or (slice(None), len(a))
+        if rows is None:
+            rows = BatchRows(slice(None), len(a))
         with torch.autocast(a.device.type, enabled=False):
             transform = draw_transform(
-                batch, self.families, generator, self.strengths, a.device
-            ).rows(rows)
+                rows.batch_size, self.families, generator, self.strengths, a.device
+            ).rows(rows.rows)
             return apply_transform(a, transform), apply_transform(b, transform)
 
 

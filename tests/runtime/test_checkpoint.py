@@ -10,7 +10,7 @@ from torch import nn
 
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.runtime import checkpoint
-from diffusion2gan.runtime.checkpoint import EMA
+from diffusion2gan.runtime.ema import EMA
 
 
 def network(seed: int = 0) -> nn.Sequential:

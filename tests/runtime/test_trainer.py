@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffusion2gan.runtime import trainer as module_fit
-from diffusion2gan.runtime.trainer import fit, learning_rate
+from diffusion2gan.runtime.trainer import FitConfig, fit, learning_rate
 
-NUM_PICTURES, BATCH = 48, 4
+NUM_SAMPLES, BATCH = 48, 4
 
 
 def tiny() -> nn.Module:
@@ -49,12 +49,8 @@ def train(folder: Path, stop_at: int | None = None, seed: int = 5) -> tuple[nn.M
         "stage",
         net,
         noisy_loss(net, calls, stop_at),
-        num_pictures=NUM_PICTURES,
-        batch_size=BATCH,
-        peak_lr=0.05,
-        folder=folder,
-        seed=seed,
-        ema_decay=0.9,
+        FitConfig(NUM_SAMPLES, BATCH, peak_lr=0.05, seed=seed, ema_decay=0.9),
+        folder,
     )
     return done, calls
 
@@ -72,7 +68,7 @@ def test_an_interrupted_stage_ends_with_the_same_bits(
 ) -> None:
     monkeypatch.setattr(module_fit, "CHECKPOINT_EVERY_S", 0.0)
     whole, calls = train(tmp_path / "whole")
-    assert calls == [range(i, i + BATCH) for i in range(0, NUM_PICTURES, BATCH)]
+    assert calls == [range(i, i + BATCH) for i in range(0, NUM_SAMPLES, BATCH)]
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut", stop_at=stop_at)
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["stage.safetensors"]
@@ -88,7 +84,7 @@ def test_progress_since_the_last_checkpoint_is_made_again(tmp_path: Path) -> Non
         train(tmp_path / "cut", stop_at=5)
     assert not (tmp_path / "cut").exists() or not list((tmp_path / "cut").iterdir())
     resumed, calls = train(tmp_path / "cut")
-    assert len(calls) == NUM_PICTURES // BATCH and same(resumed, train(tmp_path / "whole")[0])
+    assert len(calls) == NUM_SAMPLES // BATCH and same(resumed, train(tmp_path / "whole")[0])
 
 
 def test_a_finished_stage_is_loaded(tmp_path: Path) -> None:
@@ -111,17 +107,13 @@ def test_the_result_is_the_average_of_the_weights(tmp_path: Path) -> None:
         "stage",
         net,
         loss,
-        num_pictures=NUM_PICTURES,
-        batch_size=BATCH,
-        peak_lr=0.05,
-        folder=tmp_path,
-        seed=5,
-        ema_decay=0.9,
+        FitConfig(NUM_SAMPLES, BATCH, peak_lr=0.05, seed=5, ema_decay=0.9),
+        tmp_path,
     )[0].weight
     from diffusion2gan.runtime import checkpoint
 
     tensors, meta = checkpoint.load(tmp_path / "stage.safetensors")
-    assert meta == {"pictures_seen": NUM_PICTURES, "num_updates": len(seen)}
+    assert meta == {"pictures_seen": NUM_SAMPLES, "num_updates": len(seen)}
     expected = seen[0]
     for n, parameter in enumerate([*seen[1:], tensors["module/0.weight"].double()], 1):
         expected = expected + (1 - min(0.9, (1 + n) / (10 + n))) * (parameter - expected)
@@ -141,12 +133,8 @@ def test_it_learns(tmp_path: Path) -> None:
         "line",
         net,
         loss,
-        num_pictures=8000,
-        batch_size=16,
-        peak_lr=0.05,
-        folder=tmp_path,
-        seed=0,
-        ema_decay=0.9,
+        FitConfig(num_samples=8000, batch_size=16, peak_lr=0.05, seed=0, ema_decay=0.9),
+        tmp_path,
     )
     torch.testing.assert_close(net.weight, weights, rtol=0, atol=0.03)
     torch.testing.assert_close(net.bias, torch.ones(1), rtol=0, atol=0.03)
@@ -169,14 +157,14 @@ import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[2])
-from runtime.test_fit import BATCH, NUM_PICTURES, noisy_loss, tiny
-from diffusion2gan.runtime.trainer import fit
+from runtime.test_trainer import BATCH, NUM_SAMPLES, noisy_loss, tiny
+from diffusion2gan.runtime.trainer import FitConfig, fit
 from diffusion2gan.runtime.distributed import connect_ranks
 out = Path(sys.argv[1])
 with connect_ranks(torch.device("cpu")) as group:
     net = tiny()
-    done = fit("stage", net, noisy_loss(net, []), num_pictures=NUM_PICTURES, batch_size=BATCH, peak_lr=0.05,
-               folder=out, seed=5, ema_decay=0.9, group=group)
+    config = FitConfig(NUM_SAMPLES, BATCH, peak_lr=0.05, seed=5, ema_decay=0.9)
+    done = fit("stage", net, noisy_loss(net, []), config, out, group=group)
     save_file(done.state_dict(), out / f"rank{group.ranks.rank}.safetensors")
 """
 
@@ -194,8 +182,8 @@ def test_ranks_average_gradients_and_batch_norms(tmp_path: Path) -> None:
         torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.01),
     )
     shadow = {key: value.clone() for key, value in net.state_dict().items()}
-    for n, seen in enumerate(range(0, NUM_PICTURES, BATCH), 1):
-        optimizer.param_groups[0]["lr"] = learning_rate(seen / NUM_PICTURES, 0.05)
+    for n, seen in enumerate(range(0, NUM_SAMPLES, BATCH), 1):
+        optimizer.param_groups[0]["lr"] = learning_rate(seen / NUM_SAMPLES, 0.05)
         before, after, gradients = copy.deepcopy(net.state_dict()), [], []
         for start in (seen, seen + half):
             net.load_state_dict(before)

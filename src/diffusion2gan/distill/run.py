@@ -24,6 +24,7 @@ from diffusion2gan.recipe import Recipe, parse_recipe
 from diffusion2gan.runtime import checkpoint, fsdp, sharded_checkpoint
 from diffusion2gan.runtime.background import Background
 from diffusion2gan.runtime.distributed import Group, Ranks
+from diffusion2gan.runtime.ema import EMA
 from diffusion2gan.runtime.files import atomic_write, read_json, write_json
 from diffusion2gan.teacher.loading import load_teacher
 from diffusion2gan.teacher.pipeline import Teacher
@@ -53,7 +54,7 @@ class Run:
         if self.cut and recipe.lora_rank == 0:
             fsdp.shard(self.student.trained, teacher.device)
         self.optimizer = student_optimizer(recipe, self.student.trained)
-        self.ema = checkpoint.EMA(self.student.trained, recipe.ema_decay)
+        self.ema = EMA(self.student.trained, recipe.ema_decay)
         self.discriminator = (
             build_discriminator(recipe, teacher).train() if recipe.adversarial_weight > 0 else None
         )
@@ -71,7 +72,7 @@ class Run:
     def begin(self, weights: dict[str, Tensor]) -> None:
         """Gives the student other weights than the teacher's; its average starts there too."""
         fsdp.load_full_state(self.student.trained, weights)
-        self.ema = checkpoint.EMA(self.student.trained, self.recipe.ema_decay)
+        self.ema = EMA(self.student.trained, self.recipe.ema_decay)
 
     def autocast(self) -> AbstractContextManager[None]:
         """bfloat16 where the recipe asks for it; the student's output layer, distances and losses stay in float32."""
@@ -89,7 +90,7 @@ class Run:
         tensors = checkpoint.pack("student", self.student.trained) | checkpoint.pack_optimizer(
             "adam", self.optimizer
         )
-        tensors |= {f"ema/{key}": value for key, value in self.ema.shadow.items()}
+        tensors |= checkpoint.pack("ema", self.ema)
         if self.discriminator is not None and self.discriminator_optimizer is not None:
             tensors |= checkpoint.pack("discriminator", self.discriminator)
             tensors |= checkpoint.pack_optimizer("discriminator_adam", self.discriminator_optimizer)
@@ -123,14 +124,11 @@ class Run:
         tensors, meta = checkpoint.load(folder / CHECKPOINT)
         fsdp.load_full_state(self.student.trained, checkpoint.unpack("student", tensors))
         checkpoint.unpack_optimizer("adam", self.optimizer, tensors)
-        for key, value in checkpoint.unpack("ema", tensors).items():
-            self.ema.shadow[key] = fsdp.shard_like(
-                value.to(self.teacher.device), self.ema.shadow[key]
-            )
+        self.ema.load_state_dict(checkpoint.unpack("ema", tensors), meta["num_updates"])
         if self.discriminator is not None and self.discriminator_optimizer is not None:
             fsdp.load_full_state(self.discriminator, checkpoint.unpack("discriminator", tensors))
             checkpoint.unpack_optimizer("discriminator_adam", self.discriminator_optimizer, tensors)
-        self.ema.num_updates, self.pairs_seen = meta["num_updates"], meta["pairs_seen"]
+        self.pairs_seen = meta["pairs_seen"]
         if "health" in meta:  # runs of before it was kept have none
             self.health = Health.from_state(meta["health"])
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import signal
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -48,7 +47,8 @@ from diffusion2gan.runtime.files import write_image
 from diffusion2gan.runtime.images import contact_sheet
 from diffusion2gan.runtime.lock import exclusive_lock
 from diffusion2gan.runtime.progress import Bar, console
-from diffusion2gan.runtime.stop import stop_signal
+from diffusion2gan.runtime.schedule import cosine_decay
+from diffusion2gan.runtime.stop import StepControl, stop_signal
 from diffusion2gan.runtime.storage import Location
 from diffusion2gan.teacher.conditioning import Conditioning
 from diffusion2gan.teacher.prompt_cache import PromptCache
@@ -87,26 +87,21 @@ def train(run: Run, reader: PairReader, distance: Distance, out: Path) -> None:
     """The loop."""
     recipe, main = run.recipe, run.group.ranks.is_main
     batches = reader.batches(recipe.batch_size, run.pairs_seen)
-    saved = time.monotonic()
     with (
         stop_signal() as stopped,
         Bar(f"distill {recipe.loss}", recipe.total_pairs, run.pairs_seen) as bar,
     ):
-
-        def requested() -> Flags:
-            overdue = time.monotonic() - saved > recipe.checkpoint_every_s
-            return Flags(stop=stopped() is not None, save=main and overdue)
-
+        control = StepControl(stopped, main, recipe.checkpoint_every_s)
         while run.pairs_seen < recipe.total_pairs:
             before = run.pairs_seen
-            entry, flags = step(run, next(batches), distance, requested)
+            entry, flags = step(run, next(batches), distance, control.request)
             report(run, entry, out)
             bar.advance(recipe.batch_size, run.health.line())
             if before // recipe.sample_every != run.pairs_seen // recipe.sample_every:
                 write_samples(run, out, reader)
             if flags.stop or (flags.save and run.health.skipped_in_a_row == 0):
                 run.save(out)
-                saved = time.monotonic()
+                control.checkpoint_written()
             if flags.stop:
                 run.saved()
                 exit_after_signal(stopped())
@@ -366,8 +361,7 @@ def learning_rate(recipe: Recipe, pairs_seen: int) -> float:
             * (pairs_seen + recipe.batch_size)
             / (recipe.warmup * recipe.total_pairs)
         )
-    cosine = 0.5 * (1 + math.cos(math.pi * (progress - recipe.warmup) / (1 - recipe.warmup)))
-    return recipe.learning_rate * (0.05 + 0.95 * cosine)
+    return cosine_decay(progress, recipe.learning_rate, recipe.warmup, floor=0.05)
 
 
 def report(run: Run, entry: dict[str, Any], out: Path) -> None:

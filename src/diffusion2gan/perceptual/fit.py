@@ -33,8 +33,8 @@ from diffusion2gan.runtime.cache import Cache, Rows, ensure_settings, make_cache
 from diffusion2gan.runtime.distributed import Group, connect_ranks, get_ranks, resolve_device
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.lock import exclusive_lock
+from diffusion2gan.runtime.trainer import FitConfig, shuffled
 from diffusion2gan.runtime.trainer import fit as fit_module
-from diffusion2gan.runtime.trainer import shuffled
 from diffusion2gan.teacher.autoencoder import (
     encode,
     load_vae,
@@ -116,11 +116,8 @@ def fit(
                 "fit",
                 classifier,
                 loss,
-                num_pictures=epochs * len(training),
-                batch_size=batch_size,
-                peak_lr=peak_lr,
-                folder=work,
-                seed=seed,
+                FitConfig(epochs * len(training), batch_size, peak_lr, seed),
+                work,
                 group=group,
             )
         if not here.is_main:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion2gan.runtime.trainer import fit, shuffled
+from diffusion2gan.runtime.trainer import FitConfig, fit, shuffled
 
 EPS = 0.1
 
@@ -77,20 +77,16 @@ def calibrate_heads(
             ranker(differences0[places], differences1[places]), judge[places]
         )
 
-    fit(
-        stage,
-        ranker,
-        loss,
-        num_pictures=epochs * count,
+    config = FitConfig(
+        num_samples=epochs * count,
         batch_size=min(batch_size, count),
         peak_lr=peak_lr,
-        folder=folder,
         seed=seed,
-        betas=(0.5, 0.999),
-        weight_decay=0.0,
         ema_decay=0.0,
+        weight_decay=0.0,
+        betas=(0.5, 0.999),
         max_grad_norm=math.inf,
         schedule=flat_then_linear,
-        after_step=ranker.clamp,
     )
+    fit(stage, ranker, loss, config, folder, after_step=ranker.clamp)
     return list(ranker.heads.detach().split([len(head) for head in heads]))

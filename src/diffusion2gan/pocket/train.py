@@ -22,7 +22,7 @@ from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.pocket import models, scenes, triplets
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.progress import Bar
-from diffusion2gan.runtime.trainer import fit
+from diffusion2gan.runtime.trainer import FitConfig, fit
 from diffusion2gan.teacher.autoencoder import encode
 
 Device = torch.device | str
@@ -78,22 +78,16 @@ def train_vae(
         "vae",
         vae,
         lambda numbers: vae_loss(vae, images_of(numbers, device), 0.0),
-        num_pictures=num_pictures,
-        batch_size=16,
-        peak_lr=2e-3,
-        folder=folder,
-        seed=seed,
+        FitConfig(num_pictures, batch_size=16, peak_lr=2e-3, seed=seed),
+        folder,
     )
     vae.requires_grad_(True)
     fit(
         "vae_crops",
         vae,
         lambda numbers: vae_loss(vae, crops_of(numbers).to(device), 4.0),
-        num_pictures=num_crops,
-        batch_size=16,
-        peak_lr=2e-3,
-        folder=folder,
-        seed=seed,
+        FitConfig(num_crops, batch_size=16, peak_lr=2e-3, seed=seed),
+        folder,
     )
     with torch.no_grad():
         std = vae.encode(images_of(range(10**6, 10**6 + 512), device)).latent_dist.mean.std()
@@ -164,11 +158,8 @@ def train_probe(folder: Path, num_pictures: int, seed: int, device: Device = "cp
         "probe",
         probe,
         loss,
-        num_pictures=num_pictures,
-        batch_size=32,
-        peak_lr=2e-3,
-        folder=folder,
-        seed=seed,
+        FitConfig(num_pictures, batch_size=32, peak_lr=2e-3, seed=seed),
+        folder,
     )
     return probe
 
@@ -200,11 +191,8 @@ def train_clip(folder: Path, num_pictures: int, seed: int, device: Device = "cpu
         "clip",
         clip,
         loss,
-        num_pictures=num_pictures,
-        batch_size=128,
-        peak_lr=1e-3,
-        folder=folder,
-        seed=seed,
+        FitConfig(num_pictures, batch_size=128, peak_lr=1e-3, seed=seed),
+        folder,
     )
     return clip
 
@@ -280,11 +268,8 @@ def train_unet(
         "unet",
         denoiser,
         loss,
-        num_pictures=num_pictures,
-        batch_size=32,
-        peak_lr=1e-3,
-        folder=folder,
-        seed=seed,
+        FitConfig(num_pictures, batch_size=32, peak_lr=1e-3, seed=seed),
+        folder,
     )
     return denoiser
 
@@ -313,11 +298,8 @@ def train_vgg(
         stage,
         classifier,
         loss,
-        num_pictures=num_pictures,
-        batch_size=32,
-        peak_lr=1e-3,
-        folder=folder,
-        seed=seed,
+        FitConfig(num_pictures, batch_size=32, peak_lr=1e-3, seed=seed),
+        folder,
     )
     return vgg
 

@@ -1,10 +1,9 @@
-"""The loop that trains every helper network: pictures in, one loss, EMA, resumable by running it again, by ranks."""
+"""The training loop of every network but the student: one loss, AdamW, EMA, resumable, multi-rank."""
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,119 +11,156 @@ import torch
 from torch import Tensor, nn
 
 from diffusion2gan.runtime import checkpoint
-from diffusion2gan.runtime.distributed import Flags, Group, Ranks
+from diffusion2gan.runtime.distributed import Group, Ranks
+from diffusion2gan.runtime.ema import EMA
 from diffusion2gan.runtime.progress import Bar
-from diffusion2gan.runtime.stop import stop_signal
+from diffusion2gan.runtime.schedule import cosine_decay
+from diffusion2gan.runtime.stop import StepControl, stop_signal
 
 CHECKPOINT_EVERY_S = 120.0
+LOSS_SMOOTHING = 0.98  # of the running average that the progress bar shows
 
 
 def learning_rate(progress: float, peak: float, warmup: float = 0.03) -> float:
-    """Linear warm-up over the first `warmup` share, then a cosine to zero. `progress` in [0, 1]."""
+    """Linear warm-up over the first `warmup` of the training, then a cosine to zero.
+
+    `progress` is the share of the training done, in [0, 1].
+    """
     if progress < warmup:
         return peak * progress / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+    return cosine_decay(progress, peak, warmup)
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Settings of `fit`. `num_samples` counts repetitions: epochs × size of the data set.
+
+    `schedule(progress in [0, 1], peak_lr)` is the learning rate.
+    """
+
+    num_samples: int
+    batch_size: int
+    peak_lr: float
+    seed: int
+    ema_decay: float = 0.999
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    max_grad_norm: float = 1.0
+    schedule: Callable[[float, float], float] = learning_rate
 
 
 def shuffled(numbers: range, count: int, seed: int) -> list[int]:
-    """Which of `count` rows the pictures `numbers` of a run are: each epoch all of them, in an order of its own."""
-    return [_order(count, seed, n // count)[n % count] for n in numbers]
+    """Maps sample numbers of a run to rows of a data set of `count`: each epoch is a permutation."""
+    return [epoch_order(count, seed, n // count)[n % count] for n in numbers]
 
 
 @lru_cache(maxsize=4)
-def _order(count: int, seed: int, epoch: int) -> list[int]:
-    return torch.randperm(
-        count, generator=torch.Generator().manual_seed(seed * 65_537 + epoch)
-    ).tolist()
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 65_537 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
 
 
 def fit(
     stage: str,
     module: nn.Module,
     loss: Callable[[range], Tensor],
-    *,
-    num_pictures: int,
-    batch_size: int,
-    peak_lr: float,
+    config: FitConfig,
     folder: Path,
-    seed: int,
-    ema_decay: float = 0.999,
-    weight_decay: float = 0.01,
-    betas: tuple[float, float] = (0.9, 0.99),
-    max_grad_norm: float = 1.0,
-    schedule: Callable[[float, float], float] = learning_rate,
-    after_step: Callable[[], None] = lambda: None,
+    *,
+    after_step: Callable[[], None] | None = None,
     group: Group | None = None,
 ) -> nn.Module:
-    """Trains `module` by AdamW on `loss(picture numbers) → mean`; returns it with its averaged weights, in eval.
+    """Trains `module` on `loss(sample numbers) → mean`; returns it with its EMA weights, in eval mode.
 
-    Progress and optimiser state go to `folder/<stage>.safetensors` every two minutes; a finished stage is loaded.
-    `schedule(progress in [0, 1], peak_lr)` is the learning rate; `after_step` may project the weights.
+    The state is saved to `folder/<stage>.safetensors` every two minutes and at the end; run again,
+    an interrupted stage resumes with the same bits and a finished one is loaded. `after_step` may
+    project the weights.
 
-    Of each batch a rank of `group` takes its share; gradients are averaged, and buffers too: batch norm sees the rows
-    of one rank at a time, as under torch's DDP, so there the result depends on how many there are. The first writes.
+    Each rank of `group` computes its rows of every batch. Gradients are averaged over the ranks,
+    and so are floating-point buffers: batch norm normalises by the rows of one rank, as in torch's
+    DDP, so a network that has it depends on the number of ranks. The main rank writes.
     """
     group = group or Group(Ranks())
-    here = group.ranks
-    share = batch_size // here.world_size
+    ranks = group.ranks
+    rows_per_rank = config.batch_size // ranks.world_size
     path = folder / f"{stage}.safetensors"
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=peak_lr, betas=betas, weight_decay=weight_decay
+        module.parameters(), lr=config.peak_lr, betas=config.betas, weight_decay=config.weight_decay
     )
-    ema = checkpoint.EMA(module, ema_decay)
-    seen, there = 0, path.exists()
-    group.check_same(folder, checkpoint.meta(path)["pictures_seen"] if there else 0, "pictures")
-    if there:
-        tensors, meta = checkpoint.load(path)
-        seen, ema.num_updates = meta["pictures_seen"], meta["num_updates"]
-        module.load_state_dict(checkpoint.unpack("module", tensors))
-        ema.shadow = {
-            key: value.to(ema.shadow[key].device)
-            for key, value in checkpoint.unpack("ema", tensors).items()
-        }
-        checkpoint.unpack_optimizer("adam", optimizer, tensors)
+    ema = EMA(module, config.ema_decay)
 
-    def keep() -> None:
-        if not here.is_main:
-            return
-        tensors = checkpoint.pack("module", module) | checkpoint.pack_optimizer("adam", optimizer)
-        tensors |= {f"ema/{key}": value for key, value in ema.shadow.items()}
-        checkpoint.save(path, tensors, {"pictures_seen": seen, "num_updates": ema.num_updates})
+    # Resume
+    seen = 0
+    if path.exists():
+        seen = checkpoint.meta(path)["pictures_seen"]
+    group.check_same(folder, seen, "pictures")
+    if seen > 0:
+        load_state(path, module, optimizer, ema)
 
     module.train()
-    saved, running = time.monotonic(), None
-    with stop_signal() as stopped, Bar(stage, num_pictures, seen) as bar:
-        while seen < num_pictures:
-            mine = range(seen + here.rank * share, seen + (here.rank + 1) * share)
-            torch.manual_seed(
-                hash((seed, mine.start)) % 2**31
-            )  # the step's randomness depends on its place alone
-            for settings in optimizer.param_groups:
-                settings["lr"] = schedule(seen / num_pictures, peak_lr)
-            value = loss(mine) / here.world_size
+    running_loss = None
+    with stop_signal() as stopped, Bar(stage, config.num_samples, seen) as bar:
+        control = StepControl(stopped, ranks.is_main, CHECKPOINT_EVERY_S)
+        while seen < config.num_samples:
+            # This rank's rows; the randomness of a step depends only on its position in the run
+            start = seen + ranks.rank * rows_per_rank
+            numbers = range(start, start + rows_per_rank)
+            torch.manual_seed(hash((config.seed, numbers.start)) % 2**31)
+
+            # Forward and backward
+            value = loss(numbers) / ranks.world_size
             optimizer.zero_grad(set_to_none=True)
             value.backward()
+
+            # Average the gradients, the loss and the buffers over the ranks
             buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-            flags = Flags(
-                stop=stopped() is not None,
-                save=here.is_main and time.monotonic() - saved > CHECKPOINT_EVERY_S,
-            )
-            extras = [value.detach(), *(buffer / here.world_size for buffer in buffers)]
-            (value, *means), flags = group.sum(module, extras, flags)
+            extras = [value.detach()]
+            extras += [buffer / ranks.world_size for buffer in buffers]
+            (value, *means), flags = group.sum(module, extras, control.request())
             for buffer, mean in zip(buffers, means, strict=True):
                 buffer.copy_(mean)
-            nn.utils.clip_grad_norm_(module.parameters(), max_grad_norm)
+
+            # Update
+            rate = config.schedule(seen / config.num_samples, config.peak_lr)
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = rate
+            nn.utils.clip_grad_norm_(module.parameters(), config.max_grad_norm)
             optimizer.step()
-            after_step()
+            if after_step is not None:
+                after_step()
             ema.update(module)
-            seen += batch_size
-            last = float(value)
-            running = last if running is None else 0.98 * running + 0.02 * last
-            bar.advance(batch_size, f"loss {running:.4f}")
-            if flags.stop or flags.save or seen >= num_pictures:
-                keep()
-                saved = time.monotonic()
+            seen += config.batch_size
+
+            # Progress
+            last_loss = float(value)
+            if running_loss is None:
+                running_loss = last_loss
+            running_loss = LOSS_SMOOTHING * running_loss + (1 - LOSS_SMOOTHING) * last_loss
+            bar.advance(config.batch_size, f"loss {running_loss:.4f}")
+
+            # Checkpoint
+            if flags.stop or flags.save or seen >= config.num_samples:
+                if ranks.is_main:
+                    save_state(path, module, optimizer, ema, seen)
+                control.checkpoint_written()
             if flags.stop:
                 raise KeyboardInterrupt
+
     module.load_state_dict(ema.shadow)
     return module.eval().requires_grad_(False)
+
+
+def save_state(
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, seen: int
+) -> None:
+    tensors = checkpoint.pack("module", module)
+    tensors |= checkpoint.pack_optimizer("adam", optimizer)
+    tensors |= checkpoint.pack("ema", ema)
+    checkpoint.save(path, tensors, {"pictures_seen": seen, "num_updates": ema.num_updates})
+
+
+def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> None:
+    tensors, meta = checkpoint.load(path)
+    module.load_state_dict(checkpoint.unpack("module", tensors))
+    checkpoint.unpack_optimizer("adam", optimizer, tensors)
+    ema.load_state_dict(checkpoint.unpack("ema", tensors), meta["num_updates"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -220,3 +221,37 @@ def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
             for e in error.errors()
         )
         raise UserError(f"{where}: {told}") from error
+
+
+@dataclass(frozen=True)
+class RecipeSummary:
+    """What `diffusion2gan recipe list` prints about a recipe."""
+
+    description: str
+    teacher: str
+    hardware: str
+
+
+def shipped_recipes() -> list[str]:
+    """The names of the recipes in the package, sorted."""
+    return sorted(path.stem for path in SHIPPED.glob("*.toml"))
+
+
+def summarize_recipe(name: str) -> RecipeSummary:
+    """Summarizes a shipped recipe.
+
+    The first comment line of its file is the description; `# Hardware:` starts another.
+    """
+    text = (SHIPPED / f"{name}.toml").read_text(encoding="utf-8")
+    lines = text.splitlines()
+
+    hardware = "not stated"
+    for line in lines:
+        if line.startswith("# Hardware: "):
+            hardware = line.removeprefix("# Hardware: ").rstrip(".")
+
+    return RecipeSummary(
+        description=lines[0].removeprefix("# "),
+        teacher=str(tomllib.loads(text)["teacher"]),
+        hardware=hardware,
+    )

@@ -41,6 +41,9 @@ VERBS = (
     ["pairs", "merge"],
     ["pairs", "export"],
     ["pairs", "import"],
+    ["recipe"],
+    ["recipe", "list"],
+    ["recipe", "show"],
     ["plan"],
     ["distill"],
     ["export"],
@@ -556,13 +559,13 @@ def test_a_plan(tmp_path: Path) -> None:
     )  # the paper's GPUs, more than the recipe's parts take
     assert (
         paper.code == 0
-        and "gradient_accumulation_steps: 1 (the fewest parts that fit; the recipe has 32)"
+        and "gradient_accumulation_steps: 1 (the fewest micro-batches that fit in memory; the recipe has 32)"
         in paper.out
     )
     sdxl = run("plan", "sdxl", "--gpus", 8)
     assert sdxl.code == 0 and "model: sdxl (the recipe's teacher)" in sdxl.out
     assert (
-        "gradient_accumulation_steps: 64 (nothing fits, so one pair a part; the recipe has 128)"
+        "gradient_accumulation_steps: 64 (nothing fits in memory, so one pair per micro-batch; the recipe has 128)"
         in sdxl.out
     )
     cut = run("plan", "sdxl", "--gpus", 8, "--set", "strategy=fsdp", "--model", "sdxl")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion2gan.cli.options import DeviceOption, PrecisionOption, here
+from diffusion2gan.cli.options import DeviceOption, PrecisionOption, local_path
 from diffusion2gan.errors import UserError
 
 
@@ -19,9 +19,10 @@ def compare(
         ),
     ],
     prompts: Annotated[
-        Path, typer.Option(callback=here, help="A text file, one prompt a line, one row each.")
+        Path,
+        typer.Option(callback=local_path, help="A text file, one prompt a line, one row each."),
     ],
-    out: Annotated[Path, typer.Option(callback=here, help="The report's folder.")],
+    out: Annotated[Path, typer.Option(callback=local_path, help="The report's folder.")],
     metrics: Annotated[
         list[str] | None, typer.Option(help="NAME=metrics.json, from evaluate; repeatable.")
     ] = None,
@@ -53,14 +54,15 @@ def serve(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(callback=here, help="With --vote: a text file, one prompt a line."),
+        typer.Option(callback=local_path, help="With --vote: a text file, one prompt a line."),
     ] = None,
     votes: Annotated[
-        Path, typer.Option(callback=here, help="With --vote: the file that votes are added to.")
+        Path,
+        typer.Option(callback=local_path, help="With --vote: the file that votes are added to."),
     ] = Path("votes.jsonl"),
-    history: Annotated[Path, typer.Option(callback=here, help="Where kept pictures go.")] = Path(
-        "history"
-    ),
+    history: Annotated[
+        Path, typer.Option(callback=local_path, help="Where kept pictures go.")
+    ] = Path("history"),
     seed: Annotated[int, typer.Option(min=0, max=255, help="With --vote: the noises' set.")] = 255,
     host: Annotated[
         str, typer.Option(help="Another address than this lets other machines in.")
@@ -87,7 +89,9 @@ def serve(
 
 
 def votes(
-    file: Annotated[Path, typer.Argument(callback=here, help="What `serve --vote` has written.")],
+    file: Annotated[
+        Path, typer.Argument(callback=local_path, help="What `serve --vote` has written.")
+    ],
 ) -> None:
     """Which of two systems voters preferred, with a 95 % interval."""
     from diffusion2gan.serve.votes import summary

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from diffusion2gan.cli.options import SetOption, here
+from diffusion2gan.cli.options import SetOption, local_path
 
 
 def demo(
     out: Annotated[
-        Path, typer.Option(callback=here, help="The folder for everything it makes.")
+        Path, typer.Option(callback=local_path, help="The folder for everything it makes.")
     ] = Path("demo"),
     count: Annotated[int, typer.Option(min=2, help="Held-out captions to measure on.")] = 256,
     num_prompts: Annotated[int, typer.Option(min=1, help="Rows of the report.")] = 12,

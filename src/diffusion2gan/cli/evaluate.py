@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from diffusion2gan.cli.options import here
+from diffusion2gan.cli.options import local_path
 from diffusion2gan.errors import UserError
 
 
@@ -18,7 +18,7 @@ def evaluate(
             help="pocket-teacher, pocket-student, a folder (pipeline or pictures), or ROW=FOLDER[+FILE]."
         ),
     ],
-    out: Annotated[Path, typer.Option(callback=here, help="The JSON file to write.")] = Path(
+    out: Annotated[Path, typer.Option(callback=local_path, help="The JSON file to write.")] = Path(
         "metrics.json"
     ),
     count: Annotated[int, typer.Option(min=2, help="Held-out captions.")] = 1000,
@@ -27,7 +27,9 @@ def evaluate(
     guidance_scale: Annotated[float | None, typer.Option(min=0.0)] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(callback=here, help="Where pictures are kept; beside --out if not given."),
+        typer.Option(
+            callback=local_path, help="Where pictures are kept; beside --out if not given."
+        ),
     ] = None,
     num_noises: Annotated[
         int, typer.Option(min=1, help="Pictures a caption; above 1 tells diversity too.")
@@ -38,16 +40,18 @@ def evaluate(
     protocol: Annotated[str, typer.Option(help="pocket, coco2014-30k or coco2017-5k.")] = "pocket",
     captions: Annotated[
         Path | None,
-        typer.Option(callback=here, help="COCO: one caption a line, or the annotations .json."),
+        typer.Option(
+            callback=local_path, help="COCO: one caption a line, or the annotations .json."
+        ),
     ] = None,
     captions_sha256: Annotated[
         str | None, typer.Option(help="COCO: refuse another list of captions.")
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(callback=here, help="COCO: the folder of real pictures.")
+        Path | None, typer.Option(callback=local_path, help="COCO: the folder of real pictures.")
     ] = None,
     inception: Annotated[
-        Path | None, typer.Option(callback=here, help="COCO: the FID network's weights.")
+        Path | None, typer.Option(callback=local_path, help="COCO: the FID network's weights.")
     ] = None,
     clip: Annotated[str | None, typer.Option(help="COCO: a CLIP, folder or id.")] = None,
     dinov2: Annotated[str | None, typer.Option(help="COCO: a DINOv2, folder or id.")] = None,

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from diffusion2gan.cli.options import DeviceOption, PrecisionOption, here
+from diffusion2gan.cli.options import DeviceOption, PrecisionOption, local_path
 
 
 def export(
     run: Annotated[
-        Path, typer.Argument(callback=here, help="A run's folder, or one of its checkpoints.")
+        Path, typer.Argument(callback=local_path, help="A run's folder, or one of its checkpoints.")
     ],
-    out: Annotated[Path, typer.Option(callback=here, help="The pipeline folder to write.")],
+    out: Annotated[Path, typer.Option(callback=local_path, help="The pipeline folder to write.")],
     half: Annotated[bool, typer.Option("--half", help="float16 weights.")] = False,
 ) -> None:
     """Write a pipeline folder that stock diffusers runs with num_inference_steps=1, guidance_scale=0."""
@@ -33,7 +33,7 @@ def generate(
         str, typer.Argument(help="pocket-student, pocket-teacher or a pipeline folder.")
     ],
     prompt: Annotated[list[str], typer.Option(help="Repeat it for several prompts, one row each.")],
-    out: Annotated[Path, typer.Option(callback=here, help="The picture to write.")],
+    out: Annotated[Path, typer.Option(callback=local_path, help="The picture to write.")],
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     per_prompt: Annotated[
         int, typer.Option(min=1, help="Pictures a prompt, from seeds seed, seed+1, …")

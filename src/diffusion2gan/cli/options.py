@@ -10,42 +10,61 @@ import typer
 
 from diffusion2gan.errors import UserError
 
-TAKE_URLS = "distill --pairs, pairs --out, pairs import --out, and the sets of pairs info, verify, merge and export"
+TAKE_URLS = (
+    "distill --pairs, pairs --out, pairs import --out, and the pairs commands info, verify, "
+    "merge and export"
+)
+
 TeacherOption = Annotated[
-    str, typer.Option(help="`pocket`, the folder of a diffusers pipeline, or a .safetensors.")
+    str, typer.Option(help="`pocket`, the folder of a diffusers pipeline, or a .safetensors file.")
 ]
-DeviceOption = Annotated[
-    str, typer.Option(help="cpu, cuda, …; under torchrun cuda is the rank's own.")
+TeacherConfigOption = Annotated[
+    str | None, typer.Option(help="The pipeline folder that belongs to a single-file teacher.")
 ]
-TeacherConfigOption = Annotated[str | None, typer.Option(help="A single file's pipeline folder.")]
 TeacherLoraOption = Annotated[
-    str | None, typer.Option(help="LoRAs to merge: PATH[@SCALE], commas between.")
+    str | None,
+    typer.Option(help="LoRAs merged into the teacher: PATH[@SCALE], separated by commas."),
 ]
 VaeOption = Annotated[
-    str | None, typer.Option(help="Another VAE for the same latents: its folder.")
+    str | None, typer.Option(help="The folder of another VAE for the same latents.")
 ]
 ResolutionOption = Annotated[
-    int | None, typer.Option(min=1, help="The pictures' side, if not the teacher's own.")
+    int | None, typer.Option(min=1, help="The side of the images, if not the teacher's default.")
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="cpu, cuda, …; under torchrun, cuda is the GPU of each rank.")
 ]
 PrecisionOption = Annotated[
-    Literal["float32", "float16", "bfloat16"], typer.Option(help="The systems'.")
+    Literal["float32", "float16", "bfloat16"], typer.Option(help="The precision of the weights.")
 ]
 PriceOption = Annotated[
-    float | None, typer.Option(min=0.0, help="With --dry-run: money, in whatever it is in.")
+    float | None,
+    typer.Option(min=0.0, help="With --dry-run: price of a GPU hour, in any currency."),
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="A recipe's setting, key=value; repeatable.")
+    list[str] | None,
+    typer.Option("--set", help="Change a setting of the recipe: key=value; repeatable."),
 ]
 
 
-def here(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
-    """A path as it is. Raises UserError where it was a URL: `Path` would quietly make a folder `s3:` of it."""
-    if path is not None and (url := re.match(r"(\w[\w+.-]+:)/(.*)", str(path))):
-        named = (
-            parameter.opts[0] if parameter.opts[0].startswith("-") else parameter.opts[0].upper()
-        )
-        raise UserError(
-            f"{named} {url[1]}//{url[2]} is a URL, and this must be a path on this machine. Name a local one, and "
-            f"copy it from or to the store with the store's own tool. A URL is taken by {TAKE_URLS}."
-        )
-    return path
+def local_path(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Option callback: returns the path unchanged.
+
+    Raises UserError if it was a URL: `Path("s3://bucket/x")` would silently name a local folder
+    `s3:`.
+    """
+    if path is None:
+        return None
+
+    url = re.match(r"(\w[\w+.-]+:)/(.*)", str(path))
+    if url is None:
+        return path
+
+    name = parameter.opts[0]
+    if not name.startswith("-"):
+        name = name.upper()
+    raise UserError(
+        f"{name} {url[1]}//{url[2]} is a URL, but this must be a path on this machine. Use a local "
+        "path and copy the files from or to the store with the store's own tool. URLs are "
+        f"accepted by {TAKE_URLS}."
+    )

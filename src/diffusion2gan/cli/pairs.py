@@ -16,7 +16,7 @@ from diffusion2gan.cli.options import (
     TeacherLoraOption,
     TeacherOption,
     VaeOption,
-    here,
+    local_path,
 )
 from diffusion2gan.errors import UserError
 
@@ -202,7 +202,7 @@ def pairs_merge(
 @pairs_app.command("export")
 def pairs_export(
     folder: SetArgument,
-    out: Annotated[Path, typer.Option(callback=here, help="The folder to write.")],
+    out: Annotated[Path, typer.Option(callback=local_path, help="The folder to write.")],
     format_: Annotated[str, typer.Option("--format", help="webdataset")] = "webdataset",
 ) -> None:
     """Write a set in another format: tar shards for WebDataset; run again to continue."""
@@ -216,7 +216,7 @@ def pairs_export(
 
 @pairs_app.command("import")
 def pairs_import(
-    folder: Annotated[Path, typer.Argument(callback=here, help="What `pairs export` wrote.")],
+    folder: Annotated[Path, typer.Argument(callback=local_path, help="What `pairs export` wrote.")],
     out: Annotated[str, typer.Option(help="The folder of the set.")],
 ) -> None:
     """Read exported tar shards back into a set; run again to continue."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffusion2gan.cli.options import here
+from diffusion2gan.cli.options import local_path
 from diffusion2gan.errors import UserError
 
 perceptual_app = typer.Typer(
@@ -20,10 +20,11 @@ def perceptual_fit(
     images: Annotated[
         Path,
         typer.Option(
-            callback=here, help="Class folders, IMAGES/<class>/*.png, or a Hugging Face dataset."
+            callback=local_path,
+            help="Class folders, IMAGES/<class>/*.png, or a Hugging Face dataset.",
         ),
     ],
-    out: Annotated[Path, typer.Option(callback=here, help="The network's folder.")],
+    out: Annotated[Path, typer.Option(callback=local_path, help="The network's folder.")],
     vae: Annotated[
         str | None, typer.Option(help="`pocket`, the folder of a VAE or of a pipeline with one.")
     ] = None,
@@ -61,16 +62,22 @@ def perceptual_fit(
 def perceptual_calibrate(
     triplets: Annotated[
         Path,
-        typer.Option(callback=here, help="BAPPS's layout: FOLDER/<subset>/ref, p0, p1, judge."),
+        typer.Option(
+            callback=local_path, help="BAPPS's layout: FOLDER/<subset>/ref, p0, p1, judge."
+        ),
     ],
     network: Annotated[str, typer.Option(help="`pocket` or a network's folder.")],
-    out: Annotated[Path, typer.Option(callback=here, help="The calibrated network's folder.")],
+    out: Annotated[
+        Path, typer.Option(callback=local_path, help="The calibrated network's folder.")
+    ],
     vae: Annotated[
         str | None, typer.Option(help="A latent network's VAE; none for a pixel network.")
     ] = None,
     scored: Annotated[
         Path | None,
-        typer.Option(callback=here, help="Triplets to score on; a held-out tenth if not given."),
+        typer.Option(
+            callback=local_path, help="Triplets to score on; a held-out tenth if not given."
+        ),
     ] = None,
     size: Annotated[int, typer.Option(min=1, help="The patches' side.")] = 64,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
@@ -92,9 +99,9 @@ def perceptual_calibrate(
 
 @perceptual_app.command("import")
 def perceptual_import(
-    file: Annotated[Path, typer.Argument(callback=here, help="The published checkpoint.")],
+    file: Annotated[Path, typer.Argument(callback=local_path, help="The published checkpoint.")],
     format_: Annotated[str, typer.Option("--format", help="elatentlpips or snu.")],
-    out: Annotated[Path, typer.Option(callback=here, help="The network's folder.")],
+    out: Annotated[Path, typer.Option(callback=local_path, help="The network's folder.")],
 ) -> None:
     """Turn published weights into a network of ours, with the settings that reproduce their formula."""
     from diffusion2gan.perceptual.importers import import_network

@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from diffusion2gan.cli.options import here
+from diffusion2gan.cli.options import local_path
 
 pocket_app = typer.Typer(help="The embedded world.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @pocket_app.command("triplets")
 def pocket_triplets(
-    out: Annotated[Path, typer.Option(callback=here, help="The folder of the triplets.")],
+    out: Annotated[Path, typer.Option(callback=local_path, help="The folder of the triplets.")],
     count: Annotated[int, typer.Option(min=1, help="Triplets a sub-set.")] = 200,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
@@ -32,7 +32,9 @@ def pocket_triplets(
 def pocket_train(
     out: Annotated[
         Path,
-        typer.Option(callback=here, help="Checkpoints, and in out/weights the finished models."),
+        typer.Option(
+            callback=local_path, help="Checkpoints, and in out/weights the finished models."
+        ),
     ] = Path("pocket"),
     seed: Annotated[int, typer.Option(min=0)] = 0,
     scale: Annotated[

@@ -1,12 +1,12 @@
-"""The command line as its users meet it: every mistake one paragraph and an exit code, nothing lost, run it again.
+"""Commands as users type them: every mistake gives one paragraph and an exit code, and no file.
 
-Commands run inside this process, through the console script's own `main`; a few in processes of their own.
+Interrupted commands continue when they are run again. Commands run inside this process, through
+the console script's `main`; where a signal is needed, in a process.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import re
 import resource
@@ -17,12 +17,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 import typer
+from cli.runner import assert_refused, run
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
@@ -32,90 +33,37 @@ from diffusion2gan.pairs import check, store
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import atomic_write, sha256
 
-COUNT, SHARD = 12, 4
-VERBS = (
-    [],
-    ["pairs"],
-    ["pairs", "info"],
-    ["pairs", "verify"],
-    ["pairs", "merge"],
-    ["pairs", "export"],
-    ["pairs", "import"],
-    ["recipe"],
-    ["recipe", "list"],
-    ["recipe", "show"],
-    ["plan"],
-    ["distill"],
-    ["export"],
-    ["generate"],
-    ["evaluate"],
-    ["compare"],
-    ["serve"],
-    ["votes"],
-    ["demo"],
-    ["perceptual"],
-    ["perceptual", "fit"],
-    ["perceptual", "calibrate"],
-    ["perceptual", "import"],
-    ["pocket"],
-    ["pocket", "train"],
-    ["pocket", "triplets"],
-)
+NUM_PAIRS = 12
+SHARD_SIZE = 4
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def run(*argv: object) -> Ran:
-    """`diffusion2gan ARGV…` in this process."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    before, term = sys.argv, signal.getsignal(signal.SIGTERM)
-    sys.argv = ["diffusion2gan", *map(str, argv)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            cli.main()
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else 1
-    finally:
-        sys.argv = before
-        signal.signal(signal.SIGTERM, term)
-    return Ran(code, out.getvalue(), err.getvalue())
-
-
-def refused(ran: Ran, code: int, *told: str) -> None:
-    """Exit code `code`, one paragraph that tells all of `told`, no traceback."""
-    assert ran.code == code, ran
-    assert "Traceback" not in ran.err + ran.out
-    message = re.split(r"^error: ", ran.err, flags=re.IGNORECASE | re.MULTILINE)
-    assert len(message) == 2, ran.err
-    paragraph = message[1].strip()
-    assert "\n\n" not in paragraph and 10 < len(paragraph) < 1200
-    for words in told:
-        assert words in " ".join(paragraph.split()), (words, paragraph)
-
-
-def pairs_args(teacher: Path, out: Path, *more: object) -> list[object]:
-    base = ["pairs", "--teacher", teacher, "--out", out, "--count", COUNT, "--shard-size", SHARD]
-    return [*base, "--num-inference-steps", 2, "--guidance-scale", 1, *more]
-
-
-def distill_args(teacher: Path, pairs: Path, out: Path, *settings: str) -> list[object]:
-    tiny = (f"teacher={teacher}", "loss=mse", "total_pairs=8", "batch_size=4", *settings)
+def pairs_command(teacher: Path, out: Path, *more: object) -> list[object]:
+    """Makes twelve pairs in three shards."""
     return [
-        "distill",
-        "pocket-regression",
-        "--pairs",
-        pairs,
-        "--out",
-        out,
-        *[x for s in tiny for x in ("--set", s)],
+        "pairs",
+        *("--teacher", teacher, "--out", out),
+        *("--count", NUM_PAIRS, "--shard-size", SHARD_SIZE),
+        *("--num-inference-steps", 2, "--guidance-scale", 1),
+        *more,
     ]
 
 
-def leftovers(folder: Path) -> list[str]:
+def distill_command(teacher: Path, pairs: Path, out: Path, *settings: str) -> list[object]:
+    """Trains two steps of four pairs."""
+    command: list[object] = ["distill", "pocket-regression", "--pairs", pairs, "--out", out]
+    for setting in (
+        f"teacher={teacher}",
+        "loss=mse",
+        "total_pairs=8",
+        "batch_size=4",
+        *settings,
+    ):
+        command += ["--set", setting]
+    return command
+
+
+def temporary_files(folder: Path) -> list[str]:
+    """Names of files that an interrupted write left behind."""
     return [
         path.name
         for path in folder.rglob("*")
@@ -123,16 +71,16 @@ def leftovers(folder: Path) -> list[str]:
     ]
 
 
-def latents(folder: Path) -> torch.Tensor:
+def read_latents(folder: Path) -> torch.Tensor:
     spec = store.open_set(folder)
     return torch.cat([store.read_shard(folder, shard).latents for shard in range(spec.num_shards)])
 
 
 @contextlib.contextmanager
-def small_files(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes: a full disk that needs no root (EFBIG in place of ENOSPC)."""
+def limited_file_size(num_bytes: int) -> Iterator[None]:
+    """No file can grow beyond `num_bytes`: a full disk without root (EFBIG in place of ENOSPC)."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
         yield
     finally:
@@ -140,31 +88,31 @@ def small_files(size: int) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def made(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished set of pairs. Not to be changed: copy it."""
-    folder = tmp_path_factory.mktemp("made") / "pairs"
-    ran = run(*pairs_args(tiny_teacher, folder))
-    assert ran.code == 0, ran
+def shared_pairs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete set of pairs. Tests must not change it: they copy it."""
+    folder = tmp_path_factory.mktemp("shared") / "pairs"
+    result = run(*pairs_command(tiny_teacher, folder))
+    assert result.code == 0, result
     return folder
 
 
 @pytest.fixture
-def copied(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "pairs"))
+def copied_pairs(shared_pairs: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shared_pairs, tmp_path / "pairs"))
 
 
 @pytest.fixture(scope="module")
-def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("foreign")
+def unsupported_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unsupported")
     (folder / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
     return folder
 
 
-# ------------------------------------------------------------------------------------------------ the words typed
+# Command lines
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "phrases"),
     [
         (["distil"], ["No such command 'distil'", "'distill'"]),
         (["pairs", "verfy", "x"], ["No such command 'verfy'", "'verify'"]),
@@ -190,48 +138,57 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["votes", "nowhere.jsonl"], ["no votes in nowhere.jsonl", "diffusion2gan serve --vote"]),
     ],
 )
-def test_wrong_words(argv: list[str], told: list[str]) -> None:
-    refused(run(*argv), 2, *told)
+def test_wrong_arguments_are_refused(argv: list[str], phrases: list[str]) -> None:
+    assert_refused(run(*argv), 2, *phrases)
 
 
-def paths(app: typer.Typer = cli.app, verbs: tuple[str, ...] = ()) -> Iterator[list[str]]:
-    """Every command with each of its paths, as it is typed: an option's name, or nothing for the argument."""
-    for info in app.registered_commands:
-        verb = [*verbs, info.name or info.callback.__name__]
+def find_path_parameters(
+    group: typer.Typer = cli.app, prefix: tuple[str, ...] = ()
+) -> Iterator[list[str]]:
+    """Each command with each of its local paths, as typed: `["distill", "--out"]`, `["export"]`.
+
+    An option is given by its name, a positional argument by nothing.
+    """
+    for info in group.registered_commands:
+        command = [*prefix, info.name or info.callback.__name__]
         for name, hint in get_type_hints(info.callback, include_extras=True).items():
-            kind, *about = get_args(hint) or (hint,)
-            if kind is Path or Path in get_args(kind):
-                yield verb if isinstance(about[0], type(typer.Argument())) else [*verb, f"--{name}"]
-    for group in app.registered_groups:
-        yield from paths(group.typer_instance, (*verbs, group.name))
+            kind, *parameters = get_args(hint) or (hint,)
+            if kind is not Path and Path not in get_args(kind):
+                continue
+            is_argument = isinstance(parameters[0], type(typer.Argument()))
+            yield command if is_argument else [*command, f"--{name}"]
+
+    for subgroup in group.registered_groups:
+        yield from find_path_parameters(subgroup.typer_instance, (*prefix, subgroup.name))
 
 
-PATHS = list(paths())
+PATH_PARAMETERS = list(find_path_parameters())
 
 
-def test_all_paths_are_found() -> None:
-    assert len(PATHS) == 27 and ["distill", "--out"] in PATHS and ["export"] in PATHS
-    assert ["pairs", "import"] in PATHS and ["pairs", "export", "--out"] in PATHS
+def test_all_path_parameters_are_found() -> None:
+    assert len(PATH_PARAMETERS) == 27
+    for expected in (
+        ["distill", "--out"],
+        ["export"],
+        ["pairs", "import"],
+        ["pairs", "export", "--out"],
+    ):
+        assert expected in PATH_PARAMETERS
 
 
-@pytest.mark.parametrize("typed", PATHS, ids=" ".join)
-def test_a_url_is_no_path(
-    typed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", PATH_PARAMETERS, ids=" ".join)
+def test_a_url_is_refused_where_a_local_path_is_needed(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`Path` would make a folder `s3:` of it here."""
+    """`Path("s3://bucket/x")` would create a local folder `s3:`."""
     monkeypatch.chdir(tmp_path)
-    refused(
-        run(*typed, "s3://bucket/x"),
-        2,
-        "s3://bucket/x is a URL",
-        "path on this machine",
-        "distill --pairs",
-    )
+    result = run(*command, "s3://bucket/x")
+    assert_refused(result, 2, "s3://bucket/x is a URL", "path on this machine", "distill --pairs")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "phrases"),
     [
         ("los=mse", ["unknown setting 'los'", "did you mean 'loss'"]),
         ("learnin_rate=1", ["did you mean 'learning_rate'"]),
@@ -240,68 +197,43 @@ def test_a_url_is_no_path(
         ("batch_size", ["write it as key=value"]),
     ],
 )
-def test_wrong_settings(setting: str, told: list[str], tmp_path: Path) -> None:
-    refused(
-        run("distill", "pocket", "--pairs", "x", "--out", tmp_path / "y", "--set", setting),
-        2,
-        *told,
-    )
+def test_wrong_settings_are_refused(setting: str, phrases: list[str], tmp_path: Path) -> None:
+    result = run("distill", "pocket", "--pairs", "x", "--out", tmp_path / "y", "--set", setting)
+    assert_refused(result, 2, *phrases)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_recipe_that_is_no_toml(tmp_path: Path) -> None:
-    (tmp_path / "mine.toml").write_text("loss: mse")
-    refused(
-        run("distill", tmp_path / "mine.toml", "--pairs", "x", "--out", "y"),
-        2,
-        "mine.toml is not TOML",
-    )
+def test_a_recipe_file_that_is_not_toml_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text("loss: mse")
+    result = run("distill", recipe, "--pairs", "x", "--out", "y")
+    assert_refused(result, 2, "mine.toml is not TOML")
 
 
-def test_help_needs_no_torch() -> None:
-    """All verbs in one process in which torch, diffusers and transformers cannot be imported."""
-    code = (
-        "import sys\n"
-        "for name in ('torch', 'diffusers', 'transformers', 'pyarrow'): sys.modules[name] = None\n"
-        "from diffusion2gan.cli import main\n"
-        f"for verb in {list(VERBS)!r}:\n"
-        "    sys.argv = ['diffusion2gan', *verb, '--help']\n"
-        "    try: main()\n"
-        "    except SystemExit as e: print('CODE', e.code)\n"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert ran.stdout.count("CODE 0") == ran.stdout.count("Usage: ") == len(VERBS), ran.stderr
-    assert ran.stderr == ""
+# Teachers, prompts, systems
 
 
-def test_exit_code_of_a_process() -> None:
-    ran = subprocess.run(
-        [sys.executable, "-m", "diffusion2gan", "distil"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    refused(Ran(ran.returncode, ran.stdout, ran.stderr), 2, "'distill'")
-
-
-# ------------------------------------------------------------------------------------- teachers, prompts, systems
-
-
-def test_folders_that_are_no_teacher(foreign: Path, made: Path, tmp_path: Path) -> None:
+def test_folders_that_are_no_supported_pipeline_are_refused(
+    unsupported_pipeline: Path, shared_pairs: Path, tmp_path: Path
+) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ring\n")
     for argv in (
         ["pairs", "--teacher", "{}", "--out", tmp_path / "p"],
-        ["distill", "pocket", "--pairs", made, "--out", tmp_path / "r", "--set", "teacher={}"],
+        [
+            *("distill", "pocket", "--pairs", shared_pairs, "--out", tmp_path / "r"),
+            *("--set", "teacher={}"),
+        ],
         ["generate", "{}", "--prompt", "a red ring", "--out", tmp_path / "x.png"],
         ["evaluate", "{}", "--out", tmp_path / "m.json"],
         ["compare", "--system", "one={}", "--prompts", prompts, "--out", tmp_path / "c"],
     ):
         missing = [str(arg).format(tmp_path / "nowhere") for arg in argv]
-        refused(run(*missing), 2, "nowhere is no diffusers pipeline", "is not a folder")
-        other = [str(arg).format(foreign) for arg in argv]
-        refused(
-            run(*other),
+        assert_refused(run(*missing), 2, "nowhere is no diffusers pipeline", "is not a folder")
+
+        unsupported = [str(arg).format(unsupported_pipeline) for arg in argv]
+        assert_refused(
+            run(*unsupported),
             2,
             "is a KandinskyPipeline, which is not supported; supported: StableDiffusionPipeline",
         )
@@ -309,7 +241,7 @@ def test_folders_that_are_no_teacher(foreign: Path, made: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "phrase"),
     [
         (None, "no prompts file"),
         (b"", "is empty"),
@@ -318,73 +250,87 @@ def test_folders_that_are_no_teacher(foreign: Path, made: Path, tmp_path: Path) 
         (b"a red ring\n\na disc\n  \n", "has 2 blank lines (line 2, 4)"),
     ],
 )
-def test_prompt_files(content: bytes | None, told: str, tmp_path: Path, foreign: Path) -> None:
+def test_unusable_prompt_files_are_refused(
+    content: bytes | None, phrase: str, tmp_path: Path, unsupported_pipeline: Path
+) -> None:
     path = tmp_path / "prompts.txt"
     if content is not None:
         path.write_bytes(content)
-    refused(run("pairs", "--prompts", path, "--out", tmp_path / "p"), 2, str(path), told)
-    refused(
-        run("compare", "--system", f"x={foreign}", "--prompts", path, "--out", tmp_path / "c"),
-        2,
-        str(path),
-        told,
-    )
+
+    result = run("pairs", "--prompts", path, "--out", tmp_path / "p")
+    assert_refused(result, 2, str(path), phrase)
+
+    system = f"x={unsupported_pipeline}"
+    result = run("compare", "--system", system, "--prompts", path, "--out", tmp_path / "c")
+    assert_refused(result, 2, str(path), phrase)
+
     assert not (tmp_path / "p").exists() and not (tmp_path / "c").exists()
 
 
-def test_too_long_prompts_are_cut_and_told_once(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_too_long_prompts_are_truncated_with_one_warning(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
     long = "a red ring and " * 8 + "a disc"
     path = tmp_path / "prompts.txt"
     path.write_text(f"{long}\na blue star\na {long}\na green moon\n")
-    ran = run(*pairs_args(tiny_teacher, tmp_path / "p", "--prompts", path, "--batch-size", 4))
-    assert ran.code == 0 and ran.err.count("longer than the tokenizer's 24 tokens") == 1
-    assert "warning: 2 of 4 prompts" in ran.err
-    assert store.read_shard(tmp_path / "p", 0).prompts[0] == long  # the set keeps what was asked
+
+    result = run(*pairs_command(tiny_teacher, tmp_path / "p", "--prompts", path, "--batch-size", 4))
+
+    assert result.code == 0
+    assert result.err.count("longer than the tokenizer's 24 tokens") == 1
+    assert "warning: 2 of 4 prompts" in result.err
+    assert store.read_shard(tmp_path / "p", 0).prompts[0] == long  # stored in full
 
 
-def test_wrong_systems_and_pictures(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_wrong_systems_metrics_and_image_names_are_refused(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ring\n")
+    metrics = tmp_path / "m.json"
+
     compare = ("compare", "--prompts", prompts, "--out", tmp_path / "c")
-    refused(run(*compare, "--system", tiny_teacher), 2, "write it as NAME=PATH")
-    measured = ("--system", f"student={tiny_teacher}", "--metrics")
-    refused(run(*compare, *measured, "m.json"), 2, "--metrics 'm.json': write it as NAME=PATH")
-    refused(
-        run(*compare, *measured, "studnt=m.json"),
-        2,
-        "no --system has this name",
-        "did you mean 'student'",
-    )
-    refused(run(*compare, *measured, f"student={tmp_path / 'm.json'}"), 2, "no such file")
-    (tmp_path / "m.json").write_text("[1]")
-    refused(run(*compare, *measured, f"student={tmp_path / 'm.json'}"), 2, "holds no metrics")
+    assert_refused(run(*compare, "--system", tiny_teacher), 2, "write it as NAME=PATH")
     twice = ("--system", f"a={tiny_teacher}", "--system", f"a={tiny_teacher}")
-    refused(run(*compare, *twice), 2, "--system a: given twice")
-    generate = ("generate", tiny_teacher, "--num-inference-steps", 1)
-    refused(
-        run(*generate, "--prompt", "a disc", "--out", tmp_path / "x.txt"),
-        2,
-        "name a picture file (.png",
+    assert_refused(run(*compare, *twice), 2, "--system a: given twice")
+
+    measured = (*compare, "--system", f"student={tiny_teacher}", "--metrics")
+    assert_refused(run(*measured, "m.json"), 2, "--metrics 'm.json': write it as NAME=PATH")
+    assert_refused(
+        run(*measured, "studnt=m.json"), 2, "no --system has this name", "did you mean 'student'"
     )
-    refused(run(*generate, "--prompt", " ", "--out", tmp_path / "x.png"), 2, "a prompt is empty")
+    assert_refused(run(*measured, f"student={metrics}"), 2, "no such file")
+    metrics.write_text("[1]")
+    assert_refused(run(*measured, f"student={metrics}"), 2, "holds no metrics")
+
+    generate = ("generate", tiny_teacher, "--num-inference-steps", 1)
+    result = run(*generate, "--prompt", "a disc", "--out", tmp_path / "x.txt")
+    assert_refused(result, 2, "name a picture file (.png")
+    result = run(*generate, "--prompt", " ", "--out", tmp_path / "x.png")
+    assert_refused(result, 2, "a prompt is empty")
+
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.json", "prompts.txt"]
 
 
-# ------------------------------------------------------------------------------------------------ pairs and runs
+# Pairs and runs
 
 
-def test_pairs_run_again(copied: Path, tiny_teacher: Path) -> None:
-    before = {path.name: (sha256(path), path.stat().st_mtime_ns) for path in copied.iterdir()}
-    assert run(*pairs_args(tiny_teacher, copied)).code == 0
-    assert {
-        path.name: (sha256(path), path.stat().st_mtime_ns) for path in copied.iterdir()
-    } == before
-    told = run("pairs", "info", copied)
-    assert told.code == 0 and "made: 12 of 12 pairs, 3 of 3 shards" in told.out
+def test_a_complete_set_is_not_written_again(copied_pairs: Path, tiny_teacher: Path) -> None:
+    def state() -> dict[str, tuple[str, int]]:
+        return {
+            path.name: (sha256(path), path.stat().st_mtime_ns) for path in copied_pairs.iterdir()
+        }
+
+    before = state()
+    assert run(*pairs_command(tiny_teacher, copied_pairs)).code == 0
+    assert state() == before
+
+    info = run("pairs", "info", copied_pairs)
+    assert info.code == 0 and "made: 12 of 12 pairs, 3 of 3 shards" in info.out
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "difference"),
     [
         (("--num-inference-steps", 3), "num_inference_steps: 2 there, 3 asked"),
         (("--seed", 1), "seed: 0 there, 1 asked"),
@@ -392,232 +338,282 @@ def test_pairs_run_again(copied: Path, tiny_teacher: Path) -> None:
         (("--keep-noise",), "keep_noise: False there, True asked"),
     ],
 )
-def test_pairs_of_other_settings(
-    made: Path, tiny_teacher: Path, more: tuple[object, ...], told: str
+def test_pairs_with_other_settings_are_refused(
+    shared_pairs: Path, tiny_teacher: Path, more: tuple[object, ...], difference: str
 ) -> None:
-    refused(
-        run(*pairs_args(tiny_teacher, made, *more)), 2, "already holds other pairs", told, "--out"
-    )
+    result = run(*pairs_command(tiny_teacher, shared_pairs, *more))
+    assert_refused(result, 2, "already holds other pairs", difference, "--out")
 
 
-def test_a_truncated_shard_is_told_and_made_again(
-    copied: Path, made: Path, tiny_teacher: Path, tmp_path: Path
+def test_a_truncated_shard_is_refused_and_made_again_once_deleted(
+    copied_pairs: Path, shared_pairs: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    shard = copied / "pairs-00001.parquet"
+    shard = copied_pairs / "pairs-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-700])
-    command = distill_args(tiny_teacher, copied, tmp_path / "run")
-    refused(run(*command), 1, "pairs-00001.parquet is damaged", "Delete that file")
-    verified = run("pairs", "verify", copied)
-    assert (
-        verified.code == 1
-        and "pairs-00001.parquet is damaged" in verified.err
-        and "1 problems" in verified.err
-    )
+
+    # Both distill and verify name the damaged file.
+    command = distill_command(tiny_teacher, copied_pairs, tmp_path / "run")
+    assert_refused(run(*command), 1, "pairs-00001.parquet is damaged", "Delete that file")
+    verified = run("pairs", "verify", copied_pairs)
+    assert verified.code == 1
+    assert "pairs-00001.parquet is damaged" in verified.err and "1 problems" in verified.err
+
+    # Once it is deleted, the pairs command makes it again, with the same content.
     shard.unlink()
-    refused(run(*command), 2, "1 of 3 shards are missing (first: pairs-00001.parquet)")
-    assert run(*pairs_args(tiny_teacher, copied)).code == 0
-    assert run("pairs", "verify", copied).code == 0
-    assert torch.equal(latents(copied), latents(made))
+    assert_refused(run(*command), 2, "1 of 3 shards are missing (first: pairs-00001.parquet)")
+    assert run(*pairs_command(tiny_teacher, copied_pairs)).code == 0
+    assert run("pairs", "verify", copied_pairs).code == 0
+    assert torch.equal(read_latents(copied_pairs), read_latents(shared_pairs))
     assert run(*command).code == 0
 
 
-def test_an_altered_shard_is_told(copied: Path) -> None:
-    """One bit, anywhere in the latents: compression alone would let some of them through.
+def test_verify_finds_a_flipped_bit_and_a_swapped_shard(copied_pairs: Path) -> None:
+    """One bit, anywhere in the latents: decompression alone would not notice all of them.
 
-    The page's header before them is not checksummed; it holds statistics, which nobody reads.
+    The page header before the latents has no checksum; it contains statistics that are not read.
     """
-    shard = copied / "pairs-00002.parquet"
+    shard = copied_pairs / "pairs-00002.parquet"
     content = shard.read_bytes()
-    group = pq.ParquetFile(shard).metadata.row_group(0)
-    column = next(
-        group.column(i)
-        for i in range(group.num_columns)
-        if group.column(i).path_in_schema == "latents"
-    )
-    end = column.data_page_offset + column.total_compressed_size
-    for place in range(end - 6000, end, 500):  # of 8 KB
+    row_group = pq.ParquetFile(shard).metadata.row_group(0)
+    columns = [row_group.column(i) for i in range(row_group.num_columns)]
+    (latents,) = [column for column in columns if column.path_in_schema == "latents"]
+    end = latents.data_page_offset + latents.total_compressed_size
+
+    # A bit flipped in the last 6 000 bytes of about 8 000
+    for position in range(end - 6000, end, 500):
         altered = bytearray(content)
-        altered[place] ^= 0x10
+        altered[position] ^= 0x10
         shard.write_bytes(altered)
-        assert any("pairs-00002.parquet" in problem for problem in check.verify(copied)), (
-            end - place
-        )
-    ran = run("pairs", "verify", copied)
-    assert (
-        ran.code == 1 and "pairs-00002.parquet is damaged" in ran.err and "Traceback" not in ran.err
-    )
-    shutil.copy(copied / "pairs-00000.parquet", shard)  # whole, but another's place
-    ran = run("pairs", "verify", copied)
-    assert ran.code == 1 and "its pairs are not 8…11" in ran.err
+        problems = check.verify(copied_pairs)
+        assert any("pairs-00002.parquet" in problem for problem in problems), end - position
+
+    result = run("pairs", "verify", copied_pairs)
+    assert result.code == 1 and "Traceback" not in result.err
+    assert "pairs-00002.parquet is damaged" in result.err
+
+    # An intact shard in the position of another
+    shutil.copy(copied_pairs / "pairs-00000.parquet", shard)
+    result = run("pairs", "verify", copied_pairs)
+    assert result.code == 1 and "its pairs are not 8…11" in result.err
 
 
-def test_pairs_of_another_teacher(made: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_pairs_of_another_teacher_are_refused(
+    shared_pairs: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
     other = Path(shutil.copytree(tiny_teacher, tmp_path / "other"))
     path = other / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     weights["conv_out.bias"] += 1
     save_file(weights, path, {"format": "pt"})
-    command = distill_args(other, made, tmp_path / "run")
-    refused(run(*command), 2, "were made by teacher", sha256(other)[:16], sha256(tiny_teacher)[:16])
-    refused(run(*pairs_args(other, made)), 2, "already holds other pairs", "revision")
+
+    result = run(*distill_command(other, shared_pairs, tmp_path / "run"))
+    assert_refused(result, 2, "were made by teacher", sha256(other)[:16], sha256(tiny_teacher)[:16])
+    result = run(*pairs_command(other, shared_pairs))
+    assert_refused(result, 2, "already holds other pairs", "revision")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_of_another_recipe(made: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_a_run_with_other_settings_is_refused_unless_the_change_is_allowed(
+    shared_pairs: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
-    assert run(*distill_args(tiny_teacher, made, folder)).code == 0
-    kept = sha256(folder / "checkpoint.safetensors")
-    changed = distill_args(tiny_teacher, made, folder, "learning_rate=0.5")
-    refused(
+    assert run(*distill_command(tiny_teacher, shared_pairs, folder)).code == 0
+    weights = sha256(folder / "checkpoint.safetensors")
+
+    # A setting that changes the result
+    changed = distill_command(tiny_teacher, shared_pairs, folder, "learning_rate=0.5")
+    assert_refused(
         run(*changed), 2, "holds a run of another recipe (learning_rate: 0.0003 there, 0.5 asked)"
     )
-    parts = distill_args(tiny_teacher, made, folder, "gradient_accumulation_steps=2")
-    refused(
-        run(*parts),
+
+    # A setting that does not change the result: allowed with --allow-change
+    steps = distill_command(tiny_teacher, shared_pairs, folder, "gradient_accumulation_steps=2")
+    assert_refused(
+        run(*steps),
         2,
         "gradient_accumulation_steps: 1 there, 2 asked",
         "or allow it: --allow-change gradient_accumulation_steps",
     )
-    refused(
-        run(*parts, "--allow-change", "learning_rate"),
+    assert_refused(
+        run(*steps, "--allow-change", "learning_rate"),
         2,
         "--allow-change learning_rate: only device, gradient_accumulation_steps",
     )
-    assert run(*parts, "--allow-change", "gradient_accumulation_steps").code == 0
-    again = run(*distill_args(tiny_teacher, made, folder))
+    assert run(*steps, "--allow-change", "gradient_accumulation_steps").code == 0
+
+    # A finished run stays as it is.
+    again = run(*distill_command(tiny_teacher, shared_pairs, folder))
     assert again.code == 0 and "8 pairs seen" in again.out
-    assert sha256(folder / "checkpoint.safetensors") == kept
+    assert sha256(folder / "checkpoint.safetensors") == weights
 
 
-def test_dry_run_writes_nothing(made: Path, tiny_teacher: Path, tmp_path: Path) -> None:
-    ran = run(*distill_args(tiny_teacher, made, tmp_path / "run"), "--dry-run")
-    assert ran.code == 0 and "steps: 2" in ran.out and "loss = 'mse'" in ran.out
+def test_a_dry_run_writes_nothing(shared_pairs: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    result = run(*distill_command(tiny_teacher, shared_pairs, tmp_path / "run"), "--dry-run")
+    assert result.code == 0 and "steps: 2" in result.out and "loss = 'mse'" in result.out
     assert not (tmp_path / "run").exists()
 
 
-def test_ranges_merges_and_exports(made: Path, tiny_teacher: Path, tmp_path: Path) -> None:
-    for name, part in (("a", "0:1"), ("b", "1:3")):
-        ran = run(*pairs_args(tiny_teacher, tmp_path / name, "--shard-range", part))
-        assert ran.code == 0 and f"shards {part} are there" in ran.out
-    told = run("pairs", "info", tmp_path / "b").out
-    assert (
-        "made: 8 of 12 pairs, 2 of 3 shards" in told and "missing: 0" in told and "pace: " in told
-    )
-    merged = run("pairs", "merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "whole")
-    assert merged.code == 0 and "3 of 3 shards" in merged.out
-    torch.testing.assert_close(latents(tmp_path / "whole"), latents(made))
-    verified = run("pairs", "verify", tmp_path / "whole", "--deep", 2, "--teacher", tiny_teacher)
+def test_shard_ranges_merge_into_the_same_set(
+    shared_pairs: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    # Two ranges of shards in two folders
+    for name, shard_range in (("a", "0:1"), ("b", "1:3")):
+        command = pairs_command(tiny_teacher, tmp_path / name, "--shard-range", shard_range)
+        result = run(*command)
+        assert result.code == 0 and f"shards {shard_range} are there" in result.out
+    info = run("pairs", "info", tmp_path / "b").out
+    assert "made: 8 of 12 pairs, 2 of 3 shards" in info
+    assert "missing: 0" in info and "pace: " in info
+
+    # Merged, they are the set that one command makes.
+    merged = tmp_path / "merged"
+    result = run("pairs", "merge", tmp_path / "a", tmp_path / "b", "--out", merged)
+    assert result.code == 0 and "3 of 3 shards" in result.out
+    torch.testing.assert_close(read_latents(merged), read_latents(shared_pairs))
+    verified = run("pairs", "verify", merged, "--deep", 2, "--teacher", tiny_teacher)
     assert verified.code == 0 and "all 12 pairs are well" in verified.out
-    assert "3 tar files" in run("pairs", "export", made, "--out", tmp_path / "tars").out
-    assert "3 shards" in run("pairs", "import", tmp_path / "tars", "--out", tmp_path / "back").out
-    assert torch.equal(latents(tmp_path / "back"), latents(made))
-    refused(
-        run(*pairs_args(tiny_teacher, tmp_path / "c", "--shard-range", "2")),
-        2,
-        "--shard-range '2'",
-        "A:B",
-    )
-    refused(
-        run(*pairs_args(tiny_teacher, tmp_path / "c", "--shard-range", "2:9")),
-        2,
-        "shards 0 to 2",
-        "0:3",
-    )
-    refused(
-        run("pairs", "export", made, "--out", tmp_path / "x", "--format", "tar"),
-        2,
-        "only webdataset is known",
-    )
-    refused(run("pairs", "info", "nowhere://x"), 2, "Protocol not known")
+
+    for shard_range, phrases in (
+        ("2", ("--shard-range '2'", "A:B")),
+        ("2:9", ("shards 0 to 2", "0:3")),
+    ):
+        command = pairs_command(tiny_teacher, tmp_path / "c", "--shard-range", shard_range)
+        assert_refused(run(*command), 2, *phrases)
 
 
-def test_a_set_of_another_vae_and_resolution_is_solved_anew(
+def test_pairs_survive_export_and_import(shared_pairs: Path, tmp_path: Path) -> None:
+    exported = run("pairs", "export", shared_pairs, "--out", tmp_path / "tars")
+    assert exported.code == 0 and "3 tar files" in exported.out
+    imported = run("pairs", "import", tmp_path / "tars", "--out", tmp_path / "imported")
+    assert imported.code == 0 and "3 shards" in imported.out
+    assert torch.equal(read_latents(tmp_path / "imported"), read_latents(shared_pairs))
+
+    result = run("pairs", "export", shared_pairs, "--out", tmp_path / "x", "--format", "tar")
+    assert_refused(result, 2, "only webdataset is known")
+    assert_refused(run("pairs", "info", "nowhere://x"), 2, "Protocol not known")
+
+
+def test_deep_verification_needs_the_vae_and_resolution_of_the_set(
     tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    torch.manual_seed(5)
-    other = AutoencoderKL.from_pretrained(tiny_teacher / "vae")
-    for parameter in other.parameters():
+    # A set made with another VAE and resolution
+    vae = AutoencoderKL.from_pretrained(tiny_teacher / "vae")
+    for parameter in vae.parameters():
         parameter.data += 0.01
-    other.save_pretrained(tmp_path / "vae")
-    given = ["--vae", tmp_path / "vae", "--resolution", 32, "--device", "cpu"]
-    assert run(*pairs_args(tiny_teacher, tmp_path / "set", *given)).code == 0
+    vae.save_pretrained(tmp_path / "vae")
+    options = ["--vae", tmp_path / "vae", "--resolution", 32, "--device", "cpu"]
+    assert run(*pairs_command(tiny_teacher, tmp_path / "set", *options)).code == 0
+
     verify = ["pairs", "verify", tmp_path / "set", "--deep", 2, "--teacher", tiny_teacher]
-    verified = run(*verify, *given)
+    verified = run(*verify, *options)
     assert verified.code == 0 and "all 12 pairs are well" in verified.out, verified
-    refused(run(*verify), 2, "was made by teacher", "--vae")
-    refused(
-        run(*verify, *given[:2]), 2, "has latents of (4, 8, 8)", "the teacher's are", "--resolution"
+    assert_refused(run(*verify), 2, "was made by teacher", "--vae")
+    assert_refused(
+        run(*verify, "--vae", tmp_path / "vae"),
+        2,
+        "has latents of (4, 8, 8)",
+        "the teacher's are",
+        "--resolution",
     )
 
 
-def test_a_plan(tmp_path: Path) -> None:
-    ran = run("plan", "pocket", "--gpus", 8)
-    assert ran.code == 0 and "pairs.pairs_per_s" in ran.out and "distill.hours" in ran.out
-    assert "model: sd15 (assumed: the recipe's teacher 'pocket'" in ran.out
-    paper = run(
-        "plan", "sd15", "--gpus", 64, "--gpu", "h100"
-    )  # the paper's GPUs, more than the recipe's parts take
-    assert (
-        paper.code == 0
-        and "gradient_accumulation_steps: 1 (the fewest micro-batches that fit in memory; the recipe has 32)"
-        in paper.out
-    )
+# Plans
+
+
+def test_plan_names_its_model_and_estimates_pairs_and_training() -> None:
+    pocket = run("plan", "pocket", "--gpus", 8)
+    assert pocket.code == 0
+    assert "pairs.pairs_per_s" in pocket.out and "distill.hours" in pocket.out
+    assert "model: sd15 (assumed: the recipe's teacher 'pocket'" in pocket.out
+
     sdxl = run("plan", "sdxl", "--gpus", 8)
     assert sdxl.code == 0 and "model: sdxl (the recipe's teacher)" in sdxl.out
-    assert (
-        "gradient_accumulation_steps: 64 (nothing fits in memory, so one pair per micro-batch; the recipe has 128)"
-        in sdxl.out
-    )
-    cut = run("plan", "sdxl", "--gpus", 8, "--set", "strategy=fsdp", "--model", "sdxl")
-    assert (
-        "gradient_accumulation_steps: 16 (the fewest" in cut.out
-        and "model: sdxl (--model)" in cut.out
-    )
-    given = run("plan", "sd15", "--gpus", 8, "--set", "gradient_accumulation_steps=16")
-    assert given.code == 0 and "gradient_accumulation_steps: 16 (--set)" in given.out
-    told = ("batch_size 16 cannot be cut over 64 GPUs", "1, 2, 4, 8, 16;", "a multiple of 64")
-    refused(run("plan", "pocket", "--gpus", 64), 2, *told)
-    refused(run("plan", "sd15-lora-24gb"), 2, "lora_rank = 64", "counts full training only")
-    refused(run("plan", "pocket", "--gpu", "h1000"), 2, "did you mean 'h100'")
+    named = run("plan", "sdxl", "--gpus", 8, "--set", "strategy=fsdp", "--model", "sdxl")
+    assert named.code == 0 and "model: sdxl (--model)" in named.out
 
 
-# ------------------------------------------------------------------------------------- full disks, interruptions
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        # The paper's GPUs, more than the micro-batches of the recipe can be divided over
+        (
+            "sd15 --gpus 64 --gpu h100",
+            "1 (the fewest micro-batches that fit in memory; the recipe has 32)",
+        ),
+        (
+            "sdxl --gpus 8",
+            "64 (nothing fits in memory, so one pair per micro-batch; the recipe has 128)",
+        ),
+        ("sdxl --gpus 8 --set strategy=fsdp", "16 (the fewest micro-batches that fit"),
+        ("sd15 --gpus 8 --set gradient_accumulation_steps=16", "16 (--set)"),
+    ],
+)
+def test_plan_chooses_micro_batches_that_fit(arguments: str, expected: str) -> None:
+    result = run("plan", *arguments.split())
+    assert result.code == 0
+    assert f"gradient_accumulation_steps: {expected}" in result.out
 
 
-def test_a_full_disk_under_pairs(made: Path, tiny_teacher: Path, tmp_path: Path) -> None:
-    command = pairs_args(tiny_teacher, tmp_path / "p")
-    with small_files(4000):  # the description fits, a shard of 8 KB does not
-        ran = run(*command)
-    refused(ran, 1, "pairs-00000.parquet", "disk is full", "same command again")
-    assert [path.name for path in (tmp_path / "p").iterdir()] == ["pairs.json"]
-    assert run(*command).code == 0
-    assert torch.equal(latents(tmp_path / "p"), latents(made))
+@pytest.mark.parametrize(
+    ("arguments", "phrases"),
+    [
+        (
+            "pocket --gpus 64",
+            [
+                "batch_size 16 cannot be cut over 64 GPUs",
+                "1, 2, 4, 8, 16;",
+                "a multiple of 64",
+            ],
+        ),
+        ("sd15-lora-24gb", ["lora_rank = 64", "counts full training only"]),
+        ("pocket --gpu h1000", ["did you mean 'h100'"]),
+    ],
+)
+def test_plan_refuses_what_it_cannot_estimate(arguments: str, phrases: list[str]) -> None:
+    assert_refused(run("plan", *arguments.split()), 2, *phrases)
 
 
-def test_a_full_disk_under_distill_and_export(
-    made: Path, tiny_teacher: Path, tmp_path: Path
+# Full disks, interruptions
+
+
+def test_pairs_continue_after_a_full_disk(
+    shared_pairs: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    command = distill_args(tiny_teacher, made, tmp_path / "run")
-    with small_files(50_000):
-        ran = run(*command)
-    refused(ran, 1, "checkpoint.safetensors", "disk is full", "same command again")
-    assert leftovers(tmp_path) == [] and not (tmp_path / "run" / "checkpoint.safetensors").exists()
+    command = pairs_command(tiny_teacher, tmp_path / "p")
+    with limited_file_size(4000):  # the description fits, a shard of 8 KB does not
+        result = run(*command)
+    assert_refused(result, 1, "pairs-00000.parquet", "disk is full", "same command again")
+    assert [path.name for path in (tmp_path / "p").iterdir()] == ["pairs.json"]
+
     assert run(*command).code == 0
-    assert (tmp_path / "run" / "log.jsonl").read_text().count(
-        "\n"
-    ) == 2  # steps made again are logged once
+    assert torch.equal(read_latents(tmp_path / "p"), read_latents(shared_pairs))
+
+
+def test_distill_and_export_continue_after_a_full_disk(
+    shared_pairs: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    distill = distill_command(tiny_teacher, shared_pairs, tmp_path / "run")
+    with limited_file_size(50_000):
+        result = run(*distill)
+    assert_refused(result, 1, "checkpoint.safetensors", "disk is full", "same command again")
+    assert temporary_files(tmp_path) == []
+    assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
+
+    # Steps that are made again are logged once.
+    assert run(*distill).code == 0
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 2
 
     export = ("export", tmp_path / "run", "--out", tmp_path / "student")
-    with small_files(50_000):
-        ran = run(*export)
-    refused(ran, 1, "disk is full", "student")
-    assert leftovers(tmp_path) == [] and not (tmp_path / "student").exists()
+    with limited_file_size(50_000):
+        result = run(*export)
+    assert_refused(result, 1, "disk is full", "student")
+    assert temporary_files(tmp_path) == [] and not (tmp_path / "student").exists()
     assert run(*export).code == 0 and (tmp_path / "student" / "model_index.json").is_file()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
-def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
-    """ENOSPC itself, on a disk of 1 MB: what was there stays, and the message says what to do."""
+def test_existing_files_survive_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    """ENOSPC itself, on a disk of 1 MB: what was there stays, and the message names the remedy."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -625,97 +621,99 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     )
     if mounted.returncode:
         pytest.skip("this container may not mount")
+
     try:
         path = disk / "state.safetensors"
         checkpoint.save(path, {"x": torch.ones(1000)}, {"step": 1})
+
         with pytest.raises(Failure, match="the disk is full"):
             checkpoint.save(path, {"x": torch.ones(1_000_000)}, {"step": 2})
         assert checkpoint.load(path)[1] == {"step": 1}
+
         with (
             pytest.raises(Failure, match="the disk is full"),
             atomic_write(disk / "text") as temporary,
         ):
             temporary.write_bytes(bytes(2_000_000))
         assert [entry.name for entry in disk.iterdir()] == ["state.safetensors"]
+
         checkpoint.save(path, {"x": torch.ones(2000)}, {"step": 2})
         assert checkpoint.load(path)[1] == {"step": 2}
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_ctrl_c_and_again(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_pairs_continue_after_ctrl_c(tiny_teacher: Path, tmp_path: Path) -> None:
     folder = tmp_path / "p"
-    command = pairs_args(tiny_teacher, folder, "--count", 240, "--batch-size", 4)
+    command = pairs_command(tiny_teacher, folder, "--count", 240, "--batch-size", 4)
+
+    # SIGINT after the second of 60 shards
     process = subprocess.Popen(
         [sys.executable, "-m", "diffusion2gan", *map(str, command)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # ignored where the tests run in background
+        # SIGINT is ignored in the background jobs of a shell: the tests may be one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        end = time.monotonic() + 400
-        while (
-            not (folder / "pairs-00001.parquet").exists()
-            and process.poll() is None
-            and time.monotonic() < end
-        ):
+        while not (folder / "pairs-00001.parquet").exists() and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate()
     finally:
         process.kill()
-    assert process.returncode not in (0, None) and "Traceback" not in out + err, (
-        process.returncode,
-        err,
-    )
-    there = sorted(folder.glob("*.parquet"))
-    assert 2 <= len(there) < 60 and leftovers(folder) == []
-    before = {path: path.stat().st_mtime_ns for path in there}
-    for shard in range(len(there)):
-        assert len(store.read_shard(folder, shard)) == SHARD
+    assert process.returncode not in (0, None), (process.returncode, err)
+    assert "Traceback" not in out + err, err
+
+    # The finished shards are complete.
+    finished = sorted(folder.glob("*.parquet"))
+    assert 2 <= len(finished) < 60 and temporary_files(folder) == []
+    for shard in range(len(finished)):
+        assert len(store.read_shard(folder, shard)) == SHARD_SIZE
+
+    # The second run keeps them and makes the others.
+    before = {path: path.stat().st_mtime_ns for path in finished}
     assert run(*command).code == 0
-    assert {path: path.stat().st_mtime_ns for path in there} == before  # kept, not made again
+    assert {path: path.stat().st_mtime_ns for path in finished} == before
     assert run("pairs", "verify", folder).code == 0
 
 
-# ------------------------------------------------------------------------------------------------ perceptual networks
+# Perceptual networks
 
 
-def test_perceptual_words(tmp_path: Path) -> None:
-    base = ["perceptual", "fit", "--images", tmp_path, "--out", tmp_path / "out"]
-    refused(run(*base), 2, "--vae", "--pixels", "one of the two")
-    refused(run(*base, "--pixels", "--vae", "pocket"), 2, "one of the two")
-    refused(
-        run(*base, "--pixels", "--widths", "8,x,8,8,8"), 2, "--widths '8,x,8,8,8'", "five numbers"
+def test_wrong_perceptual_arguments_are_refused(tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out")
+
+    fit = ("perceptual", "fit", "--images", tmp_path, *out)
+    assert_refused(run(*fit), 2, "--vae", "--pixels", "one of the two")
+    assert_refused(run(*fit, "--pixels", "--vae", "pocket"), 2, "one of the two")
+    assert_refused(
+        run(*fit, "--pixels", "--widths", "8,x,8,8,8"), 2, "--widths '8,x,8,8,8'", "five numbers"
     )
-    refused(run(*base, "--pixels"), 2, "has 0 classes of pictures")
-    out = ["--out", tmp_path / "out"]
-    refused(run("perceptual", "import", tmp_path / "x", "--format", "snu", *out), 2, "no such file")
-    pocket = ["--network", "pocket", "--vae", "pocket"]
-    refused(
-        run("perceptual", "calibrate", "--triplets", tmp_path / "x", *pocket, *out),
-        2,
-        "no folder of triplets",
-    )
+    assert_refused(run(*fit, "--pixels"), 2, "has 0 classes of pictures")
+
+    result = run("perceptual", "import", tmp_path / "x", "--format", "snu", *out)
+    assert_refused(result, 2, "no such file")
+
+    network = ("--network", "pocket", "--vae", "pocket")
+    result = run("perceptual", "calibrate", "--triplets", tmp_path / "x", *network, *out)
+    assert_refused(result, 2, "no folder of triplets")
+
     assert not list(tmp_path.iterdir())
 
 
-def test_triplets_calibrate_a_network(tmp_path: Path) -> None:
-    made = run("pocket", "triplets", "--out", tmp_path / "triplets", "--count", 2)
-    assert made.code == 0, made
-    command = (
-        made.out.partition("Next: diffusion2gan ")[2]
-        .replace("NAME", str(tmp_path / "network"))
-        .split()
-    )
+def test_the_command_that_pocket_triplets_suggests_calibrates_a_network(tmp_path: Path) -> None:
+    written = run("pocket", "triplets", "--out", tmp_path / "triplets", "--count", 2)
+    assert written.code == 0, written
+    suggestion = written.out.partition("Next: diffusion2gan ")[2]
+    command = suggestion.replace("NAME", str(tmp_path / "network")).split()
     assert command[:2] == ["perceptual", "calibrate"]
-    done = run(*command, "--epochs", 1)
-    assert done.code == 0, done
-    assert len(re.findall(r"2AFC \d+\.\d\d% \(before: \d+\.\d\d%\), 1 triplets", done.out)) == 6
-    assert {"config.json", "model.safetensors", "README.md", "calibrate.json"} <= {
-        path.name for path in (tmp_path / "network").iterdir()
-    }
-    assert leftovers(tmp_path) == []
+
+    calibrated = run(*command, "--epochs", 1)
+    assert calibrated.code == 0, calibrated
+    scores = re.findall(r"2AFC \d+\.\d\d% \(before: \d+\.\d\d%\), 1 triplets", calibrated.out)
+    assert len(scores) == 6
+    names = {path.name for path in (tmp_path / "network").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "README.md", "calibrate.json"}
+    assert temporary_files(tmp_path) == []

@@ -1,4 +1,4 @@
-"""What every test shares. Imported before each run, so it imports nothing heavy itself."""
+"""Fixtures that several tests share. It is imported first, so it imports nothing heavy itself."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from typing import Any
 
 import pytest
 
-NUM_THREADS = int(
-    os.environ.get("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
-)
+# Parallel test processes use one thread each, a single one uses two.
+DEFAULT_THREADS = "1" if "PYTEST_XDIST_WORKER" in os.environ else "2"
+NUM_THREADS = int(os.environ.get("OMP_NUM_THREADS", DEFAULT_THREADS))
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # threads that wait sleep: much faster beside other processes
-os.environ.setdefault("OMP_NUM_THREADS", str(NUM_THREADS))  # for the commands that tests start
+# Waiting threads sleep: much faster beside other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# For the commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", str(NUM_THREADS))
 
 
 def pytest_collection_finish() -> None:
-    """The same number of threads everywhere, where a test module has loaded torch."""
+    """Sets the same number of threads everywhere, if a test module has loaded torch."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(NUM_THREADS)
 
 
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a whole pocket pipeline, its weights random (seed 0)."""
+    """A folder with a complete pocket pipeline with random weights (seed 0)."""
     import torch
 
     from diffusion2gan.pocket import models
@@ -47,7 +47,10 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sd_style_teacher(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights under Stable Diffusion 1.5's own scheduler file: PNDM, ε, leading steps, no ᾱ = 1 at the end."""
+    """The same weights with Stable Diffusion 1.5's scheduler file.
+
+    That is: PNDM, ε prediction, leading timesteps, ᾱ below 1 at the end.
+    """
     from diffusers import PNDMScheduler
 
     folder = tmp_path_factory.mktemp("sd_style") / "teacher"
@@ -71,7 +74,7 @@ def sd_style_teacher(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="session")
 def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """name → the folder of that family's tiny pipeline, made once."""
+    """Family name → the folder of its tiny pipeline, saved once per session."""
     root = tmp_path_factory.mktemp("families")
 
     def folder(name: str) -> Path:
@@ -84,21 +87,29 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
-    """The installed Chromium, driven by playwright; skips where either is missing."""
+    """The installed Chromium, driven by playwright. Skips the test if either is missing."""
     path = (
         shutil.which("chromium")
         or shutil.which("chromium-browser")
         or shutil.which("google-chrome")
     )
     if path is None:
-        pytest.skip("no chromium on PATH: the pages are not tried in a browser")
+        pytest.skip("no chromium on PATH: the pages are not tested in a browser")
     playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed: no browser tests"
+        "playwright.sync_api",
+        reason="playwright is not installed: the pages are not tested in a browser",
     )
     arguments = [
-        "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", *(["--no-sandbox"] if os.geteuid() == 0 else []),
-    ]  # fmt: skip
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+    ]
+    if os.geteuid() == 0:
+        arguments.append("--no-sandbox")
+
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=arguments)
         yield browser
@@ -107,26 +118,36 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture
 def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
-    """`open_page(url, **context)` → a page. Nothing but `url`'s own origin is reached; no error is logged meanwhile."""
-    contexts, problems = [], []
+    """`open_page(url, **context)` → a page.
+
+    At the end the test fails if a page requested anything but its `url`'s origin, or logged an
+    error.
+    """
+    contexts: list[Any] = []
+    problems: list[str] = []
 
     def open_(url: str, **options: Any) -> Any:
         context = chromium.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
         contexts.append(context)
         page = context.new_page()
-        home = "/".join(url.split("/")[:3])
-        page.on(
-            "request",
-            lambda r: (
-                None if r.url.startswith((home, "data:", "blob:")) else problems.append(r.url)
-            ),
-        )
-        page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
-        # A page that is left or loaded anew aborts the requests it had open, and says so: that is no fault of it.
-        page.on(
-            "pageerror",
-            lambda error: None if error.name == "AbortError" else problems.append(str(error)),
-        )
+        origin = "/".join(url.split("/")[:3])
+
+        def on_request(request: Any) -> None:
+            if not request.url.startswith((origin, "data:", "blob:")):
+                problems.append(request.url)
+
+        def on_console(message: Any) -> None:
+            if message.type == "error":
+                problems.append(message.text)
+
+        def on_page_error(error: Any) -> None:
+            # A page that is left or reloaded aborts its open requests, and reports it: no error.
+            if error.name != "AbortError":
+                problems.append(str(error))
+
+        page.on("request", on_request)
+        page.on("console", on_console)
+        page.on("pageerror", on_page_error)
         page.goto(url)
         return page
 

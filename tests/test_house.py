@@ -1,4 +1,7 @@
-"""The house's rules: imports go down, heavy libraries wait at their doors, nothing unsafe, nothing of one machine."""
+"""Rules of the code base: imports go one way, heavy libraries load late, nothing unsafe is loaded.
+
+Each rule is a function that finds violations; each has a test that it finds a planted one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "diffusion2gan"
 FILES = sorted(SRC.rglob("*.py"))
 
-# A room imports rooms of its own level or below, and no two rooms import each other.
+# A room (a top-level module or folder) imports rooms of its level or below, and no two rooms import
+# each other.
 LEVEL = {
     "errors": 0,
     "assets": 1,
@@ -40,12 +44,11 @@ LEVEL = {
     "cli": 10,
     "__main__": 11,
 }
-TOP = {
-    "demo",
-    "cli",
-    "__main__",
-    "__init__",
-}  # these may import everything; `__init__` is the public surface
+
+# These may import everything. `__init__` is the public API.
+TOP = {"demo", "cli", "__main__", "__init__"}
+
+# Jobs read each other's files, not each other's code.
 JOBS = {
     "pairs.make",
     "distill.train",
@@ -56,9 +59,14 @@ JOBS = {
     "perceptual.fit",
     "perceptual.calibrate",
 }
+
 POCKET_USERS = {"pocket", "evaluate", "compare", "serve"} | TOP
-DIFFUSERS_DOORS = ("teacher.", "pocket.", "pipelines.", "export")
+DIFFUSERS_USERS = ("teacher.", "pocket.", "pipelines.", "export")
 HEAVY = ("torch", "diffusers", "transformers")
+CLI_IMPORTS = {"typer", "diffusion2gan"}  # at the top of a cli module, beside the standard library
+
+
+# Imports
 
 
 def module_name(file: Path) -> str:
@@ -73,67 +81,76 @@ def room(module: str) -> str:
     return module.split(".")[0]
 
 
-def imports(tree: ast.AST, module: str) -> Iterator[str]:
-    """Every dotted name that `module` imports, anywhere in it; "diffusion2gan" in front of our own."""
+def imported_names(tree: ast.AST, module: str) -> Iterator[str]:
+    """Every dotted name that `module` imports, anywhere in it, relative imports made absolute."""
     package = ["diffusion2gan", *module.split(".")[:-1]]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            for alias in node.names:
+                yield alias.name
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            base = [*base, *([node.module] if node.module else [])]
-            yield from (".".join([*base, alias.name]) for alias in node.names)
+            if node.module:
+                base = [*base, node.module]
+            for alias in node.names:
+                yield ".".join([*base, alias.name])
 
 
-def own_imports(tree: ast.AST, module: str) -> set[str]:
+def imported_modules(tree: ast.AST, module: str) -> set[str]:
     """The modules of this package that `module` imports, named as `module_name` does."""
     found = set()
-    for name in imports(tree, module):
-        parts = name.split(".")
-        if parts[0] != "diffusion2gan":
-            continue
-        longest = [".".join(parts[1:end]) for end in range(len(parts), 1, -1)]
-        target = next((c for m in longest for c in (m, f"{m}.__init__") if c in MODULES), None)
-        if target is not None:
-            found.add(target)
-        elif len(parts) > 2:
-            raise AssertionError(f"{module} imports {name}, which is not there")
+    for name in imported_names(tree, module):
+        package, *parts = name.split(".")
+        if package == "diffusion2gan" and parts:
+            target = find_module(parts)
+            if target is not None:
+                found.add(target)
+            elif len(parts) > 1:
+                raise AssertionError(f"{module} imports {name}, which does not exist")
     return found - {module}
 
 
-def upward(module: str, targets: set[str]) -> set[str]:
+def find_module(parts: list[str]) -> str | None:
+    """The longest prefix of a dotted name that is a module: a name in a module is not one."""
+    for end in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:end])
+        for candidate in (prefix, f"{prefix}.__init__"):
+            if candidate in MODULES:
+                return candidate
+    return None
+
+
+def imported_libraries(tree: ast.AST, module: str) -> set[str]:
+    return {name.split(".")[0] for name in imported_names(tree, module)}
+
+
+def wrong_imports(module: str, targets: set[str]) -> set[str]:
     """The imports of `module` that break the order of rooms."""
-    here = room(module)
-    if here in TOP:
+    source = room(module)
+    if source in TOP:
         return set()
-    to_pocket = {
-        target for target in targets if room(target) == "pocket" and here not in POCKET_USERS
-    }
-    return to_pocket | {target for target in targets if LEVEL[room(target)] > LEVEL[here]}
+
+    wrong = {target for target in targets if LEVEL[room(target)] > LEVEL[source]}
+    if source not in POCKET_USERS:
+        wrong |= {target for target in targets if room(target) == "pocket"}
+    return wrong
 
 
-def unsafe(tree: ast.AST) -> Iterator[str]:
-    """What could run code out of a file: pickles, `torch.load` without `weights_only=True`, remote code."""
-    for name in imports(tree, "x"):
-        if name.split(".")[0] in {
-            "pickle",
-            "cPickle",
-            "dill",
-            "cloudpickle",
-            "joblib",
-            "marshal",
-            "shelve",
-        }:
-            yield f"import {name}"
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
-        if ast.unparse(node.func) == "torch.load" and keywords.get("weights_only") != "True":
-            yield "torch.load without weights_only=True"
-        for name in ("trust_remote_code", "allow_pickle"):
-            if keywords.get(name, "False") != "False":
-                yield f"{name}={keywords[name]}"
+def find_cycles(edges: dict[str, set[str]]) -> list[tuple[str, str]]:
+    """The pairs of rooms that import each other, directly or through others."""
+    # Transitive closure (Warshall)
+    reachable = {name: set(targets) for name, targets in edges.items()}
+    for middle in reachable:
+        for targets in reachable.values():
+            if middle in targets:
+                targets |= reachable[middle]
+
+    cycles = []
+    for a in sorted(reachable):
+        for b in sorted(reachable):
+            if a < b and b in reachable[a] and a in reachable[b]:
+                cycles.append((a, b))
+    return cycles
 
 
 @pytest.fixture(scope="module")
@@ -141,71 +158,152 @@ def trees() -> dict[str, ast.Module]:
     return {module_name(file): ast.parse(file.read_text("utf-8"), str(file)) for file in FILES}
 
 
-def test_every_room_has_its_place(trees: dict[str, ast.Module]) -> None:
-    strangers = {room(m) for m in trees} - set(LEVEL) - {"__init__"}
-    assert not strangers, f"no place in the order of rooms (LEVEL, in this file): {strangers}"
+def test_every_room_has_a_level(trees: dict[str, ast.Module]) -> None:
+    unknown = {room(module) for module in trees} - set(LEVEL) - {"__init__"}
+    assert not unknown, f"add these rooms to LEVEL, in this file: {unknown}"
 
 
-def test_imports_go_one_way(trees: dict[str, ast.Module]) -> None:
-    wrong = {m: found for m, tree in trees.items() if (found := upward(m, own_imports(tree, m)))}
+def test_rooms_import_downwards_only(trees: dict[str, ast.Module]) -> None:
+    wrong = {}
+    for module, tree in trees.items():
+        if found := wrong_imports(module, imported_modules(tree, module)):
+            wrong[module] = found
     assert not wrong, f"a room imports one above it: {wrong}"
 
 
-def test_jobs_meet_only_on_disk(trees: dict[str, ast.Module]) -> None:
-    wrong = {
-        m: found for m in JOBS & set(trees) if (found := own_imports(trees[m], m) & (JOBS - {m}))
-    }
+def test_jobs_do_not_import_each_other(trees: dict[str, ast.Module]) -> None:
+    wrong = {}
+    for job in JOBS & set(trees):
+        if found := imported_modules(trees[job], job) & (JOBS - {job}):
+            wrong[job] = found
     assert not wrong, f"a job imports another job: {wrong}"
-
-
-def cycles(edges: dict[str, set[str]]) -> list[tuple[str, str]]:
-    """The pairs of rooms that reach each other."""
-    reach = {name: set(targets) for name, targets in edges.items()}
-    for middle in reach:
-        for name in reach:
-            if middle in reach[name]:
-                reach[name] |= reach[middle]
-    return [
-        (a, b)
-        for a in sorted(reach)
-        for b in sorted(reach)
-        if a < b and b in reach[a] and a in reach[b]
-    ]
 
 
 def test_no_two_rooms_import_each_other(trees: dict[str, ast.Module]) -> None:
     edges: dict[str, set[str]] = {room(module): set() for module in trees}
     for module, tree in trees.items():
         if room(module) != "__init__":
-            edges[room(module)] |= {room(target) for target in own_imports(tree, module)} - {
-                room(module),
-                "__init__",
-            }
-    assert not cycles(edges)
+            targets = {room(target) for target in imported_modules(tree, module)}
+            edges[room(module)] |= targets - {room(module), "__init__"}
+    assert not find_cycles(edges)
 
 
-def test_a_cycle_of_rooms_is_noticed() -> None:
-    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [
-        ("a", "b"),
-        ("a", "c"),
-        ("b", "c"),
-    ]
-    assert cycles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+def test_cycles_of_rooms_are_found() -> None:
+    cycle = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
+    assert find_cycles(cycle) == [("a", "b"), ("a", "c"), ("b", "c")]
+    assert find_cycles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
 
 
-def imported_roots(tree: ast.AST, module: str) -> Iterator[str]:
-    return (name.split(".")[0] for name in imports(tree, module))
+def test_wrong_imports_are_found() -> None:
+    assert wrong_imports("teacher.ode", {"pairs.store", "runtime.files"}) == {"pairs.store"}
+    assert wrong_imports("pairs.make", {"pocket.scenes", "teacher.ode"}) == {"pocket.scenes"}
+    assert wrong_imports("pocket.train", {"distill.train", "noise"}) == {"distill.train"}
 
 
-def test_diffusers_only_at_its_doors(trees: dict[str, ast.Module]) -> None:
-    users = {m for m, tree in trees.items() if "diffusers" in imported_roots(tree, m)}
-    wrong = {m for m in users if not (m + ".").startswith(DIFFUSERS_DOORS)}
-    assert not wrong, f"diffusers is imported outside {DIFFUSERS_DOORS}: {wrong}"
+def test_relative_and_late_imports_are_found() -> None:
+    code = """
+from ..runtime import files
+from . import scenes
+def f():
+    import diffusion2gan.errors
+"""
+    found = imported_modules(ast.parse(code), "pocket.train")
+    assert found == {"runtime.files", "pocket.scenes", "errors"}
+
+
+def test_diffusers_is_imported_only_by_its_users(trees: dict[str, ast.Module]) -> None:
+    users = {
+        module for module, tree in trees.items() if "diffusers" in imported_libraries(tree, module)
+    }
+    wrong = {module for module in users if not f"{module}.".startswith(DIFFUSERS_USERS)}
+    assert not wrong, f"diffusers is imported outside {DIFFUSERS_USERS}: {wrong}"
+
+
+# The command line
+
+
+def top_level_imports(tree: ast.Module, module: str) -> set[str]:
+    """The libraries that are loaded when `module` is imported."""
+    statements = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return imported_libraries(ast.Module(statements, []), module)
+
+
+def test_cli_modules_load_no_library_but_typer(trees: dict[str, ast.Module]) -> None:
+    allowed = CLI_IMPORTS | set(sys.stdlib_module_names)
+    wrong = {}
+    for module, tree in trees.items():
+        if room(module) != "cli":
+            continue
+        if found := top_level_imports(tree, module) - allowed:
+            wrong[module] = found
+    assert not wrong, f"import these inside the command that uses them: {wrong}"
+
+
+def test_cli_modules_load_only_each_other_and_errors(trees: dict[str, ast.Module]) -> None:
+    wrong = {}
+    for module, tree in trees.items():
+        if room(module) != "cli":
+            continue
+        statements = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        rooms = {room(m) for m in imported_modules(ast.Module(statements, []), module)}
+        if found := rooms - {"cli", "errors", "__init__"}:
+            wrong[module] = found
+    assert not wrong, f"import these inside the command that uses them: {wrong}"
+
+
+def test_top_level_imports_are_distinguished_from_late_ones() -> None:
+    tree = ast.parse("import typer\nfrom torch import nn\ndef f():\n    import diffusers")
+    assert top_level_imports(tree, "cli.pairs") == {"typer", "torch"}
+
+
+def test_help_loads_no_heavy_library() -> None:
+    code = f"""
+import sys
+from diffusion2gan.cli import main
+sys.argv = ["diffusion2gan", "--help"]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+loaded = [name for name in {HEAVY!r} if name in sys.modules]
+assert not loaded, f"--help loads {{loaded}}"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "distill" in done.stdout
+    assert not done.stderr, "output beside the help"
+
+
+# Safety
+
+PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+
+
+def unsafe_loads(tree: ast.AST) -> Iterator[str]:
+    """What could run code from a file: pickles, `torch.load` without `weights_only=True`, remote
+    code.
+    """
+    for name in imported_names(tree, "x"):
+        if name.split(".")[0] in PICKLES:
+            yield f"import {name}"
+
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if ast.unparse(node.func) == "torch.load" and keywords.get("weights_only") != "True":
+            yield "torch.load without weights_only=True"
+        for name in ("trust_remote_code", "allow_pickle"):
+            if keywords.get(name, "False") != "False":
+                yield f"{name}={keywords[name]}"
 
 
 def test_nothing_unsafe_is_loaded(trees: dict[str, ast.Module]) -> None:
-    wrong = {m: found for m, tree in trees.items() if (found := list(unsafe(tree)))}
-    assert not wrong, f"safetensors only: {wrong}"
+    wrong = {}
+    for module, tree in trees.items():
+        if found := list(unsafe_loads(tree)):
+            wrong[module] = found
+    assert not wrong, f"only safetensors may be loaded: {wrong}"
 
 
 @pytest.mark.parametrize(
@@ -218,44 +316,19 @@ def test_nothing_unsafe_is_loaded(trees: dict[str, ast.Module]) -> None:
         "load(path, trust_remote_code=True)",
     ],
 )
-def test_the_unsafe_is_noticed(code: str) -> None:
-    assert list(unsafe(ast.parse(code)))
+def test_unsafe_loads_are_found(code: str) -> None:
+    assert list(unsafe_loads(ast.parse(code)))
 
 
-def test_the_wrong_way_is_noticed() -> None:
-    assert upward("teacher.ode", {"pairs.store", "runtime.files"}) == {"pairs.store"}
-    assert upward("pairs.make", {"pocket.scenes", "teacher.ode"}) == {"pocket.scenes"}
-    assert upward("pocket.train", {"distill.train", "perceptual.vgg"}) == {"distill.train"}
-    relative = ast.parse(
-        "from ..runtime import files\nfrom . import scenes\ndef f():\n    import diffusion2gan.errors"
-    )
-    assert own_imports(relative, "pocket.train") == {"runtime.files", "pocket.scenes", "errors"}
+# Text
 
-
-def test_help_loads_nothing_heavy() -> None:
-    code = f"""
-import sys
-from diffusion2gan.cli import main
-sys.argv = ["diffusion2gan", "--help"]
-try:
-    main()
-except SystemExit as end:
-    assert not end.code, end.code
-loaded = [name for name in {HEAVY!r} if name in sys.modules]
-assert not loaded, f"--help loads {{loaded}}"
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "distill" in done.stdout
-    assert not done.stderr, "a noise beside the help"
-
-
-# One letter of each in brackets, so that this file does not name them itself.
+# One letter of each in brackets, so that this file does not contain the names themselves.
 REGISTRIES = re.compile(
     r"\bpy[p]i\b|python[h]osted|download\.py[t]orch|ana[c]onda\.org|npm[j]s", re.I
 )
 MACHINE_PATH = re.compile(r"(?<![\w.:/-])/(work|root|home|Users)/\w")
-TEXT = {
+UNFORMATTED = re.compile(r"# fmt: (skip|off)")
+TEXT_SUFFIXES = {
     ".py",
     ".md",
     ".toml",
@@ -269,30 +342,51 @@ TEXT = {
     ".css",
     ".svg",
     ".cfg",
+    ".sh",
+    ".sbatch",
 }
-FOLDERS = ("src", "tests", "docs", "recipes", "benchmarks", "examples", ".ci")
+FOLDERS = ("src", "tests", "docs", "benchmarks", "examples", ".ci")
 
 
-def texts() -> Iterator[Path]:
-    """Every text file that belongs to the project."""
-    yield from (ROOT / name for name in ("Makefile", ".ci/run"))
-    yield from (file for file in ROOT.iterdir() if file.suffix in TEXT)
-    yield from (
-        file for folder in FOLDERS for file in (ROOT / folder).rglob("*") if file.suffix in TEXT
-    )
+def text_files() -> Iterator[Path]:
+    """Every text file of the project."""
+    yield ROOT / "Makefile"
+    yield ROOT / ".ci" / "run"
+    for file in ROOT.iterdir():
+        if file.suffix in TEXT_SUFFIXES:
+            yield file
+    for folder in FOLDERS:
+        for file in sorted((ROOT / folder).rglob("*")):
+            if file.suffix in TEXT_SUFFIXES:
+                yield file
 
 
-def test_nothing_of_one_machine_nor_of_a_registry() -> None:
-    wrong = [
-        f"{file.relative_to(ROOT)}:{number}: {match.group()}"
-        for file in texts()
-        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1)
-        if (match := REGISTRIES.search(line) or MACHINE_PATH.search(line))
-    ]
-    assert not wrong, "\n".join(wrong)
+def find_in_text(pattern: re.Pattern[str], files: Iterator[Path]) -> list[str]:
+    """`FILE:LINE: MATCH` for every match."""
+    found = []
+    for file in files:
+        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+            if match := pattern.search(line):
+                found.append(f"{file.relative_to(ROOT)}:{number}: {match.group()}")
+    return found
 
 
-def test_a_machine_path_or_registry_is_noticed() -> None:
+@pytest.mark.parametrize("pattern", [REGISTRIES, MACHINE_PATH], ids=["registries", "paths"])
+def test_no_file_names_a_package_registry_or_a_path_of_one_machine(
+    pattern: re.Pattern[str],
+) -> None:
+    found = find_in_text(pattern, text_files())
+    assert not found, "\n".join(found)
+
+
+def test_registries_and_machine_paths_are_found() -> None:
     assert REGISTRIES.search("see py" + "pi.org")
     assert MACHINE_PATH.search("see " + "/root" + "/x")
     assert not MACHINE_PATH.search("https://example.org" + "/work" + "/x")
+
+
+def test_no_code_is_exempt_from_formatting() -> None:
+    python = (file for file in text_files() if file.suffix == ".py" and file != Path(__file__))
+    found = find_in_text(UNFORMATTED, python)
+    assert not found, "\n".join(found)
+    assert UNFORMATTED.search("x = 1  # fmt: " + "skip")

@@ -1,4 +1,4 @@
-"""Where the shipped weights lie."""
+"""The weights and pairs that are installed with the package."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ from pathlib import Path
 
 from diffusion2gan.errors import Failure
 
-GUIDANCE_SCALE = 3.0  # the pocket teacher's
+# The pocket teacher's default sampling settings.
+GUIDANCE_SCALE = 3.0
 NUM_INFERENCE_STEPS = 50
+
 ROOT = Path(__file__).parent / "pocket" / "weights"
 
 
 def folder(name: str) -> Path:
-    """`weights/<name>` inside the package. Raises Failure where the installation lacks it."""
+    """The folder of weights `name`. Raises Failure if the installation lacks it."""
     path = ROOT / name
     if not path.exists():
         raise Failure(
-            f"this installation has no pocket {name} ({path} is missing); install the package again."
+            f"this installation has no pocket {name} ({path} is missing); install the package "
+            "again."
         )
     return path
 
 
 def pairs_world(seed: int) -> int:
-    """The world whose captions a set of pairs with this seed uses: never one that is trained or measured on."""
+    """The world whose captions a set of pairs with this seed uses.
+
+    The worlds of training and of the evaluation are others.
+    """
     return 100 + seed

@@ -1,6 +1,6 @@
-"""Deliberate errors. Each message says what was wrong, where, both values and the remedy, in one paragraph.
+"""The package's errors. Each message is one paragraph: what is wrong, where, values, remedy.
 
-`UserError` is the user's to mend (exit code 2); `Failure` is not (exit code 1).
+`UserError` can be corrected by the user (exit code 2); `Failure` cannot (exit code 1).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class Diffusion2GANError(Exception):
-    """Base of everything this package raises on purpose."""
+    """The base of all errors that this package raises deliberately."""
 
     exit_code = 1
 
@@ -22,13 +22,15 @@ class UserError(Diffusion2GANError):
 
 
 class Failure(Diffusion2GANError):
-    """Something went wrong on the way: a damaged file, a full disk, a diverged run."""
+    """A failure during a job: a damaged file, a full disk, a diverged run."""
 
     exit_code = 1
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the closest known name, or the list of them where none is close."""
-    known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    """`"; did you mean 'x'?"` with the most similar known name; if none is similar, all of them."""
+    names = sorted(known)
+    similar = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if similar:
+        return f"; did you mean {similar[0]!r}?"
+    return f"; known: {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""Seeds and noise of pairs: each pair has its own CPU generator."""
+"""The seeds and noise of pairs: each pair has its own CPU generator."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from torch import Tensor
 
 from diffusion2gan.errors import UserError
 
-PAIRS_PER_SEED = (
-    2**24
-)  # torch's CPU generator takes 32 bits of a seed: 256 sets of 16.7 M pairs never share a noise
+# torch's CPU generator uses 32 bits of a seed: 256 sets of 16.7 M pairs never share a noise.
+NUM_SET_SEEDS = 256
+PAIRS_PER_SEED = 2**24
 
 
 def pair_seed(set_seed: int, index: int) -> int:
-    """The seed of pair `index`: usable as it is with `torch.Generator("cpu").manual_seed` and a stock pipeline."""
-    if not 0 <= set_seed < 256:
+    """The seed of pair `index` of a set.
+
+    It works unchanged with `torch.Generator("cpu").manual_seed` and a stock diffusers pipeline.
+    """
+    if not 0 <= set_seed < NUM_SET_SEEDS:
         raise UserError(
-            f"--seed {set_seed}: a set's seed is 0 to 255, so that sets never share a noise"
+            f"--seed {set_seed}: the seed of a set must be 0 to {NUM_SET_SEEDS - 1}, so that sets "
+            "never share a noise"
         )
     if not 0 <= index < PAIRS_PER_SEED:
         raise UserError(
@@ -28,7 +32,9 @@ def pair_seed(set_seed: int, index: int) -> int:
 
 
 def noise_from_seeds(seeds: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
-    """[B, *shape] float32, N(0, I): each pair's from its own CPU generator, whatever the batch."""
-    return torch.stack(
-        [torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed)) for seed in seeds]
-    )
+    """[B, *shape] float32, N(0, I). Each row depends on its seed alone, not on the batch."""
+    rows = []
+    for seed in seeds:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        rows.append(torch.randn(shape, generator=generator))
+    return torch.stack(rows)

@@ -1,4 +1,4 @@
-"""Prompts from a text file, and the digest that names a list of them."""
+"""Prompts from a text file, and the digest that identifies a list of them."""
 
 from __future__ import annotations
 
@@ -8,30 +8,47 @@ from pathlib import Path
 
 from diffusion2gan.errors import UserError
 
+MAX_LISTED = 5  # line numbers in a message
 
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line. Raises UserError where the file is missing, empty, not UTF-8 or has blank lines."""
+
+def read_lines(path: Path, what: str, remedy: str) -> list[str]:
+    """The lines of a text file, one `what` ("prompt", "caption") per line, stripped.
+
+    `remedy` ends the message if there is no such file. Raises UserError if the file is missing,
+    empty, not UTF-8 or has blank lines.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
-        raise UserError(
-            f"no prompts file {path}; give a text file with one prompt a line, or `pocket`"
-        ) from None
+        raise UserError(f"no {what}s file {path}; {remedy}") from None
     except IsADirectoryError:
-        raise UserError(f"{path} is a folder; give a text file with one prompt a line") from None
+        raise UserError(f"{path} is a folder; give a text file with one {what} per line") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    if not any(line.strip() for line in lines):
-        raise UserError(f"{path} is empty; write one prompt a line")
-    blank = [number for number, line in enumerate(lines, 1) if not line.strip()]
+
+    lines = [line.strip() for line in lines]
+    if not any(lines):
+        raise UserError(f"{path} is empty; write one {what} per line")
+    blank = [number for number, line in enumerate(lines, 1) if not line]
     if blank:
-        shown = ", ".join(map(str, blank[:5]))
+        listed = ", ".join(map(str, blank[:MAX_LISTED]))
         raise UserError(
-            f"{path} has {len(blank)} blank lines (line {shown}); delete them, or write the prompts there"
+            f"{path} has {len(blank)} blank lines (line {listed}); delete them, or write the "
+            f"missing {what}s there"
         )
-    return [line.strip() for line in lines]
+    return lines
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a text file, one per line. Raises UserError as `read_lines` does."""
+    return read_lines(
+        path,
+        "prompt",
+        "give a text file with one prompt per line, or `pocket` for the pocket world's",
+    )
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
-    """Names a list of prompts by its content: what a set was made from, whatever the file was called."""
-    return f"{len(prompts)} prompts, sha256 {hashlib.sha256(chr(10).join(prompts).encode()).hexdigest()[:16]}"
+    """Identifies a list of prompts by its content, independent of the file's name."""
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    return f"{len(prompts)} prompts, sha256 {digest[:16]}"

@@ -476,7 +476,7 @@ def test_some_pairs_without_prompts_are_told(
 
 def test_a_device_that_is_not_here_is_refused(recipe: Recipe, pairs: Path, tmp_path: Path) -> None:
     for name in ("cuda:99", "gpu"):
-        with pytest.raises(UserError, match=f"device = '{name}' is not here .*; set device=cpu"):
+        with pytest.raises(UserError, match=f"device '{name}' is not available .*; set device=cpu"):
             distill(recipe.model_copy(update={"device": name}), pairs, tmp_path / "run")
 
 

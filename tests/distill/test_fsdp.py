@@ -230,7 +230,7 @@ def test_a_rank_that_hangs_is_named_by_the_gathering(
     (tmp_path / "late.py").write_text(LATE)
     monkeypatch.setenv("DIFFUSION2GAN_RANK_TIMEOUT_S", "3")
     out, _ = done(torchrun(2, tmp_path / "late.py"))
-    assert "TOLD step 3: rank 1 did not come" in out
+    assert "TOLD step 3: rank 1 did not take part" in out
 
 
 def test_one_process_has_nothing_to_cut() -> None:

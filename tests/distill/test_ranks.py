@@ -326,7 +326,7 @@ def test_a_rank_that_hangs_is_named(tmp_path: Path) -> None:
         out, _ = done(torchrun(2, tmp_path / "late.py"))
     finally:
         del os.environ["DIFFUSION2GAN_RANK_TIMEOUT_S"]
-    assert "TOLD step 2: rank 1 did not come" in out and "the same command continues" in out
+    assert "TOLD step 2: rank 1 did not take part" in out and "the same command continues" in out
 
 
 ELSEWHERE = """
@@ -354,9 +354,9 @@ def test_ranks_that_see_different_folders_are_refused(folder: Path, tmp_path: Pa
     )
     _, err = process.communicate(timeout=300)
     assert process.returncode == 1
-    assert "rank 0 finds a run of 8 pairs there, rank 1 one of 0" in err, err
+    assert "rank 0 finds a run with 8 pairs, rank 1 one with 0" in err, err
     assert (
-        "folder that all ranks see" in err
+        "All ranks must use the same folder" in err
         and not (tmp_path / "there" / "run" / "log.jsonl").exists()
     )
 

@@ -106,7 +106,7 @@ LATE = """
 import os, sys, time, torch
 from diffusion2gan.errors import Failure
 from diffusion2gan.runtime import distributed
-distributed.PATIENCE_S = 2
+distributed.BARRIER_TIMEOUT_S = 2
 with distributed.connect_ranks(torch.device("cpu")) as group:
     if group.ranks.rank == 1:
         time.sleep(20)

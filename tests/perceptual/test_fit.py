@@ -173,7 +173,7 @@ def test_several_processes_are_refused(
         match=r"batch norm needs 2 .* at once, and each of 2 ranks as many; give a multiple",
     ):
         run(pictures, tmp_path / "out", batch_size=7)
-    told = "trains in one process, and WORLD_SIZE says that this is one of 2. Start it without torchrun"
+    told = r"trains in one process, but this is one of 2 \(WORLD_SIZE\). Start it without torchrun"
     with pytest.raises(UserError, match=f"perceptual calibrate {told}"):
         calibrate(pictures, "pocket", tmp_path / "out", "pocket")
     assert not (tmp_path / "out").exists()
@@ -278,10 +278,11 @@ def test_ranks_share_a_cache_and_have_the_same(tmp_path: Path) -> None:
     )
     assert reads == {0: [*range(64), *range(128, 192)], 1: [*range(64, 128), *range(192, 200)]}
     assert (
-        torch.equal(shared.whole("x"), alone.whole("x")) and shared.unreadable == alone.unreadable
+        torch.equal(shared.load_all("x"), alone.load_all("x"))
+        and shared.unreadable == alone.unreadable
     )
     with pytest.raises(
-        UserError, match=r"of rank 0 is not there on rank 1\. All ranks must see one --out"
+        UserError, match=r"of rank 0 does not exist on rank 1\. All ranks must use the same --out"
     ):
         made(tmp_path / "of another machine", InTurn(1, lambda: None))
 
@@ -295,12 +296,12 @@ def test_a_stop_in_the_last_chunk_is_not_forgotten(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         make_cache(tmp_path, {}, 10, read, lambda rows: rows, "numbers")
     made = make_cache(tmp_path, {}, 10, lambda i: {}, lambda rows: rows, "numbers")  # it was kept
-    assert made.whole("x").tolist() == list(range(10))
+    assert made.load_all("x").tolist() == list(range(10))
 
 
 def test_a_device_that_is_not_here_is_refused(pictures: Path, tmp_path: Path) -> None:
     for name in ("cuda:99", "gpu"):
-        told = f"device = '{name}' is not here .*; give --device cpu or one that is"
+        told = f"device '{name}' is not available .*; give --device cpu or another"
         with pytest.raises(UserError, match=told):
             fit(pictures, tmp_path / "out", None, WIDTHS, size=16, device=name)
         with pytest.raises(UserError, match=told):
@@ -384,10 +385,10 @@ def module_has(name: str) -> bool:
 
 def test_other_settings_do_not_take_what_is_there(pictures: Path, tmp_path: Path) -> None:
     run(pictures, tmp_path / "out", epochs=1)
-    with pytest.raises(UserError, match="was made with size = 16, this command says 32"):
+    with pytest.raises(UserError, match="was made with size = 16, but this command has 32"):
         run(pictures, tmp_path / "out", epochs=1, size=32)
     with pytest.raises(
-        UserError, match=r"out/work was made with epochs = 1, this command says 2; .* delete"
+        UserError, match=r"out/work was made with epochs = 1, but this command has 2\. .* delete"
     ):
         run(pictures, tmp_path / "out", epochs=2)
 
@@ -455,8 +456,8 @@ def test_the_cache_in_chunks_is_the_same(tmp_path: Path) -> None:
     expected = torch.tensor([2.0 * i for i in range(200) if i != 150])[:, None]
     for cache in caches:
         assert (
-            torch.equal(cache.whole("x"), expected)
+            torch.equal(cache.load_all("x"), expected)
             and len(cache) == 199
             and cache.unreadable == ["150"]
         )
-        assert torch.equal(cache.take("x", [198, 0, 6, 7, 150]), expected[[198, 0, 6, 7, 150]])
+        assert torch.equal(cache.load_rows("x", [198, 0, 6, 7, 150]), expected[[198, 0, 6, 7, 150]])

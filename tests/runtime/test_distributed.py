@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.runtime.distributed import attempt
+from diffusion2gan.runtime.distributed import store_prefix
 
 
 def torchrun_says(
@@ -27,18 +27,18 @@ def test_attempts_are_told_apart_where_one_store_serves_them_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torchrun_says(monkeypatch, lent=True, nodes=1, count=0, most=3)
-    first = attempt()
+    first = store_prefix()
     torchrun_says(monkeypatch, lent=True, nodes=1, count=1, most=3)
-    assert attempt() != first
+    assert store_prefix() != first
 
 
 def test_nodes_that_count_differently_meet_in_a_fresh_store(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torchrun_says(monkeypatch, lent=False, nodes=2, count=0, most=3)
-    first = attempt()
+    first = store_prefix()
     torchrun_says(monkeypatch, lent=False, nodes=2, count=1, most=3)
-    assert attempt() == first
+    assert store_prefix() == first
 
 
 def test_a_lent_store_is_refused_where_several_nodes_restart(
@@ -48,11 +48,11 @@ def test_a_lent_store_is_refused_where_several_nodes_restart(
     with pytest.raises(
         UserError, match=r"--max-restarts 3 on 2 nodes.*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
     ):
-        attempt()
+        store_prefix()
     torchrun_says(
         monkeypatch, lent=True, nodes=2, count=0, most=0
     )  # what never restarts may keep it
-    assert attempt()
+    assert store_prefix()
 
 
 LOSES_ONE = """

@@ -33,11 +33,11 @@ def main(out):
         mesh, beside = init_device_mesh("cpu", (group.ranks.world_size,)), group.new_gloo_group()
         cut = lambda x: distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None)
         tensors = {key: cut(value) if value.ndim and key != "whole" else value for key, value in state().items()}
-        write = sharded_checkpoint.staged(out / "parts", tensors, beside)
+        write = sharded_checkpoint.prepare_write(out / "parts", tensors, beside)
         for value in tensors.values():
             value.zero_()  # training goes on meanwhile
         write()
-        full = sharded_checkpoint.staged(out / "no" / "such" if group.ranks.is_main else Path(__file__) / "below", tensors, beside)
+        full = sharded_checkpoint.prepare_write(out / "no" / "such" if group.ranks.is_main else Path(__file__) / "below", tensors, beside)
         try:
             full()
         except Failure as error:
@@ -73,9 +73,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_one_process_reads_what_two_wrote(written: Path) -> None:
     numels = {key: value.numel() for key, value in state().items()}
-    files = sharded_checkpoint.files(written / "parts", numels)
+    files = sharded_checkpoint.check_written(written / "parts", numels)
     assert list(files) == NAMES and min(files.values()) > 0
-    found = sharded_checkpoint.read(written / "parts", files)
+    found = sharded_checkpoint.load(written / "parts", files)
     assert found.keys() == state().keys()
     for key, value in state().items():
         assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
@@ -84,12 +84,10 @@ def test_one_process_reads_what_two_wrote(written: Path) -> None:
         for name in NAMES
     ]
     assert rows == [3, 2]  # each rank has written its own alone
-    with pytest.raises(
-        Failure, match=r"15 of the 18 numbers of rows/5.*all must see the same --out"
-    ):
-        sharded_checkpoint.files(written / "parts", numels | {"rows/5": 18})
-    with pytest.raises(Failure, match=r"0 of the 1 numbers of another"):
-        sharded_checkpoint.files(written / "parts", numels | {"another": 1})
+    with pytest.raises(Failure, match=r"15 of the 18 elements of rows/5.*all ranks share"):
+        sharded_checkpoint.check_written(written / "parts", numels | {"rows/5": 18})
+    with pytest.raises(Failure, match=r"0 of the 1 elements of another"):
+        sharded_checkpoint.check_written(written / "parts", numels | {"another": 1})
 
 
 def test_a_rank_that_cannot_write_is_told_by_all(written: Path) -> None:
@@ -97,7 +95,7 @@ def test_a_rank_that_cannot_write_is_told_by_all(written: Path) -> None:
         told = (written / f"told{rank}").read_text()
         assert (
             "rank 1: NotADirectoryError" in told
-            and "The checkpoint before is intact" in told
+            and "The previous checkpoint is intact" in told
             and "\n" not in told
         )
     assert not (written / "no" / "such").exists()
@@ -106,19 +104,19 @@ def test_a_rank_that_cannot_write_is_told_by_all(written: Path) -> None:
 def test_a_wrong_part_is_named(written: Path, tmp_path: Path) -> None:
     """Missing (DCP alone gives its rows by chance, or fewer rows), cut off, one too many, overwritten."""
     for name in NAMES:
-        files = sharded_checkpoint.sizes(written / "parts")
+        files = sharded_checkpoint.file_sizes(written / "parts")
         for damage, told in (
             (
                 lambda path: path.unlink(),
-                "no such file, and .* bytes when the checkpoint was written",
+                "no such file, but .* bytes when the checkpoint was written",
             ),
             (
                 lambda path: path.write_bytes(path.read_bytes()[:-1]),
-                "bytes, and .* bytes when the checkpoint",
+                "bytes, but .* bytes when the checkpoint",
             ),
             (
                 lambda path: shutil.copy(path, path.with_name("shard-3.safetensors")),
-                "shard-3.*and no such file when",
+                "shard-3.*but no such file when",
             ),
             (lambda path: path.write_bytes(b"\xff" * path.stat().st_size), "are damaged"),
         ):
@@ -148,8 +146,8 @@ def test_no_pickle_is_read(written: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="unpickled"):
         pickle.loads((tmp_path / "parts" / ".metadata").read_bytes())
     assert (
-        sharded_checkpoint.read(
-            tmp_path / "parts", sharded_checkpoint.sizes(written / "parts")
+        sharded_checkpoint.load(
+            tmp_path / "parts", sharded_checkpoint.file_sizes(written / "parts")
         ).keys()
         == state().keys()
     )

@@ -150,11 +150,11 @@ def test_a_store_that_stays_away_is_a_failure(
     bucket: Remote, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(bucket, range(2))
-    monkeypatch.setattr(storage, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(storage, "RETRY_TIMEOUT_S", 1.0)
     server.faults = 10**6
-    with pytest.raises(Failure, match=r"out of reach for 1 s .*run the same command to continue"):
+    with pytest.raises(Failure, match=r"unreachable for 1 s .*run the same command to continue"):
         write_bytes(bucket, "pairs-00002.parquet", b"x" * 1000)
-    with pytest.raises(Failure, match="out of reach"):
+    with pytest.raises(Failure, match="unreachable"):
         store.read_shard(bucket, 0, spec=SPEC)
     server.faults = 0
     assert set(list_files(bucket)) == {"pairs.json", "pairs-00000.parquet", "pairs-00001.parquet"}

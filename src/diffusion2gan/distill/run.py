@@ -104,14 +104,14 @@ class Run:
             self._saving.start(lambda: checkpoints.write(folder, copied, meta, self.recipe))
             return
         unfinished = checkpoints.unfinished(folder, self.pairs_seen)
-        write = sharded_checkpoint.staged(unfinished, tensors, self._beside)
+        write = sharded_checkpoint.prepare_write(unfinished, tensors, self._beside)
         numels = {key: value.numel() for key, value in tensors.items()}
 
         def write_parts() -> None:
             write()
             if self.group.ranks.is_main:
                 checkpoints.write_parts(
-                    folder, sharded_checkpoint.files(unfinished, numels), meta, self.recipe
+                    folder, sharded_checkpoint.check_written(unfinished, numels), meta, self.recipe
                 )
 
         self._saving.start(write_parts)

@@ -67,12 +67,12 @@ def calibrate(
             work / "settings.json",
             {"epochs": epochs, "peak_lr": peak_lr, "seed": seed, "scored": str(scored)},
         )
-        subset = cache.whole("subset")
+        subset = cache.load_all("subset")
         apart = torch.zeros(len(subset), dtype=torch.bool)
         if scored is None:
             apart = held_out(subset, seed)
             check_scored(opened, subset[apart])
-        d0, d1, judge = (cache.whole(name) for name in ("d0", "d1", "judge"))
+        d0, d1, judge = (cache.load_all(name) for name in ("d0", "d1", "judge"))
         new = calibrate_heads(
             d0[~apart],
             d1[~apart],
@@ -159,8 +159,8 @@ def scores(
     cache: Cache, apart: Tensor, number: int, before: list[Tensor], after: list[Tensor]
 ) -> dict[str, Any]:
     """2AFC of sub-set `number` on the rows kept `apart`, with both sets of heads."""
-    rows = apart & (cache.whole("subset") == number)
-    d0, d1, judge = (cache.whole(name)[rows] for name in ("d0", "d1", "judge"))
+    rows = apart & (cache.load_all("subset") == number)
+    d0, d1, judge = (cache.load_all(name)[rows] for name in ("d0", "d1", "judge"))
     both = {
         name: two_afc(d0 @ torch.cat(heads).cpu(), d1 @ torch.cat(heads).cpu(), judge)
         for name, heads in (("before", before), ("after", after))

@@ -100,7 +100,7 @@ def fit(
         with connect_ranks(place) as group:
             cache = make(work, group)
             ensure_settings(work / "settings.json", settings)
-            labels = cache.whole("label")
+            labels = cache.load_all("label")
             check_classes(labelled.classes, labels.tolist(), images)
             mask = held_out(labels, seed)
             training = (~mask).nonzero()[:, 0]
@@ -109,7 +109,7 @@ def fit(
 
             def loss(numbers: range) -> Tensor:
                 places = training[shuffled(numbers, len(training), seed)].tolist()
-                inputs = to_inputs(cache.take("input", places)).to(place)
+                inputs = to_inputs(cache.load_rows("input", places)).to(place)
                 return F.cross_entropy(classifier(inputs), labels[places].to(place))
 
             fit_module(
@@ -195,6 +195,6 @@ def top1(
     right = 0
     for start in range(0, len(places), batch):
         here = places[start : start + batch]
-        guesses = classifier(to_inputs(cache.take("input", here)).to(device)).argmax(1).cpu()
+        guesses = classifier(to_inputs(cache.load_rows("input", here)).to(device)).argmax(1).cpu()
         right += int((guesses == labels[here]).sum())
     return right / len(places)

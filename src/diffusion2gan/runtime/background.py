@@ -1,4 +1,4 @@
-"""Work done in a thread while the caller goes on."""
+"""A job in a background thread."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class Background:
-    """One job at a time beside the caller. What it raised is raised by the next `start`, or by `wait`."""
+    """Runs one job at a time in a thread. The next `start`, or `wait`, raises a job's exception."""
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="background")
-        self._last: Future[None] | None = None
+        self._running: Future[None] | None = None
 
     def start(self, job: Callable[[], None]) -> None:
-        """Waits for the job before, then starts this one."""
+        """Waits for the previous job, then starts this one."""
         self.wait()
-        self._last = self._pool.submit(job)
+        self._running = self._pool.submit(job)
 
     def wait(self) -> None:
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
+        """Waits for the running job, if there is one."""
+        running = self._running
+        self._running = None  # an exception is raised only once
+        if running is not None:
+            running.result()

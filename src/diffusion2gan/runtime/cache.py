@@ -1,4 +1,7 @@
-"""Tensors made once from many files, in chunks on disk: each whole or absent, so that an interrupted job goes on."""
+"""Tensors computed once from many files and stored in chunks. An interrupted job continues.
+
+Each chunk is one file, written atomically.
+"""
 
 from __future__ import annotations
 
@@ -23,31 +26,34 @@ Rows = dict[str, Tensor]
 
 
 class Unreadable(Exception):
-    """A file that cannot be used: its name and why."""
+    """A file that cannot be used: its name and the reason."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """`rows[name]` is a list of chunks, read from disk as they are touched; `unreadable` names what was skipped."""
+    """`chunks[name]`: tensors [n, …], read from disk when they are used.
 
-    rows: dict[str, list[Tensor]]
+    `unreadable`: the names of the files that were skipped.
+    """
+
+    chunks: dict[str, list[Tensor]]
     unreadable: list[str]
 
     def __len__(self) -> int:
-        return sum(map(len, next(iter(self.rows.values()))))
+        return sum(map(len, next(iter(self.chunks.values()))))
 
-    def whole(self, name: str) -> Tensor:
+    def load_all(self, name: str) -> Tensor:
         """[N, …] in memory."""
-        return torch.cat(self.rows[name])
+        return torch.cat(self.chunks[name])
 
-    def take(self, name: str, places: list[int]) -> Tensor:
-        """[len(places), …], without reading the rest."""
-        chunks = self.rows[name]
-        ends = torch.tensor([0, *map(len, chunks)]).cumsum(0)
+    def load_rows(self, name: str, rows: list[int]) -> Tensor:
+        """[len(rows), …], without reading any other row."""
+        chunks = self.chunks[name]
+        starts = torch.tensor([0, *map(len, chunks)]).cumsum(0)
         found = []
-        for place in places:
-            chunk = int(torch.searchsorted(ends, place, right=True)) - 1
-            found.append(chunks[chunk][place - int(ends[chunk])])
+        for row in rows:
+            chunk = int(torch.searchsorted(starts, row, right=True)) - 1
+            found.append(chunks[chunk][row - int(starts[chunk])])
         return torch.stack(found)
 
 
@@ -62,94 +68,119 @@ def make_cache(
     batch: int = 32,
     group: Group | None = None,
 ) -> Cache:
-    """Reads `count` things into `folder`: `read(i)` one by one, `finish` on batches of them (a network's turn).
+    """Computes the rows of `count` items into `folder`, in files of `chunk` items.
 
-    `spec` says what the cache is made of. A thing for which `read` raises Unreadable is skipped and named. The ranks of
-    `group` take the chunks in turn and wait for each other. Raises UserError where the folder holds another cache, not
-    all ranks see it, or more than 1 % are unreadable (at once where one rank alone finds so many).
+    `read(i)` is called for each item and `finish` for each batch of the results, such as a
+    network's forward pass. An item for which `read` raises Unreadable is skipped and reported.
+    `spec` describes what the cache is computed from, `what` names the items in messages. The ranks
+    of `group` share the chunks and wait for each other.
+
+    Raises UserError if the folder contains a cache with another `spec`, if not all ranks use the
+    same folder, or if more than 1 % of the items are unreadable (at once if one rank finds that
+    many).
     """
     group = group or Group(Ranks())
-    if group.ranks.is_main:
+    ranks = group.ranks
+
+    # Describe the cache, or check the existing description
+    if ranks.is_main:
         ensure_settings(folder / "cache.json", spec)
-    group.all_gather_string(f"claimed {what}", "")
+    group.all_gather_string(f"described {what}", "")
     if not (folder / "cache.json").exists():
         raise UserError(
-            f"{folder} of rank 0 is not there on rank {group.ranks.rank}. All ranks must see one --out."
+            f"{folder} of rank 0 does not exist on rank {ranks.rank}. All ranks must use the same "
+            "--out, on a shared disk."
         )
-    parts = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
-    paths = [folder / f"{numbers.start:08d}.safetensors" for numbers in parts]
+
+    # Compute this rank's chunks
+    chunks = [range(start, min(start + chunk, count)) for start in range(0, count, chunk)]
+    paths = [folder / f"{numbers.start:08d}.safetensors" for numbers in chunks]
     unreadable: list[str] = []
     with stop_signal() as stopped, Bar(what, count) as bar:
-        for place, (numbers, path) in enumerate(zip(parts, paths, strict=True)):
+        for index, (numbers, path) in enumerate(zip(chunks, paths, strict=True)):
             if stopped():
                 raise KeyboardInterrupt
-            if place % group.ranks.world_size == group.ranks.rank:
+            if index % ranks.world_size == ranks.rank:
                 if path.exists():
                     unreadable += checkpoint.meta(path)["unreadable"]
                 else:
-                    rows, names = _read_chunk(numbers, read, finish, batch)
-                    unreadable += names
-                    _check_share(unreadable, count, what, folder)
-                    checkpoint.save(path, rows, {"unreadable": names})
+                    rows, skipped = _compute_chunk(numbers, read, finish, batch)
+                    unreadable += skipped
+                    _check_num_unreadable(unreadable, count, what, folder)
+                    checkpoint.save(path, rows, {"unreadable": skipped})
             bar.advance(len(numbers))
         if stopped():
             raise KeyboardInterrupt
     group.all_gather_string(f"made {what}", "")
-    made = [checkpoint.load(path) for path in paths]
-    chunks, unreadable = (
-        [rows for rows, _ in made if rows],
-        [name for _, meta in made for name in meta["unreadable"]],
-    )
-    _check_share(unreadable, count, what, folder)
+
+    # Open the chunks of all ranks
+    loaded: list[Rows] = []
+    unreadable = []
+    for path in paths:
+        rows, meta = checkpoint.load(path)
+        unreadable += meta["unreadable"]
+        if rows:
+            loaded.append(rows)
+    _check_num_unreadable(unreadable, count, what, folder)
     if unreadable:
-        console.print(
-            f"skipped {len(unreadable)} of {count} {what}: {_some(unreadable)}", soft_wrap=True
-        )
-    return Cache({name: [rows[name] for rows in chunks] for name in chunks[0]}, unreadable)
+        names = _first_names(unreadable)
+        console.print(f"skipped {len(unreadable)} of {count} {what}: {names}", soft_wrap=True)
+    return Cache({name: [rows[name] for rows in loaded] for name in loaded[0]}, unreadable)
 
 
-def _read_chunk(
+def _compute_chunk(
     numbers: range, read: Callable[[int], Rows], finish: Callable[[Rows], Rows], batch: int
 ) -> tuple[Rows, list[str]]:
-    """(the rows of all readable numbers, the names of the others)."""
-    done: list[Rows] = []
-    names: list[str] = []
+    """Returns (the rows of the readable items, the names of the others)."""
+    finished: list[Rows] = []
+    skipped: list[str] = []
     for start in range(numbers.start, numbers.stop, batch):
-        group: list[Rows] = []
+        # Read a batch
+        items: list[Rows] = []
         for i in range(start, min(start + batch, numbers.stop)):
             try:
-                group.append(read(i))
+                items.append(read(i))
             except Unreadable as error:
-                names.append(str(error))
-        if group:
-            done.append(finish({key: torch.stack([row[key] for row in group]) for key in group[0]}))
-    return (
-        {key: torch.cat([rows[key] for rows in done]) for key in done[0]} if done else {}
-    ), names
+                skipped.append(str(error))
+
+        if items:
+            stacked = {key: torch.stack([item[key] for item in items]) for key in items[0]}
+            finished.append(finish(stacked))
+
+    if not finished:
+        return {}, skipped
+    return {key: torch.cat([rows[key] for rows in finished]) for key in finished[0]}, skipped
 
 
 def ensure_settings(path: Path, spec: dict[str, Any]) -> None:
-    """Writes `spec`, what a folder's contents are made with. Raises UserError where `path` says something else."""
+    """Writes `spec`, the settings of a folder's contents, to `path`.
+
+    Raises UserError if `path` exists and has other settings.
+    """
     if not path.exists():
         write_json(path, spec)
         return
-    there = read_json(path)
+    existing = read_json(path)
     for key, value in spec.items():
-        if there.get(key) != value:
+        if existing.get(key) != value:
             raise UserError(
-                f"{path.parent} was made with {key} = {there.get(key)!r}, this command says {value!r}; choose another "
-                "--out, or delete that folder."
+                f"{path.parent} was made with {key} = {existing.get(key)!r}, but this command has "
+                f"{value!r}. To continue it, use the same setting; to start anew, choose another "
+                "--out, or delete that folder if it is no longer needed."
             )
 
 
-def _check_share(unreadable: list[str], count: int, what: str, folder: Path) -> None:
+def _check_num_unreadable(unreadable: list[str], count: int, what: str, folder: Path) -> None:
     if len(unreadable) > MAX_UNREADABLE * count:
         raise UserError(
-            f"{len(unreadable)} of {count} {what} cannot be read, more than {MAX_UNREADABLE:.0%}: {_some(unreadable)}. "
-            f"Mend or remove them, delete {folder} and run the same command again."
+            f"{len(unreadable)} of {count} {what} cannot be read, more than {MAX_UNREADABLE:.0%}: "
+            f"{_first_names(unreadable)}. Repair or remove them, delete {folder} and run the same "
+            "command again."
         )
 
 
-def _some(names: list[str], limit: int = 5) -> str:
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+def _first_names(names: list[str], limit: int = 5) -> str:
+    text = ", ".join(names[:limit])
+    if len(names) > limit:
+        text += f" and {len(names) - limit} more"
+    return text

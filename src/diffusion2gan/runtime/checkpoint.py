@@ -46,7 +46,7 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, header = _read(path, with_tensors=True)
     if "parts" in header:
         shards = header["parts"]
-        tensors = sharded_checkpoint.read(path.parent / shards["folder"], shards["files"])
+        tensors = sharded_checkpoint.load(path.parent / shards["folder"], shards["files"])
     return tensors, header
 
 

@@ -1,7 +1,8 @@
-"""Several processes under torchrun: which one this is, and the one thing they say to each other, a sum.
+"""Several processes under torchrun: which rank this one is, and the communication between them.
 
-Every rank reads the same global batches; a step is each rank's rows of one, and the sum of the gradients. So a run does
-not depend on how many ranks there are, nor on whether each holds the whole state or a part of it (`runtime/fsdp.py`).
+Every rank reads the same global batches and computes its rows of each; an optimiser step sums the
+gradients over the ranks. So the result of a run does not depend on the number of ranks, nor on
+whether each rank holds the full state or a shard of it (`runtime/fsdp.py`).
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.runtime import fsdp
 from diffusion2gan.runtime.environment import env_number
 
-TIMEOUT_S = env_number("DIFFUSION2GAN_RANK_TIMEOUT_S", 600)  # how long a rank may be late
-PATIENCE_S = 6 * TIMEOUT_S  # and with a share that nobody else waits for in between
-LEAVE_S = 10  # how long a rank that is done waits for the others before it ends
+# How long the other ranks wait for a rank that is late in a collective operation.
+COLLECTIVE_TIMEOUT_S = env_number("DIFFUSION2GAN_RANK_TIMEOUT_S", 600)
+# The same at a barrier, where each rank has first done a share of a long job by itself.
+BARRIER_TIMEOUT_S = 6 * COLLECTIVE_TIMEOUT_S
+# How long a rank that has finished waits for the others before its process ends.
+EXIT_TIMEOUT_S = 10
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """`rank` of `world` processes, the `local` one of this machine. Alone: 0 of 1."""
+    """The rank of this process among `world_size`, and on its machine. One process: 0 of 1."""
 
     rank: int = 0
     world_size: int = 1
@@ -44,36 +48,39 @@ class Ranks:
 
 
 def get_ranks() -> Ranks:
-    """What torchrun (RANK, WORLD_SIZE, LOCAL_RANK) made of this process."""
-    env = os.environ
-    return Ranks(
-        int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
-    )
+    """This process's ranks from torchrun's variables RANK, WORLD_SIZE and LOCAL_RANK."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    return Ranks(rank, world_size, local_rank)
 
 
 def rank_device(name: str) -> str:
-    """`cuda` under torchrun is this rank's own GPU; every other name stays."""
-    here = get_ranks()
-    return f"cuda:{here.local_rank}" if name == "cuda" and here.world_size > 1 else name
+    """`cuda` under torchrun becomes this rank's GPU, `cuda:LOCAL_RANK`; other names are kept."""
+    ranks = get_ranks()
+    if name == "cuda" and ranks.world_size > 1:
+        return f"cuda:{ranks.local_rank}"
+    return name
 
 
 def resolve_device(name: str, remedy: str = "set device=cpu") -> torch.device:
-    """This rank's own. Raises UserError where the device is unknown or not here."""
+    """The device of this rank. Raises UserError if there is no device of that name."""
     try:
         return torch.empty(0, device=rank_device(name)).device
     except (RuntimeError, AssertionError) as error:
-        told = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0]
         raise UserError(
-            f"device = {name!r} is not here ({told}); {remedy} or one that is"
+            f"device {name!r} is not available ({reason}); {remedy} or another available device"
         ) from error
 
 
 def require_single_process(job: str) -> None:
-    """Raises UserError where this is one of several processes: `job` would be done by each, into the same files."""
-    if (world := get_ranks().world_size) > 1:
+    """Raises UserError under torchrun: each process would do all of `job`, into the same files."""
+    world_size = get_ranks().world_size
+    if world_size > 1:
         raise UserError(
-            f"{job} trains in one process, and WORLD_SIZE says that this is one of {world}. Start it without torchrun, "
-            "or with --nproc-per-node 1."
+            f"{job} trains in one process, but this is one of {world_size} (WORLD_SIZE). Start it "
+            "without torchrun, or with --nproc-per-node 1."
         )
 
 
@@ -86,177 +93,211 @@ class Flags:
 
 
 class Group:
-    """The ranks of a run. `sum` is their only communication, once an optimiser step; with fsdp, `gather` before it.
+    """The ranks of a run and the communication between them.
 
-    Flags travel in the same sum: each rank passes what it requests, and all get what any of them requested.
+    `sum` is the only communication of an optimiser step, called once per network; with fsdp,
+    `unshard` comes before it. All ranks must make the same calls in the same order.
     """
 
-    def __init__(self, here: Ranks, store: Any = None) -> None:
-        self.ranks, self._store = here, store
-        self._count = 0
+    def __init__(self, ranks: Ranks, store: Any = None) -> None:
+        self.ranks = ranks
+        self._store = store
+        self._num_collectives = 0
 
     def sum(
         self, module: nn.Module, extras: Sequence[Tensor], flags: Flags = Flags()
     ) -> tuple[list[Tensor], Flags]:
-        """Adds up the gradients of `module` over the ranks, in place, and `extras`; returns the sums of those.
+        """Sums the gradients of `module` (in place) and `extras` over the ranks, in one all-reduce.
 
-        All travel in one float32 buffer. A gradient that no rank has stays None. A module that is cut over the ranks
-        is let go of, and each rank's part has its part of the sum.
+        Returns the summed extras and the flags that any rank requested. Everything is sent in one
+        float32 buffer. A gradient that no rank has stays None. A sharded module is resharded, and
+        each rank's shard gets its shard of the gradient.
         """
         if self.ranks.world_size == 1:
             return list(extras), flags
-        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        parameters = list(named.values())
+
+        # Pack: which gradients exist, the flags, the extras, the gradients
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        parameters = list(trained.values())
         device = parameters[0].device
-        there = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
+        has_gradient = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
         requested = torch.tensor([float(flags.stop), float(flags.save)], device=device)
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        tensors = [there, requested, *extras, *gradients]
-        flat = torch.cat([x.detach().to(device, torch.float32).flatten() for x in tensors])
-        self._together(lambda: dist.all_reduce(flat))
-        sums = [
-            part.view(x.shape)
-            for part, x in zip(flat.split([x.numel() for x in tensors]), tensors, strict=True)
-        ]
+        tensors = [has_gradient, requested, *extras, *gradients]
+        buffer = torch.cat([x.detach().to(device, torch.float32).flatten() for x in tensors])
+
+        # All-reduce
+        self._run_collective(lambda: dist.all_reduce(buffer))
+
+        # Unpack
+        sums: list[Tensor] = []
+        pieces = buffer.split([x.numel() for x in tensors])
+        for piece, tensor in zip(pieces, tensors, strict=True):
+            sums.append(piece.view(tensor.shape))
+        has_gradient, requested = sums[0], sums[1]
+        summed_extras = sums[2 : 2 + len(extras)]
+        summed_gradients = sums[2 + len(extras) :]
+
+        # Assign the gradients. Resharding replaces the parameters, so they are looked up again.
         for parameter in parameters:
             parameter.grad = None
         fsdp.reshard(module)
-        held = dict(module.named_parameters())
-        for name, has, gradient in zip(
-            named, sums[0].tolist(), sums[len(extras) + 2 :], strict=True
+        current = dict(module.named_parameters())
+        for name, exists, gradient in zip(
+            trained, has_gradient.tolist(), summed_gradients, strict=True
         ):
-            held[name].grad = (
-                fsdp.shard_like(gradient.to(held[name].dtype), held[name]) if has else None
-            )
-        stop, save = sums[1].tolist()
-        return sums[2 : len(extras) + 2], Flags(stop > 0, save > 0)
+            if exists:
+                parameter = current[name]
+                parameter.grad = fsdp.shard_like(gradient.to(parameter.dtype), parameter)
+
+        stop, save = requested.tolist()
+        return summed_extras, Flags(stop > 0, save > 0)
 
     def barrier(self) -> None:
-        """Waits until every rank is here. Raises Failure, naming those that are not, after PATIENCE_S."""
-        self.all_gather_string("met", "")
+        """Waits for every rank. Raises Failure, naming those missing, after BARRIER_TIMEOUT_S."""
+        self.all_gather_string("barrier", "")
 
-    def all_gather_string(self, what: str, said: str) -> list[str]:
-        """What every rank `said` of this, by rank; once for each `what`. Raises Failure as `meet` does."""
+    def all_gather_string(self, key: str, value: str) -> list[str]:
+        """The `value` that each rank passed under `key`, in rank order. Each key is used once.
+
+        Raises Failure, naming the missing ranks, after BARRIER_TIMEOUT_S.
+        """
         if self.ranks.world_size == 1:
-            return [said]
-        self._store.set(f"{what}/{self.ranks.rank}", said)
-        names = [f"{what}/{rank}" for rank in range(self.ranks.world_size)]
+            return [value]
+        self._store.set(f"{key}/{self.ranks.rank}", value)
+        names = [f"{key}/{rank}" for rank in range(self.ranks.world_size)]
         try:
-            self._store.wait(names, timedelta(seconds=PATIENCE_S))
+            self._store.wait(names, timedelta(seconds=BARRIER_TIMEOUT_S))
         except RuntimeError as error:
-            late = [
-                name.removeprefix(f"{what}/") for name in names if not self._store.check([name])
-            ]
+            missing = [name for name in names if not self._store.check([name])]
+            late = ", ".join(name.removeprefix(f"{key}/") for name in missing)
             raise Failure(
-                f"rank {', '.join(late) or '?'} did not finish its share within {PATIENCE_S:.0f} s of this one. Look "
-                "at its machine; what is made is kept, the same command continues."
+                f"rank {late or '?'} did not finish its share within {BARRIER_TIMEOUT_S:.0f} s of "
+                "this rank. Check the machine of that rank; finished work is kept, and the same "
+                "command continues."
             ) from error
         return [self._store.get(name).decode() for name in names]
 
     def check_same(self, out: Path, seen: int, what: str) -> None:
-        """Raises UserError, on every rank, where they do not all find the run in `out` equally far; once a run."""
+        """Raises UserError, on every rank, if the ranks find different progress in `out`.
+
+        `seen` is this rank's progress, in units of `what`. Called once per run.
+        """
         found = self.all_gather_string("seen", str(seen))
-        if len(set(found)) > 1:
-            other = next(rank for rank, env_number in enumerate(found) if env_number != found[0])
-            raise UserError(
-                f"{out}: rank 0 finds a run of {found[0]} {what} there, rank {other} one of {found[other]}. It "
-                "must be a folder that all ranks see: one on a disk that the nodes share."
-            )
+        for rank, value in enumerate(found):
+            if value != found[0]:
+                raise UserError(
+                    f"{out}: rank 0 finds a run with {found[0]} {what}, rank {rank} one with "
+                    f"{value}. All ranks must use the same folder: on several nodes, one on a "
+                    "shared disk."
+                )
 
     def wait_for_others(self) -> None:
-        """Waits some seconds for the others to be done too; whoever has gone is not missed.
+        """Waits up to EXIT_TIMEOUT_S until the other ranks have finished too.
 
-        A rank that ended at once after its last exchange was aborted twice on a loaded machine ("terminate called
-        without an active exception"). The guess is that gloo's thread still held the exchange; it is not proven.
+        A rank whose process ended right after its last collective was twice aborted on a loaded
+        machine ("terminate called without an active exception"), probably because gloo's thread
+        was still using the connection; the cause is not proven.
         """
         self._store.set(f"left/{self.ranks.rank}", "")
+        names = [f"left/{rank}" for rank in range(self.ranks.world_size)]
         with suppress(RuntimeError):
-            self._store.wait(
-                [f"left/{rank}" for rank in range(self.ranks.world_size)],
-                timedelta(seconds=LEAVE_S),
-            )
+            self._store.wait(names, timedelta(seconds=EXIT_TIMEOUT_S))
 
     def unshard(self, *modules: nn.Module | None) -> None:
-        """Makes modules that are cut over the ranks whole, until `sum` has their gradients; others are so anyway."""
+        """Gathers the full parameters of sharded modules, until `sum`; ignores other modules."""
         for module in modules:
             if fsdp.is_sharded(module):
-                self._together(partial(fsdp.unshard, module))
+                self._run_collective(partial(fsdp.unshard, module))
 
-    def all_gather(self, part: Tensor) -> list[Tensor]:
-        """Every rank's `part`, by rank: in the processor's memory, all of one shape. All must ask."""
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's `tensor`, in rank order. On the CPU, and of one shape on all ranks."""
         if self.ranks.world_size == 1:
-            return [part]
-        parts = [torch.empty_like(part) for _ in range(self.ranks.world_size)]
-        self._together(lambda: dist.all_gather(parts, part))
-        return parts
+            return [tensor]
+        gathered = [torch.empty_like(tensor) for _ in range(self.ranks.world_size)]
+        self._run_collective(lambda: dist.all_gather(gathered, tensor))
+        return gathered
 
     def new_gloo_group(self) -> dist.ProcessGroup:
-        """The same ranks once more, for what they say to each other beside the steps. All must ask."""
-        return dist.new_group(backend="gloo", timeout=timedelta(seconds=PATIENCE_S))
+        """A second process group of the same ranks, for communication in a background thread."""
+        return dist.new_group(backend="gloo", timeout=timedelta(seconds=BARRIER_TIMEOUT_S))
 
-    def _together(self, exchange: Callable[[], object]) -> None:
-        """Raises Failure, naming the ranks that did not come, after TIMEOUT_S."""
-        self._count += 1
-        self._store.set(f"sum/{self.ranks.rank}", str(self._count))
+    def _run_collective(self, collective: Callable[[], object]) -> None:
+        """Runs a collective operation. Raises Failure, naming the missing ranks, on a timeout.
+
+        Each rank counts its collectives in the store: a rank that is behind did not take part.
+        """
+        self._num_collectives += 1
+        self._store.set(f"sum/{self.ranks.rank}", str(self._num_collectives))
         start = time.monotonic()
         try:
-            exchange()
+            collective()
         except RuntimeError as error:
-            waited = f"after {time.monotonic() - start:.0f} s"
-            counts = {rank: self._count_of(rank) for rank in range(self.ranks.world_size)}
-            late = [str(rank) for rank, count in counts.items() if count < self._count]
-            who = (
-                f"rank {', '.join(late)} did not come"
-                if late
-                else "the connection between the ranks broke"
-            )
+            waited_s = time.monotonic() - start
+            late = []
+            for rank in range(self.ranks.world_size):
+                if self._num_collectives_of_rank(rank) < self._num_collectives:
+                    late.append(str(rank))
+            problem = "the connection between the ranks broke"
+            if late:
+                problem = f"rank {', '.join(late)} did not take part"
             raise Failure(
-                f"step {self._count}: {who} ({waited}; {str(error).splitlines()[0]}). Look at its machine; what "
-                "was saved is intact, the same command continues."
+                f"step {self._num_collectives}: {problem} (after {waited_s:.0f} s; "
+                f"{str(error).splitlines()[0]}). Check the machine of that rank; what was saved is "
+                "intact, and the same command continues."
             ) from error
 
-    def _count_of(self, rank: int) -> int:
-        return int(self._store.get(f"sum/{rank}")) if self._store.check([f"sum/{rank}"]) else 0
+    def _num_collectives_of_rank(self, rank: int) -> int:
+        key = f"sum/{rank}"
+        return int(self._store.get(key)) if self._store.check([key]) else 0
 
 
-def attempt() -> str:
-    """What the keys of this attempt begin with, in the store that torchrun lends the ranks.
+def store_prefix() -> str:
+    """The prefix of this attempt's keys in the store that torchrun provides to the ranks.
 
-    It may lend its own, which outlives an attempt: without the number of the attempt, ranks find the addresses of dead
-    ones (https://github.com/pytorch/pytorch/issues/135712). But each node counts only its own restarts. So raises
-    UserError where several nodes may restart with such a store; with a store made anew nothing needs to be told apart.
+    torchrun may share one store between attempts: without the number of the attempt in the keys,
+    restarted ranks find the addresses of dead ones
+    (https://github.com/pytorch/pytorch/issues/135712). But each node counts only its own restarts,
+    so this raises UserError if several nodes may restart with a shared store. A store created anew
+    for each attempt needs no number.
     """
-    env = os.environ
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return "attempt"
-    nodes, restarts = (
-        int(env.get("GROUP_WORLD_SIZE", 1)),
-        int(env.get("TORCHELASTIC_MAX_RESTARTS", 0)),
-    )
-    if nodes > 1 and restarts > 0:
+    num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    max_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+    if num_nodes > 1 and max_restarts > 0:
         raise UserError(
-            f"torchrun --max-restarts {restarts} on {nodes} nodes would keep one store for all attempts, and ranks "
-            "started anew would wait for dead ones. Start it on every node with --rdzv-backend c10d and "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, or with --max-restarts 0."
+            f"torchrun --max-restarts {max_restarts} on {num_nodes} nodes would use one store for "
+            "all attempts, and restarted ranks would wait for dead ones. Start it on every node "
+            "with --rdzv-backend c10d and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, "
+            "or with --max-restarts 0."
         )
-    return f"attempt/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 @contextmanager
 def connect_ranks(device: torch.device) -> Iterator[Group]:
-    """The ranks that torchrun started, connected: nccl on cuda, gloo elsewhere. Alone, nothing is connected."""
-    here = get_ranks()
-    if here.world_size == 1:
-        yield Group(here)
+    """Connects the ranks that torchrun started: nccl on cuda, gloo elsewhere.
+
+    A single process is not connected to anything.
+    """
+    ranks = get_ranks()
+    if ranks.world_size == 1:
+        yield Group(ranks)
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=TIMEOUT_S)
-    prefix = attempt()
-    store, rank, world = next(rendezvous("env://", timeout=timeout))
-    store = dist.distributed_c10d.PrefixStore(prefix, store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    prefix = store_prefix()
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    dist.init_process_group(
+        backend="nccl" if device.type == "cuda" else "gloo",
+        store=dist.distributed_c10d.PrefixStore(prefix, store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
     try:
-        group = Group(here, dist.distributed_c10d._get_default_store())
+        group = Group(ranks, dist.distributed_c10d._get_default_store())
         yield group
         group.wait_for_others()
     finally:

@@ -1,4 +1,4 @@
-"""Numbers that the environment sets."""
+"""Numbers from environment variables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from diffusion2gan.errors import UserError
 
 
 def env_number(name: str, default: float) -> float:
-    """The variable's value, `default` where it is not set. Raises UserError where it is no number of 0 or more."""
+    """The value of variable `name`, or `default` if it is not set.
+
+    Raises UserError unless it is a finite number of at least 0.
+    """
     text = os.environ.get(name, str(default))
     try:
         value = float(text)
@@ -17,6 +20,7 @@ def env_number(name: str, default: float) -> float:
         value = math.nan
     if not 0 <= value < math.inf:
         raise UserError(
-            f"{name}={text!r} in the environment is no number of 0 or more; unset it for {default:g}"
+            f"{name}={text!r} in the environment must be a number of at least 0; unset it for "
+            f"{default:g}"
         )
     return value

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing of files and folders, JSON, and digests."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +21,81 @@ from safetensors import SafetensorError
 
 from diffusion2gan.errors import Failure, UserError
 
-HOST = re.sub(
-    r"[^\w]", "_", socket.gethostname()
-)  # machines that share a disk have the same process numbers
+# Part of the temporary names: machines that share a disk use the same process numbers.
+HOST = re.sub(r"[^\w]", "_", socket.gethostname())
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What follows `.NAME.` in the temporary names of a file NAME: `HOST-PID.tmp`, `HOST-PID.old`, …
+LEFTOVER_SUFFIX = re.compile(r"(?:(?P<host>\w+)-)?(?P<number>\d+)\.(?P<kind>tmp.*|old)")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; renamed onto it (file or folder) when the block succeeds.
+    """Yields a temporary name beside `path`, renamed to it (file or folder) if the block succeeds.
 
-    A crash, Ctrl-C or full disk leaves what was there before. Raises Failure where the disk is full, OSError where
-    nothing can be written there.
+    After a crash, Ctrl-C or a full disk `path` is what it was before. Raises Failure if the disk
+    is full, OSError if `path` cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
+        _remove_abandoned(path)
         yield temporary
         if temporary.is_dir():
             _replace_folder(temporary, path)
         else:
             os.replace(temporary, path)
-        _sweep(path)
+        _remove_abandoned(path)
     except (OSError, SafetensorError) as error:
         number = _error_number(error)
-        if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if number in DISK_FULL_ERRORS:
             raise Failure(
-                f"the disk is full: could not write {path}. Nothing that was there is lost; free some space and run "
-                "the same command again to continue."
+                f"the disk is full: could not write {path}. Existing files are unchanged; free "
+                "some space and run the same command again to continue."
             ) from error
         if number and isinstance(error, SafetensorError):
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
     finally:
-        with contextlib.suppress(
-            OSError
-        ):  # a disk that is read-only has none to delete, and says so
-            _delete(temporary)
+        # On a read-only disk there is no temporary, and the attempt to delete it fails.
+        with contextlib.suppress(OSError):
+            delete(temporary)
 
 
-def _sweep(path: Path) -> None:
-    """Removes what processes of this machine that were killed left half-written of `path`."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{HOST}-*"):
-        parts = re.fullmatch(r"-(\d+)\.(tmp.*|old)", left.name.removeprefix(f".{path.name}.{HOST}"))
-        if parts and not _alive(int(parts[1])) and (parts[2] != "old" or path.exists()):
-            _delete(left)
+@dataclass(frozen=True)
+class Leftover:
+    """A temporary of some process. `host` is empty and `number` not a process in some of them."""
+
+    path: Path
+    host: str
+    number: int
+    kind: str
 
 
-def _alive(pid: int) -> bool:
+def find_leftovers(path: Path) -> list[Leftover]:
+    """The temporaries of `path` in its folder, of living and of killed processes."""
+    prefix = f".{path.name}."
+    found = []
+    for file in path.parent.glob(f"{glob.escape(prefix)}*"):
+        match = LEFTOVER_SUFFIX.fullmatch(file.name.removeprefix(prefix))
+        if match:
+            found.append(Leftover(file, match["host"] or "", int(match["number"]), match["kind"]))
+    return found
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Deletes the temporaries of `path` that killed processes of this machine left.
+
+    An old folder that was set aside (`.old`) is deleted only once `path` exists again.
+    """
+    for leftover in find_leftovers(path):
+        if leftover.host != HOST or _is_alive(leftover.number):
+            continue
+        if leftover.kind != "old" or path.exists():
+            delete(leftover.path)
+
+
+def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -78,7 +105,8 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
+    """Deletes a file or folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -86,13 +114,15 @@ def _delete(path: Path) -> None:
 
 
 def _error_number(error: Exception) -> int | None:
-    """The operating system's; safetensors tells it in words alone."""
-    told = re.search(r"os error (\d+)", str(error))
-    return int(told[1]) if told else getattr(error, "errno", None)
+    """The operating system's error number; safetensors has it only in its message."""
+    match = re.search(r"os error (\d+)", str(error))
+    if match:
+        return int(match[1])
+    return getattr(error, "errno", None)
 
 
 def _replace_folder(new: Path, path: Path) -> None:
-    """Puts folder `new` at `path`. The old one steps aside first and comes back if the rename fails."""
+    """Renames folder `new` to `path`. An existing one is set aside, and restored if that fails."""
     if not path.exists():
         os.replace(new, path)
         return
@@ -107,42 +137,49 @@ def _replace_folder(new: Path, path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes `value` atomically."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with atomic_write(path) as temporary:
-        temporary.write_text(
-            json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
+    """Raises UserError if the file is missing or not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} is not JSON: {error}. Was it cut off or edited? Make it again."
+            f"{path} is not JSON: {error}. It may be truncated or edited; restore or remake it."
         ) from error
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes; of a folder, of the sorted (name, digest) of its weights and scheduler settings."""
+    """The hex digest of a file's bytes, or of a folder's weights and scheduler settings.
+
+    A folder's is the digest of the sorted lines `name:digest` of its *.safetensors and
+    scheduler_config.json.
+    """
     path = Path(path)
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     files = sorted([*path.rglob("*.safetensors"), *path.rglob("scheduler_config.json")])
-    return hashlib.sha256(
-        "".join(f"{f.relative_to(path)}:{sha256(f)}\n" for f in files).encode()
-    ).hexdigest()
+    lines = [f"{file.relative_to(path)}:{sha256(file)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def write_image(path: Path, save: Callable[[Path], None]) -> None:
-    """Calls `save(temporary)` and renames; the temporary keeps the suffix, which tells Pillow the format."""
+    """Writes an image atomically by `save(temporary)`.
+
+    The temporary keeps the suffix of `path`, from which Pillow infers the format.
+    """
     path = Path(path)
     with atomic_write(path) as temporary:
-        named = temporary.with_name(temporary.name + path.suffix)
+        with_suffix = temporary.with_name(temporary.name + path.suffix)
         try:
-            save(named)
-            os.replace(named, temporary)
+            save(with_suffix)
+            os.replace(with_suffix, temporary)
         finally:
-            named.unlink(missing_ok=True)
+            with_suffix.unlink(missing_ok=True)

@@ -1,7 +1,10 @@
-"""Networks cut over the ranks by torch's `fully_shard` (FSDP2): each rank keeps a part of every tensor.
+"""Networks sharded over the ranks by torch's `fully_shard` (FSDP2).
 
-A network is gathered (`Group.unshard`) before a step's first forward pass, and stays whole until `Group.sum` has its
-gradients. In between nothing is communicated: passes, R1's double one among them, may differ from rank to rank.
+Each rank has a shard of every tensor.
+
+A network is unsharded (`Group.unshard`) before the first forward pass of a step, and resharded by
+`Group.sum`, once its gradients exist. In between there is no communication, so the passes of the
+ranks may differ: R1's double backward pass runs on one rank only.
 """
 
 from __future__ import annotations
@@ -17,13 +20,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(module: nn.Module, device: torch.device) -> None:
-    """Cuts the parameters of `module`, equal on all ranks, over them. Optimisers and averages are made after this."""
+    """Shards the parameters of `module`, which are the same on all ranks.
+
+    To be called before its optimiser and EMA are created.
+    """
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # fully_shard takes the current one
-    cutting = fully_shard(module, mesh=init_device_mesh(device.type, (dist.get_world_size(),)))
-    cutting.set_requires_gradient_sync(False)
-    cutting.set_reshard_after_forward(False)
-    cutting.set_reshard_after_backward(False)
+        torch.cuda.set_device(device)  # fully_shard uses the current device
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    sharded = fully_shard(module, mesh=mesh)
+    sharded.set_requires_gradient_sync(False)
+    sharded.set_reshard_after_forward(False)
+    sharded.set_reshard_after_backward(False)
 
 
 def is_sharded(module: nn.Module | None) -> TypeGuard[FSDPModule]:
@@ -31,36 +38,43 @@ def is_sharded(module: nn.Module | None) -> TypeGuard[FSDPModule]:
 
 
 def unshard(module: FSDPModule) -> None:
-    """Makes its parameters whole on every rank; all ranks must ask. Where they are, nothing is done."""
+    """Gathers the full parameters on every rank, unless they are already gathered.
+
+    All ranks must call it.
+    """
     module.unshard()
 
 
 def reshard(module: nn.Module) -> None:
-    """Back to this rank's parts: its `parameters()` are those of the optimiser again. Of an uncut module: nothing."""
+    """Frees the full parameters: `parameters()` are the optimiser's shards again.
+
+    Does nothing to a module that is not sharded.
+    """
     if is_sharded(module):
         module.reshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The tensor with all its parts; all ranks must ask. One that is not cut is itself."""
+    """Gathers a sharded tensor; all ranks must call it. Returns any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shard_like(tensor: Tensor, there: Tensor) -> Tensor:
-    """This rank's part of a whole `tensor`, where `there` is cut; without communication."""
-    if not isinstance(there, DTensor):
+def shard_like(tensor: Tensor, target: Tensor) -> Tensor:
+    """This rank's shard of a full `tensor`, sharded as `target` is; without communication.
+
+    Returns `tensor` unchanged if `target` is not sharded.
+    """
+    if not isinstance(target, DTensor):
         return tensor
     return distribute_tensor(
-        tensor.to(there.device), there.device_mesh, there.placements, src_data_rank=None
+        tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None
     )
 
 
 def load_full_state(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """`load_state_dict` of whole weights."""
-    there = module.state_dict()
-    module.load_state_dict(
-        {
-            key: shard_like(value, there[key]) if key in there else value
-            for key, value in weights.items()
-        }
-    )
+    """`load_state_dict` of full weights into a module that may be sharded."""
+    current = module.state_dict()
+    state = {}
+    for key, value in weights.items():
+        state[key] = shard_like(value, current[key]) if key in current else value
+    module.load_state_dict(state)

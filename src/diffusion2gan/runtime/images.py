@@ -1,4 +1,4 @@
-"""Tensors in [−1, 1] ↔ 8-bit pictures."""
+"""Conversion between tensors in [−1, 1] and 8-bit images."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from torch import Tensor
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """[B, 3, H, W] in [−1, 1] → [B, H, W, 3] uint8, rounded, as diffusers does."""
-    return (
-        ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    )
+    """[B, 3, H, W] in [−1, 1] → [B, H, W, 3] uint8, rounded as diffusers does."""
+    scaled = (images.float().clamp(-1, 1) + 1) * 127.5
+    return scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def from_uint8(pictures: np.ndarray) -> Tensor:
@@ -21,17 +20,19 @@ def from_uint8(pictures: np.ndarray) -> Tensor:
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    return [Image.fromarray(picture) for picture in to_uint8(images)]
+    """[B, 3, H, W] in [−1, 1] → Pillow images."""
+    return [Image.fromarray(array) for array in to_uint8(images)]
 
 
 def contact_sheet(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
-    """A contact sheet, row by row, on white."""
-    pictures = to_uint8(images)
-    _, height, width, _ = pictures.shape
-    columns = max(1, min(columns, len(pictures)))
-    rows = -(-len(pictures) // columns)
-    canvas = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for place, picture in enumerate(pictures):
-        row, column = divmod(place, columns)
-        canvas.paste(Image.fromarray(picture), (column * (width + gap), row * (height + gap)))
-    return canvas
+    """One image with all `images` [B, 3, H, W], row by row, `gap` white pixels between them."""
+    arrays = to_uint8(images)
+    count, height, width, _ = arrays.shape
+    columns = max(1, min(columns, count))
+    rows = -(-count // columns)
+    sheet_size = (columns * (width + gap) - gap, rows * (height + gap) - gap)
+    sheet = Image.new("RGB", sheet_size, "white")
+    for index, array in enumerate(arrays):
+        row, column = divmod(index, columns)
+        sheet.paste(Image.fromarray(array), (column * (width + gap), row * (height + gap)))
+    return sheet

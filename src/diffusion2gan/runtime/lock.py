@@ -1,12 +1,9 @@
-"""A claim on a file or folder, so that two processes do not make the same thing by mistake."""
+"""A lock on a file or folder, so that two processes do not write the same thing."""
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import re
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,51 +12,51 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.runtime.files import delete, find_leftovers
 
 
 @contextmanager
 def exclusive_lock(path: Path) -> Iterator[None]:
-    """Holds `path` while the block runs, by a lock file beside it that the kernel frees when its owner dies.
+    """Locks `path` during the block, by a lock file beside it; freed if the process is killed.
 
-    Raises UserError, naming the owner, where another living process holds it.
+    Raises UserError, naming the process, if another living process holds the lock.
     """
-    file = path.with_name(f".{path.name}.lock")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(file)
+    lock_file = path.with_name(f".{path.name}.lock")
+    lock_file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lock_file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"{path} is being written by another process ({_owner(file)}). Wait for it or stop it; if both were meant, "
-            "give each its own part: --shard-range for pairs, another --out for runs."
+            f"{path} is being written by another process ({_owner(lock_file)}). Wait for it or "
+            "stop it; to run both, give each its own share: --shard-range for pairs, another --out "
+            "for runs."
         ) from None
+
     try:
-        file.write_text(
-            json.dumps({"host": socket.gethostname(), "pid": os.getpid()}), encoding="utf-8"
-        )
-        _sweep(path)
+        owner = {"host": socket.gethostname(), "pid": os.getpid()}
+        lock_file.write_text(json.dumps(owner), encoding="utf-8")
+        _remove_temporaries(path)
         yield
     finally:
-        file.unlink(
-            missing_ok=True
-        )  # while it is still held: whoever opened it meanwhile sees that it is gone
+        # Deleted before the release: a process that has opened it meanwhile notices that it is gone
+        lock_file.unlink(missing_ok=True)
         lock.release()
 
 
-def _owner(file: Path) -> str:
+def _owner(lock_file: Path) -> str:
     try:
-        owner = json.loads(file.read_text(encoding="utf-8"))
+        owner = json.loads(lock_file.read_text(encoding="utf-8"))
         return f"process {owner['pid']} on {owner['host']}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "it has not said which"
+        return "which one is not known yet"
 
 
-def _sweep(path: Path) -> None:
-    """Removes what a killed process left half-written of `path`: nobody else writes it while it is claimed."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if not re.fullmatch(r"(\w+-)?\d+\.tmp", left.name.removeprefix(f".{path.name}.")):
-            continue  # of a `path` whose name begins with this one's
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+def _remove_temporaries(path: Path) -> None:
+    """Deletes the partly written files of killed processes, of any machine.
+
+    Only the owner of the lock writes `path`, so none of them belongs to a living process.
+    """
+    for leftover in find_leftovers(path):
+        if leftover.kind == "tmp":
+            delete(leftover.path)

@@ -1,7 +1,8 @@
-"""A state that lies on several ranks, on disk: a folder of safetensors files, one a rank, by torch's DCP.
+"""A state that is sharded over ranks, on disk: a folder with one safetensors file per rank.
 
-Its storage for Hugging Face's format keeps each part's place in the file's header as JSON. The storage that DCP takes
-by itself unpickles what it reads: never load without naming this reader.
+Written and read by torch's distributed checkpoint (DCP), with its storage for Hugging Face's
+format, which keeps the position of each shard as JSON in the file's header. DCP's default storage
+unpickles what it reads: never load without naming this reader.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from diffusion2gan.errors import Failure
 
-REMEDY = "Put back the file it was, or take another checkpoint of the run."
+REMEDY = "Restore the original file, or use another checkpoint of the run."
 
 
-def staged(
+def prepare_write(
     folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup
 ) -> Callable[[], None]:
-    """Copies what this rank has of `tensors` to the processor's memory; the call that is returned writes it.
+    """Copies this rank's shards of `tensors` to CPU memory; returns the function that writes them.
 
-    All ranks must make both calls, the second in a thread if they like: it talks over `group`, which nobody else may
-    use meanwhile. It returns when every rank's part is on the disk, and raises Failure where one is not.
+    All ranks must call both, the second possibly in a thread: it communicates over `group`, which
+    must not be used otherwise meanwhile. It returns when the shards of all ranks are on disk, and
+    raises Failure if one could not be written.
     """
     storage = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     copied = storage.stage(tensors)
@@ -45,68 +47,87 @@ def staged(
         except (CheckpointException, RuntimeError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise Failure(
-                f"the parts of a checkpoint could not be written to {folder} ({why(error)}). The checkpoint before is "
-                "intact; the same command continues."
+                f"the shards of a checkpoint could not be written to {folder} "
+                f"({describe_error(error)}). The previous checkpoint is intact; the same command "
+                "continues."
             ) from error
 
     return write
 
 
-def why(error: BaseException) -> str:
-    """The causes that DCP collects from the ranks, in a line."""
-    causes = [
-        f"rank {rank}: {type(one).__name__}: {one}"
-        for rank, (one, _) in getattr(error, "failures", {}).items()
-    ]
-    return "; ".join(causes or [f"{type(error).__name__}: {error}"]).splitlines()[0]
+def describe_error(error: BaseException) -> str:
+    """One line: the errors that DCP collected from the ranks, or `error` itself."""
+    causes = []
+    for rank, (cause, _) in getattr(error, "failures", {}).items():
+        causes.append(f"rank {rank}: {type(cause).__name__}: {cause}")
+    if not causes:
+        causes = [f"{type(error).__name__}: {error}"]
+    return "; ".join(causes).splitlines()[0]
 
 
-def files(folder: Path, numels: Mapping[str, int]) -> dict[str, int]:
-    """The parts' names and bytes. Raises Failure where they do not have so many numbers of each tensor."""
-    there = described(HuggingFaceStorageReader(str(folder)))
+def check_written(folder: Path, numels: Mapping[str, int]) -> dict[str, int]:
+    """Returns {file name: bytes} of the shards in `folder`.
+
+    `numels`: the number of elements of each tensor. Raises Failure if the shards have fewer, as
+    when the ranks have written to different disks.
+    """
+    stored = _tensor_metadata(HuggingFaceStorageReader(str(folder)))
     for key, numel in numels.items():
-        found = sum(chunk.sizes.numel() for chunk in there[key].chunks) if key in there else 0
+        found = 0
+        if key in stored:
+            found = sum(chunk.sizes.numel() for chunk in stored[key].chunks)
         if found != numel:
             raise Failure(
-                f"{folder} has {found} of the {numel} numbers of {key}: with strategy=fsdp every rank writes its part, "
-                "so all must see the same --out folder."
+                f"{folder} has {found} of the {numel} elements of {key}: with strategy=fsdp every "
+                "rank writes its shard, so --out must be one folder on a disk that all ranks share."
             )
-    return sizes(folder)
+    return file_sizes(folder)
 
 
-def described(storage: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
-    found = storage.read_metadata().state_dict_metadata
-    return {key: one for key, one in found.items() if isinstance(one, TensorStorageMetadata)}
+def _tensor_metadata(storage: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
+    found = {}
+    for key, entry in storage.read_metadata().state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            found[key] = entry
+    return found
 
 
-def sizes(folder: Path) -> dict[str, int]:
+def file_sizes(folder: Path) -> dict[str, int]:
+    """{name: bytes} of the shards in `folder`."""
     return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
 
 
-def read(folder: Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
-    """The whole tensors, by one process, from parts of any number of ranks.
+def load(folder: Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
+    """The full tensors, read by one process from the shards of any number of ranks.
 
-    Raises Failure where the files are not those `expected` (DCP itself would leave a missing part's numbers to chance),
-    or are damaged.
+    Raises Failure if the files are not those of `expected` {name: bytes} (DCP itself would leave
+    the elements of a missing shard uninitialised), or are damaged.
     """
-    there = sizes(folder)
-    for name in sorted({*expected, *there}):
-        if expected.get(name) != there.get(name):
-            has, had = (
-                f"{n} bytes" if n is not None else "no such file"
-                for n in (there.get(name), expected.get(name))
-            )
-            raise Failure(
-                f"{folder / name}: {has}, and {had} when the checkpoint was written. {REMEDY}"
-            )
+    _check_sizes(folder, expected)
     storage = HuggingFaceStorageReader(str(folder))
     try:
-        found = described(storage)
-        tensors = {
-            key: torch.empty(one.size, dtype=one.properties.dtype) for key, one in found.items()
-        }
-        with warnings.catch_warnings(action="ignore"):  # that it is read by one process
+        tensors = {}
+        for key, entry in _tensor_metadata(storage).items():
+            tensors[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with warnings.catch_warnings(action="ignore"):  # DCP warns that one process reads it
             state_dict_loader.load(tensors, storage_reader=storage, no_dist=True)
     except (SafetensorError, CheckpointException, KeyError, ValueError) as error:
-        raise Failure(f"the parts in {folder} are damaged ({why(error)}). {REMEDY}") from error
+        raise Failure(
+            f"the shards in {folder} are damaged ({describe_error(error)}). {REMEDY}"
+        ) from error
     return tensors
+
+
+def _check_sizes(folder: Path, expected: Mapping[str, int]) -> None:
+    present = file_sizes(folder)
+    for name in sorted({*expected, *present}):
+        if expected.get(name) != present.get(name):
+            now = _describe_size(present.get(name))
+            before = _describe_size(expected.get(name))
+            raise Failure(
+                f"{folder / name}: {now}, but {before} when the checkpoint was written. {REMEDY}"
+            )
+
+
+def _describe_size(num_bytes: int | None) -> str:
+    return "no such file" if num_bytes is None else f"{num_bytes} bytes"

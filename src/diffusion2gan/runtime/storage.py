@@ -1,7 +1,8 @@
-"""Where files lie: a folder, or a URL of an object store through fsspec. Whole or not at all in both.
+"""Locations of data: a local folder, or a URL of an object store through fsspec. Writes are atomic.
 
-A store's files are fetched into a bounded local cache and written by way of a local scratch file. Faults of the
-network are waited out, with growing pauses, for `PATIENCE_S` seconds; then they are a `Failure`.
+Files of a store are downloaded into a local cache of bounded size, and uploaded from a local
+temporary file. Errors of the network are retried with growing pauses for `RETRY_TIMEOUT_S`
+seconds; then they become a `Failure`.
 """
 
 from __future__ import annotations
@@ -24,19 +25,21 @@ from diffusion2gan.runtime.files import atomic_write
 from diffusion2gan.runtime.progress import console
 
 T = TypeVar("T")
-PATIENCE_S = env_number("DIFFUSION2GAN_PATIENCE_S", 60)  # how long a store may be out of reach
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 10.0
-OWN_DISK = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-)  # no fault of a store, and no wait mends it
+
+# How long an unreachable store is retried, and the pauses between attempts.
+RETRY_TIMEOUT_S = env_number("DIFFUSION2GAN_PATIENCE_S", 60)
+FIRST_PAUSE_S = 0.25
+LONGEST_PAUSE_S = 10.0
+# Errors of the local disk: a retry does not help.
+LOCAL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+# A file may be evicted from the cache by another process between its download and its opening.
+MAX_CACHE_MISSES = 8
+DEFAULT_CACHE_GIB = 20
 
 
 @dataclass(frozen=True)
 class Remote:
-    """A prefix in an object store, as `s3://bucket/set`."""
+    """A prefix in an object store, such as `s3://bucket/set`."""
 
     url: str
 
@@ -49,14 +52,14 @@ Location = Path | Remote
 
 @dataclass(frozen=True)
 class Entry:
-    """What a listing tells of a file. `modified_s`: seconds since 1970, by the disk's or store's clock."""
+    """A file in a listing. `modified_s`: seconds since 1970, by the clock of the disk or store."""
 
     num_bytes: int
     modified_s: float
 
 
 def parse_location(text: str | Path) -> Location:
-    """A path, or a URL whose filesystem is installed. Raises UserError where it is not."""
+    """A path, or a URL. Raises UserError if the package for the URL's protocol is not installed."""
     if "://" not in str(text):
         return Path(text)
     remote = Remote(str(text).rstrip("/"))
@@ -66,7 +69,7 @@ def parse_location(text: str | Path) -> Location:
 
 @lru_cache(maxsize=8)
 def _filesystem(url: str) -> tuple[Any, str]:
-    """(fsspec's filesystem, the path in it); what it lists is never remembered: other processes write too."""
+    """(fsspec's filesystem, the path in it). Listings are not cached: other processes write too."""
     import fsspec
 
     protocol = url.split("://")[0]
@@ -82,172 +85,197 @@ def _filesystem(url: str) -> tuple[Any, str]:
 
 
 def retry_with_backoff(what: str, call: Callable[[], T]) -> T:
-    """`call()`, again after growing pauses while the store is at fault. Raises Failure after PATIENCE_S seconds.
+    """Returns `call()`, retried with growing pauses while the store fails.
 
-    What the store does not have, and what this machine's disk does not take, is raised at once as it came.
+    Raises Failure after RETRY_TIMEOUT_S seconds, UserError if the store denies access. A missing
+    file and an error of the local disk are not retried: they are raised unchanged.
     """
-    start, pause = time.monotonic(), FIRST_PAUSE_S
+    start = time.monotonic()
+    pause = FIRST_PAUSE_S
     while True:
         try:
             return call()
         except FileNotFoundError:
             raise
         except Exception as error:
-            if isinstance(error, OSError) and error.errno in OWN_DISK:
+            if isinstance(error, OSError) and error.errno in LOCAL_DISK_ERRORS:
                 raise
-            told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more is said'}"
+
+            details = str(error).splitlines()[0] if str(error) else "no details"
+            reason = f"{type(error).__name__}: {details}"
             if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
                 raise UserError(
-                    f"{what}: the store refuses ({told}). Set its credentials, as AWS_ACCESS_KEY_ID and "
-                    "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and check the bucket's name and rights."
+                    f"{what}: the store denies access ({reason}). Set its credentials, for S3 "
+                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, and check the "
+                    "name and permissions of the bucket."
                 ) from error
-            if time.monotonic() - start + pause > PATIENCE_S:
+            if time.monotonic() - start + pause > RETRY_TIMEOUT_S:
                 raise Failure(
-                    f"{what}: the store was out of reach for {PATIENCE_S:.0f} s ({told}). Nothing half-written is "
-                    "left; run the same command to continue."
+                    f"{what}: the store was unreachable for {RETRY_TIMEOUT_S:.0f} s ({reason}). "
+                    "No partly written file is left; run the same command to continue."
                 ) from error
-            console.print(f"{what}: {told}; again in {pause:.2g} s", soft_wrap=True)
+
+            console.print(f"{what}: {reason}; retry in {pause:.2g} s", soft_wrap=True)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
-def list_files(place: Location) -> dict[str, Entry]:
-    """The files directly in `place`, by name; none where there is no such folder."""
-    if isinstance(place, Path):
-        if not place.is_dir():
-            return {}
-        with os.scandir(place) as found:
-            stats = {
-                entry.name: entry.stat()
-                for entry in found
-                if not entry.name.startswith(".") and entry.is_file()
-            }
-        return {name: Entry(stat.st_size, stat.st_mtime) for name, stat in stats.items()}
-    fs, path = _filesystem(place.url)
+def list_files(location: Location) -> dict[str, Entry]:
+    """The files directly in `location`, by name; empty if there is no such folder."""
+    if isinstance(location, Path):
+        return _list_local_files(location)
+    fs, path = _filesystem(location.url)
     try:
-        rows = retry_with_backoff(f"list {place}", lambda: fs.ls(path, detail=True, refresh=True))
+        rows = retry_with_backoff(
+            f"list {location}", lambda: fs.ls(path, detail=True, refresh=True)
+        )
     except FileNotFoundError:
         return {}
-    return {
-        row["name"].rsplit("/", 1)[-1]: Entry(int(row["size"]), _modified(row))
-        for row in rows
-        if row["type"] == "file"
-    }
+    entries = {}
+    for row in rows:
+        if row["type"] == "file":
+            name = row["name"].rsplit("/", 1)[-1]
+            entries[name] = Entry(int(row["size"]), _modified_s(row))
+    return entries
 
 
-def list_names(place: Location) -> set[str]:
-    """The names of `listing`, without a look at each file."""
-    if not isinstance(place, Path):
-        return set(list_files(place))
-    return (
-        {name for name in os.listdir(place) if not name.startswith(".")}
-        if place.is_dir()
-        else set()
-    )
+def _list_local_files(folder: Path) -> dict[str, Entry]:
+    if not folder.is_dir():
+        return {}
+    entries = {}
+    with os.scandir(folder) as found:
+        for file in found:
+            if not file.name.startswith(".") and file.is_file():
+                stat = file.stat()
+                entries[file.name] = Entry(stat.st_size, stat.st_mtime)
+    return entries
 
 
-def _modified(row: dict[str, Any]) -> float:
-    when = row.get("LastModified", row.get("mtime", row.get("created", 0.0)))
-    return float(when.timestamp() if hasattr(when, "timestamp") else when)
+def list_names(location: Location) -> set[str]:
+    """The names in `location`. On a local disk faster than `list_files`: no file is examined."""
+    if not isinstance(location, Path):
+        return set(list_files(location))
+    if not location.is_dir():
+        return set()
+    return {name for name in os.listdir(location) if not name.startswith(".")}
+
+
+def _modified_s(row: dict[str, Any]) -> float:
+    """The time of modification in a listing's row, under the key and type of each filesystem."""
+    modified = row.get("LastModified", row.get("mtime", row.get("created", 0.0)))
+    return float(modified.timestamp() if hasattr(modified, "timestamp") else modified)
 
 
 @contextmanager
-def atomic_put(place: Location, name: str) -> Iterator[Path]:
-    """Yields a local temporary; when the block succeeds it becomes `name` in `place`, whole or not at all.
+def atomic_put(location: Location, name: str) -> Iterator[Path]:
+    """Yields a local temporary path; if the block succeeds, the file becomes `name` in `location`.
 
-    Raises UserError where the store has no such bucket.
+    Raises UserError if the store has no such bucket.
     """
-    if isinstance(place, Path):
-        with atomic_write(place / name) as temporary:
+    if isinstance(location, Path):
+        with atomic_write(location / name) as temporary:
             yield temporary
         return
-    fs, path = _filesystem(place.url)
+
+    fs, path = _filesystem(location.url)
     with tempfile.TemporaryDirectory(prefix="diffusion2gan-") as scratch:
         temporary = Path(scratch) / name
         yield temporary
         try:
             retry_with_backoff(
-                f"upload {place}/{name}", lambda: fs.put_file(str(temporary), f"{path}/{name}")
+                f"upload {location}/{name}", lambda: fs.put_file(str(temporary), f"{path}/{name}")
             )
         except FileNotFoundError as error:
             if not temporary.exists():
                 raise
             raise UserError(
-                f"{place} cannot be written: no such place in the store ({error}). Make the bucket or mend the URL."
+                f"{location} cannot be written: the store has no such bucket ({error}). Make the "
+                "bucket or correct the URL."
             ) from error
 
 
-def with_local_copy(place: Location, name: str, call: Callable[[Path], T]) -> T:
-    """`call(path)` on `name` as a local file. Raises FileNotFoundError where there is none."""
-    if isinstance(place, Path):
-        return call(place / name)
-    for _ in range(8):  # another process may clear the cache between fetching and opening
+def with_local_copy(location: Location, name: str, call: Callable[[Path], T]) -> T:
+    """Returns `call(path)`, `path` being a local copy of `name`.
+
+    Raises FileNotFoundError if there is no such file.
+    """
+    if isinstance(location, Path):
+        return call(location / name)
+    for _ in range(MAX_CACHE_MISSES):
         try:
-            return call(fetch_file(place, name))
+            return call(fetch_file(location, name))
         except FileNotFoundError:
-            if name not in list_names(place):
+            if name not in list_names(location):
                 raise
     raise Failure(
-        f"{cache_folder()} is too small for the processes that share it; raise DIFFUSION2GAN_CACHE_GIB"
+        f"{cache_folder()} is too small for the processes that share it; increase "
+        "DIFFUSION2GAN_CACHE_GIB"
     )
 
 
-def fetch_file(place: Remote, name: str) -> Path:
-    """`name` in the local cache, fetched where it is not there or has changed in the store."""
-    fs, path = _filesystem(place.url)
-    info = retry_with_backoff(f"look at {place}/{name}", lambda: fs.info(f"{path}/{name}"))
-    version = f"{place.url}/{name} {info.get('ETag', info.get('mtime', ''))} {info['size']}"
-    cached = cache_folder() / f"{hashlib.sha256(version.encode()).hexdigest()[:24]}-{name}"
+def fetch_file(location: Remote, name: str) -> Path:
+    """The path of `name` in the local cache; downloads it if it is not cached or has changed."""
+    # The cached name depends on the version in the store
+    fs, path = _filesystem(location.url)
+    info = retry_with_backoff(f"look up {location}/{name}", lambda: fs.info(f"{path}/{name}"))
+    version = f"{location.url}/{name} {info.get('ETag', info.get('mtime', ''))} {info['size']}"
+    digest = hashlib.sha256(version.encode()).hexdigest()[:24]
+    cached = cache_folder() / f"{digest}-{name}"
     if cached.exists():
-        os.utime(cached)  # the newest use is kept longest
+        os.utime(cached)  # eviction removes the least recently used files
         return cached
+
+    # Download
     with atomic_write(cached) as temporary:
         retry_with_backoff(
-            f"fetch {place}/{name}", lambda: fs.get_file(f"{path}/{name}", str(temporary))
+            f"download {location}/{name}", lambda: fs.get_file(f"{path}/{name}", str(temporary))
         )
-        if temporary.stat().st_size != info["size"]:
+        num_bytes = temporary.stat().st_size
+        if num_bytes != info["size"]:
             raise Failure(
-                f"{place}/{name} came as {temporary.stat().st_size} of {info['size']} bytes; try again"
+                f"{location}/{name}: {num_bytes} of {info['size']} bytes were received; run the "
+                "same command again"
             )
-    _shrink(cached)
+    _evict(cached)
     return cached
 
 
-def delete_file(place: Location, name: str) -> None:
-    """Deletes `name`, if it is there."""
-    if isinstance(place, Path):
-        (place / name).unlink(missing_ok=True)
+def delete_file(location: Location, name: str) -> None:
+    """Deletes `name` if it exists."""
+    if isinstance(location, Path):
+        (location / name).unlink(missing_ok=True)
         return
-    fs, path = _filesystem(place.url)
+    fs, path = _filesystem(location.url)
     try:
-        retry_with_backoff(f"delete {place}/{name}", lambda: fs.rm_file(f"{path}/{name}"))
+        retry_with_backoff(f"delete {location}/{name}", lambda: fs.rm_file(f"{path}/{name}"))
     except FileNotFoundError:
         return
 
 
 def cache_folder() -> Path:
     """DIFFUSION2GAN_CACHE, or a folder in the user's cache."""
-    base = os.environ.get("DIFFUSION2GAN_CACHE")
-    return (
-        Path(base)
-        if base
-        else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diffusion2gan"
-    )
+    chosen = os.environ.get("DIFFUSION2GAN_CACHE")
+    if chosen:
+        return Path(chosen)
+    user_cache = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+    return Path(user_cache) / "diffusion2gan"
 
 
 def cache_bytes() -> int:
-    """DIFFUSION2GAN_CACHE_GIB, 20 if not given: how much of a store's files is kept."""
-    return int(env_number("DIFFUSION2GAN_CACHE_GIB", 20) * 2**30)
+    """The size of the cache: DIFFUSION2GAN_CACHE_GIB, 20 if it is not set."""
+    return int(env_number("DIFFUSION2GAN_CACHE_GIB", DEFAULT_CACHE_GIB) * 2**30)
 
 
-def _shrink(newest: Path) -> None:
-    """Deletes the least recently used files of the cache until it fits; never the newest."""
+def _evict(newest: Path) -> None:
+    """Deletes the least recently used files until the cache fits its size; never the newest."""
     files = []
     for file in newest.parent.iterdir():
         try:
-            files.append((file.stat().st_mtime, file.stat().st_size, file))
+            stat = file.stat()
         except FileNotFoundError:
-            continue  # another process was quicker
+            continue  # deleted meanwhile by another process
+        files.append((stat.st_mtime, stat.st_size, file))
+
     total = sum(size for _, size, _ in files)
     for _, size, file in sorted(files):
         if total <= cache_bytes():

@@ -1,4 +1,4 @@
-"""The training loop of every network but the student: one loss, AdamW, EMA, resumable, multi-rank."""
+"""The training loop of all networks but the student: AdamW, EMA, resumable, multi-rank."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FitConfig:
 
 
 def shuffled(numbers: range, count: int, seed: int) -> list[int]:
-    """Maps sample numbers of a run to rows of a data set of `count`: each epoch is a permutation."""
+    """Maps a run's sample numbers to rows of a data set of `count`; an epoch is a permutation."""
     return [epoch_order(count, seed, n // count)[n % count] for n in numbers]
 
 
@@ -70,7 +70,7 @@ def fit(
     after_step: Callable[[], None] | None = None,
     group: Group | None = None,
 ) -> nn.Module:
-    """Trains `module` on `loss(sample numbers) → mean`; returns it with its EMA weights, in eval mode.
+    """Trains `module` on `loss(sample numbers) → mean`; returns it with its EMA weights, frozen.
 
     The state is saved to `folder/<stage>.safetensors` every two minutes and at the end; run again,
     an interrupted stage resumes with the same bits and a finished one is loaded. `after_step` may

@@ -128,7 +128,10 @@ def test_other_triplets_do_not_take_what_is_there(triplets: Path, tmp_path: Path
         "calibrate.json",
         "work",
     }
-    refusal = "out/work.* was made with triplets = '.*', but this command has '.*'\. .* delete that folder"
+    refusal = (
+        r"out/work.* was made with triplets = '.*', but this command has '.*'\. "
+        r".* delete that folder"
+    )
     with pytest.raises(UserError, match=refusal):
         calibrate(tmp_path / "others", source, out, scored=copy, epochs=1)
     judgement = copy / "blur" / "judge" / "000000.npy"

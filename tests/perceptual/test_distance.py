@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.perceptual.augment import FAMILIES, Strengths, apply_transform, draw_transform
-from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, unit
+from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, normalize_features
 from diffusion2gan.perceptual.vgg import STAGES, VGG, num_dropped_pools
 
 WIDTHS = (8, 8, 8, 8, 8)
@@ -313,7 +313,7 @@ def test_eps_inside_or_outside_the_root(inside: bool) -> None:
     length = f.double().square().sum(1, keepdim=True)
     expected = f / (length + 0.01).sqrt() if inside else f / (length.sqrt() + 0.01)
     torch.testing.assert_close(
-        unit(f, 0.01, inside).double(), expected.double(), rtol=1e-5, atol=1e-7
+        normalize_features(f, 0.01, inside).double(), expected.double(), rtol=1e-5, atol=1e-7
     )
 
 

@@ -1,12 +1,18 @@
-"""Random differentiable transforms T for E-LatentLPIPS, after StyleGAN2-ADA (Karras et al. 2020, appendix B), p = 1.
+"""The random differentiable transforms T of E-LatentLPIPS (Kang et al. 2024, section 3.2).
 
-A `Transform` is drawn first and applied afterwards, so that both sides of a distance get the same one. Everything
-runs in float32.
+E-LatentLPIPS is the expectation of LatentLPIPS over random transforms: E_T[d(T x0, T x1)]. The
+paper names the families blit, geometric, colour and cutout, but not their strengths; distributions
+and defaults here are those of StyleGAN2-ADA (Karras et al. 2020, appendix B), every transform with
+probability p = 1.
+
+A `Transform` is drawn first and applied afterwards, so that both sides of a distance get the same
+one. Everything runs in float32.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +26,13 @@ FAMILIES = ("blit", "geometric", "color", "cutout")
 
 @dataclass(frozen=True)
 class Strengths:
-    """How far T goes. Translations are shares of the picture's side, angles shares of a full turn."""
+    """The magnitude of each transform.
+
+    Translations and the cutout's side are fractions of the image's side. `blit_translate` is the
+    bound of a uniform distribution; `rotate` is the bound of a uniform distribution of angles in
+    full turns (0.5: any angle). All others but `cutout` are standard deviations of normal
+    distributions: `_log2` ones of the factor's base-2 logarithm.
+    """
 
     blit_translate: float = 0.125
     scale_log2: float = 0.2
@@ -37,8 +49,8 @@ class Strengths:
 class BatchRows:
     """Which rows of a larger batch two tensors are: `rows` of a batch of `batch_size` samples.
 
-    Transforms are drawn for the full batch and these rows are taken from it, so that dividing a batch into
-    micro-batches, or over ranks, does not change which transform a sample gets.
+    Transforms are drawn for the full batch and these rows are taken from it, so that dividing a
+    batch into micro-batches, or over ranks, does not change which transform a sample gets.
     """
 
     rows: slice
@@ -47,27 +59,41 @@ class BatchRows:
 
 @dataclass(frozen=True)
 class Transform:
-    """One T per sample; None where a part is off.
+    """One transform T per sample. A field is None if its family is off."""
 
-    `matrix` [B, 2, 3] maps output to input coordinates in [−1, 1]; `shift` [B, 2] is a translation (x, y) in shares
-    of the side, rounded to whole pixels where it is applied; `gain` and `offset` [B, 1, 1, 1] and `saturation`
-    [B, 1, 1, 1] recolour; `box` [B, 4] is the cutout (x0, y0, x1, y1) in [0, 1].
-    """
-
+    # [B, 2, 3] affine map from output to input coordinates, both in [−1, 1] (`F.affine_grid`).
     matrix: Tensor | None = None
+    # [B, 2] translation (x, y) as a fraction of the side, rounded to integer pixels when applied.
     shift: Tensor | None = None
+    # [B, 1, 1, 1] contrast factor, > 0.
     gain: Tensor | None = None
+    # [B, 1, 1, 1] brightness, added after the gain.
     offset: Tensor | None = None
+    # [B, 1, 1, 1] factor of the deviation from the mean over channels, > 0.
     saturation: Tensor | None = None
+    # [B, 4] cutout (x0, y0, x1, y1) as fractions of the sides; may extend beyond [0, 1].
     box: Tensor | None = None
 
-    def rows(self, rows: slice) -> Transform:
-        """The Ts of these samples."""
-        return Transform(*(None if value is None else value[rows] for value in vars(self).values()))
+    def select(self, rows: slice) -> Transform:
+        """The transforms of these samples."""
+        return self._map(lambda value: value[rows])
+
+    def to(self, device: torch.device | str) -> Transform:
+        """The same transforms on `device`."""
+        return self._map(lambda value: value.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Transform:
+        fields = {}
+        for name, value in vars(self).items():
+            fields[name] = None if value is None else function(value)
+        return Transform(**fields)
 
 
 def parse_families(transforms: str) -> tuple[str, ...]:
-    """`"geometric+cutout"` → ("geometric", "cutout"); `""` → (). Raises UserError at an unknown family."""
+    """Splits `"geometric+cutout"` into ("geometric", "cutout"), and `""` into ().
+
+    Raises UserError for an unknown family.
+    """
     names = tuple(name for name in transforms.split("+") if name)
     for name in names:
         if name not in FAMILIES:
@@ -75,109 +101,172 @@ def parse_families(transforms: str) -> tuple[str, ...]:
     return names
 
 
+@dataclass(frozen=True)
+class _Sampler:
+    """Draws one number per sample, [B] float32, from `generator` on its device."""
+
+    batch_size: int
+    generator: torch.Generator | None
+    device: torch.device | str
+
+    def uniform(self, low: float, high: float) -> Tensor:
+        numbers = torch.rand(self.batch_size, generator=self.generator, device=self.device)
+        return numbers * (high - low) + low
+
+    def normal(self, std: float) -> Tensor:
+        numbers = torch.randn(self.batch_size, generator=self.generator, device=self.device)
+        return numbers * std
+
+
 def draw_transform(
-    batch: int,
+    batch_size: int,
     families: tuple[str, ...],
     generator: torch.Generator | None = None,
     strengths: Strengths | None = None,
     device: torch.device | str = "cpu",
 ) -> Transform:
-    """A fresh T for each of `batch` samples, on `device`.
+    """Draws an independent transform for each of `batch_size` samples, on `device`.
 
-    Random numbers come from `generator`, on its own device (a CPU one gives the same T on every machine). Without one
-    they are drawn on `device` by torch's own: nothing waits for the host, and it compiles without a graph break.
+    Random numbers come from `generator`, on the generator's device: a CPU generator gives the same
+    transforms on every machine. Without one they are drawn on `device` by torch's global generator;
+    this needs no synchronisation with the host and compiles without a graph break.
     """
-    s = strengths or Strengths()
-    home = device if generator is None else generator.device
+    if strengths is None:
+        strengths = Strengths()
+    draw_device = device if generator is None else generator.device
+    sampler = _Sampler(batch_size, generator, draw_device)
 
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(batch, generator=generator, device=home) * (high - low) + low
-
-    def normal(std: float) -> Tensor:
-        return torch.randn(batch, generator=generator, device=home) * std
-
-    matrix, shift = torch.eye(3, device=home).expand(batch, 3, 3), None
+    # The order of the draws below is fixed: changing it changes every transform of a seed.
+    transform = Transform()
+    matrix = torch.eye(3, device=draw_device).expand(batch_size, 3, 3)
     if "blit" in families:
-        quarter = (uniform(0, 4)).floor() * (math.pi / 2)
-        flip = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
-        matrix = matrix @ _scale(flip, torch.ones_like(flip)) @ _turn(quarter)
-        shift = torch.stack([uniform(-s.blit_translate, s.blit_translate) for _ in "xy"], 1)
+        matrix, shift = _draw_blit(sampler, strengths, matrix)
+        transform = replace(transform, shift=shift)
     if "geometric" in families:
-        isotropic, aniso = 2 ** normal(s.scale_log2), 2 ** normal(s.aniso_log2)
-        before, after = (
-            uniform(-1, 1) * math.pi * 2 * s.rotate,
-            uniform(-1, 1) * math.pi * 2 * s.rotate,
-        )
-        matrix = matrix @ _scale(isotropic, isotropic) @ _turn(before)
-        matrix = matrix @ _scale(aniso, 1 / aniso) @ _turn(after - before)
-        matrix = _shift(normal(2 * s.translate), normal(2 * s.translate)) @ matrix
-    moved = "blit" in families or "geometric" in families
-    transform = Transform(matrix=matrix[:, :2].contiguous() if moved else None, shift=shift)
+        matrix = _draw_geometric(sampler, strengths, matrix)
+    if "blit" in families or "geometric" in families:
+        transform = replace(transform, matrix=matrix[:, :2].contiguous())
     if "color" in families:
-        column = (batch, 1, 1, 1)
-        transform = replace(
-            transform,
-            gain=(2 ** normal(s.contrast_log2)).reshape(column),
-            offset=normal(s.brightness).reshape(column),
-            saturation=(2 ** normal(s.saturation_log2)).reshape(column),
-        )
+        gain, offset, saturation = _draw_color(sampler, strengths)
+        transform = replace(transform, gain=gain, offset=offset, saturation=saturation)
     if "cutout" in families:
-        x, y, half = uniform(0, 1), uniform(0, 1), s.cutout / 2
-        transform = replace(transform, box=torch.stack([x - half, y - half, x + half, y + half], 1))
-    return Transform(
-        *(None if value is None else value.to(device) for value in vars(transform).values())
-    )
+        transform = replace(transform, box=_draw_cutout(sampler, strengths))
+
+    return transform.to(device)
+
+
+def _draw_blit(sampler: _Sampler, strengths: Strengths, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixel blitting: a horizontal flip, a rotation by a multiple of 90° and an integer shift.
+
+    Returns (`matrix` with flip and rotation appended [B, 3, 3], shift [B, 2]).
+    """
+    angle = sampler.uniform(0, 4).floor() * (math.pi / 2)
+    flip = torch.where(sampler.uniform(0, 1) < 0.5, -1.0, 1.0)
+    matrix = matrix @ _scaling(flip, torch.ones_like(flip)) @ _rotation(angle)
+
+    shift_x = sampler.uniform(-strengths.blit_translate, strengths.blit_translate)
+    shift_y = sampler.uniform(-strengths.blit_translate, strengths.blit_translate)
+    return matrix, torch.stack([shift_x, shift_y], 1)
+
+
+def _draw_geometric(sampler: _Sampler, strengths: Strengths, matrix: Tensor) -> Tensor:
+    """Scaling, rotation, anisotropic scaling along a random axis, and a sub-pixel translation.
+
+    Returns `matrix` with these transforms appended, [B, 3, 3].
+    """
+    scale = 2 ** sampler.normal(strengths.scale_log2)
+    aniso = 2 ** sampler.normal(strengths.aniso_log2)
+    angle_before = sampler.uniform(-1, 1) * math.pi * 2 * strengths.rotate
+    angle_after = sampler.uniform(-1, 1) * math.pi * 2 * strengths.rotate
+
+    # The axis of the anisotropic scaling is `angle_before`; the full rotation is `angle_after`.
+    matrix = matrix @ _scaling(scale, scale) @ _rotation(angle_before)
+    matrix = matrix @ _scaling(aniso, 1 / aniso) @ _rotation(angle_after - angle_before)
+
+    # The coordinates span 2, from −1 to 1: a fraction of the side is twice as much in them.
+    shift_x = sampler.normal(2 * strengths.translate)
+    shift_y = sampler.normal(2 * strengths.translate)
+    return _translation(shift_x, shift_y) @ matrix
+
+
+def _draw_color(sampler: _Sampler, strengths: Strengths) -> tuple[Tensor, Tensor, Tensor]:
+    """Contrast, brightness and saturation: (gain, offset, saturation), each [B, 1, 1, 1]."""
+    gain = 2 ** sampler.normal(strengths.contrast_log2)
+    offset = sampler.normal(strengths.brightness)
+    saturation = 2 ** sampler.normal(strengths.saturation_log2)
+    shape = (sampler.batch_size, 1, 1, 1)
+    return gain.reshape(shape), offset.reshape(shape), saturation.reshape(shape)
+
+
+def _draw_cutout(sampler: _Sampler, strengths: Strengths) -> Tensor:
+    """A square of side `strengths.cutout` whose centre is uniform in the image: box [B, 4]."""
+    x = sampler.uniform(0, 1)
+    y = sampler.uniform(0, 1)
+    half = strengths.cutout / 2
+    return torch.stack([x - half, y - half, x + half, y + half], 1)
 
 
 def apply_transform(x: Tensor, transform: Transform) -> Tensor:
-    """T(x), [B, C, h, w], float32, differentiable. Outside the picture it is mirrored; the cutout is zero."""
+    """T(x), [B, C, h, w] float32, differentiable in `x`.
+
+    The image is continued by reflection beyond its edges; the cutout is zero.
+    """
     x = x.float()
-    if (
-        transform.saturation is not None
-        and transform.gain is not None
-        and transform.offset is not None
-    ):
+
+    # Colour
+    gain, offset, saturation = transform.gain, transform.offset, transform.saturation
+    if saturation is not None and gain is not None and offset is not None:
         grey = x.mean(1, keepdim=True)
-        x = (grey + (x - grey) * transform.saturation) * transform.gain + transform.offset
+        x = (grey + (x - grey) * saturation) * gain + offset
+
+    # Geometry
     if transform.matrix is not None:
-        grid = F.affine_grid(_whole_pixels(transform, x), list(x.shape), align_corners=False)
+        matrix = _add_pixel_shift(transform.matrix, transform.shift, x)
+        grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
         x = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+    # Cutout: a pixel is removed if its centre is inside the box
     if transform.box is not None:
         height, width = x.shape[2:]
         column = ((torch.arange(width, device=x.device) + 0.5) / width)[None, None, None, :]
         row = ((torch.arange(height, device=x.device) + 0.5) / height)[None, None, :, None]
-        x0, y0, x1, y1 = (edge[:, None, None, None] for edge in transform.box.unbind(1))
+        x0, y0, x1, y1 = transform.box[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1] each
         inside = (column >= x0) & (column < x1) & (row >= y0) & (row < y1)
         x = x * (~inside).float()
+
     return x
 
 
-def _whole_pixels(transform: Transform, x: Tensor) -> Tensor:
-    """[B, 2, 3]: the matrix with `shift` added, in whole pixels of `x`."""
-    assert transform.matrix is not None
-    if transform.shift is None:
-        return transform.matrix
-    moves = [
-        (transform.shift[:, axis] * side).round() / side
-        for axis, side in enumerate((x.shape[3], x.shape[2]))
-    ]
-    return transform.matrix + F.pad(2 * torch.stack(moves, 1)[:, :, None], (2, 0))
+def _add_pixel_shift(matrix: Tensor, shift: Tensor | None, x: Tensor) -> Tensor:
+    """`matrix` [B, 2, 3] with `shift`, rounded to integer pixels of `x` [B, C, h, w], added."""
+    if shift is None:
+        return matrix
+    height, width = x.shape[2:]
+    shift_x = (shift[:, 0] * width).round() / width
+    shift_y = (shift[:, 1] * height).round() / height
+    translation = 2 * torch.stack([shift_x, shift_y], 1)[:, :, None]  # [B, 2, 1]
+    return matrix + F.pad(translation, (2, 0))
 
 
-def _matrix(rows: list[list[Tensor]]) -> Tensor:
+def _stack_matrix(rows: list[list[Tensor]]) -> Tensor:
+    """[B, 3, 3] from nine tensors [B]."""
     return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
-def _turn(angle: Tensor) -> Tensor:
-    c, s, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-    return _matrix([[c, -s, zero], [s, c, zero], [zero, zero, one]])
+def _rotation(angle: Tensor) -> Tensor:
+    """[B, 3, 3] rotation by `angle` [B] in radians."""
+    cos, sin = angle.cos(), angle.sin()
+    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
+    return _stack_matrix([[cos, -sin, zero], [sin, cos, zero], [zero, zero, one]])
 
 
-def _scale(x: Tensor, y: Tensor) -> Tensor:
+def _scaling(x: Tensor, y: Tensor) -> Tensor:
+    """[B, 3, 3] scaling by `x` and `y` [B]."""
     zero, one = torch.zeros_like(x), torch.ones_like(x)
-    return _matrix([[x, zero, zero], [zero, y, zero], [zero, zero, one]])
+    return _stack_matrix([[x, zero, zero], [zero, y, zero], [zero, zero, one]])
 
 
-def _shift(x: Tensor, y: Tensor) -> Tensor:
+def _translation(x: Tensor, y: Tensor) -> Tensor:
+    """[B, 3, 3] translation by `x` and `y` [B]."""
     zero, one = torch.zeros_like(x), torch.ones_like(x)
-    return _matrix([[one, zero, x], [zero, one, y], [zero, zero, one]])
+    return _stack_matrix([[one, zero, x], [zero, one, y], [zero, zero, one]])

@@ -1,10 +1,18 @@
-"""LatentLPIPS and E-LatentLPIPS (Kang et al. 2024, section 3.2), and LPIPS on decoded pixels: distances of latents.
+"""Perceptual distances of latents: LatentLPIPS, E-LatentLPIPS and LPIPS on the decoded images.
 
-`distance(a, b) → [B]`: zero for equal latents, never negative, gradients to `a`.
+LatentLPIPS and E-LatentLPIPS are from Kang et al. 2024, section 3.2. With F_l the feature maps of a
+network on latents, f̂_l = F_l / ‖F_l‖ normalised over channels, and heads w_l ≥ 0:
+
+    d(x0, x1) = Σ_l mean_hw Σ_c w_lc (f̂_lc(x0) − f̂_lc(x1))²          (LPIPS, Zhang et al. 2018, eq. 1)
+    d_E(x0, x1) = E_T[d(T x0, T x1)]                                  (E-LatentLPIPS)
+
+Every distance is called `distance(a, b, generator=None, rows=None)` → [B]: zero for equal latents,
+never negative, with gradients to `a`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +31,7 @@ from diffusion2gan.perceptual.checks import (
     check_finite,
     check_precision,
     check_shapes,
-    warn_unscaled,
+    warn_if_unscaled,
 )
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.perceptual.weights import load_network, save_network
@@ -32,41 +40,58 @@ from diffusion2gan.teacher.autoencoder import decode, load_vae, num_latent_chann
 EPS = 1e-8
 
 
-def unit(features: Tensor, eps: float = EPS, eps_inside: bool = True) -> Tensor:
-    """Each pixel's feature vector divided by its length, in float32: f/√(Σf² + eps), or f/(√Σf² + eps)."""
+def normalize_features(features: Tensor, eps: float = EPS, eps_inside: bool = True) -> Tensor:
+    """f̂: each pixel's feature vector divided by its length over channels, float32 [B, C, h, w].
+
+    f/√(Σ_c f² + eps) with `eps_inside`, else f/(√(Σ_c f²) + eps).
+    """
     features = features.float()
-    squares = features.square().sum(1, keepdim=True)
-    return features * (squares + eps).rsqrt() if eps_inside else features / (squares.sqrt() + eps)
+    sum_of_squares = features.square().sum(1, keepdim=True)
+    if eps_inside:
+        return features * (sum_of_squares + eps).rsqrt()
+    return features / (sum_of_squares.sqrt() + eps)
 
 
 def channel_differences(
     features_a: list[Tensor], features_b: list[Tensor], eps: float = EPS, eps_inside: bool = True
 ) -> list[Tensor]:
-    """mean_hw (f̂_lc(a) − f̂_lc(b))², [B, C_l] for each layer l: all of the distance but its heads."""
-    return [
-        (unit(a, eps, eps_inside) - unit(b, eps, eps_inside)).square().mean((2, 3))
-        for a, b in zip(features_a, features_b, strict=True)
-    ]
+    """mean_hw (f̂_lc(a) − f̂_lc(b))², [B, C_l] per layer l: the distance before its heads."""
+    differences = []
+    for layer_a, layer_b in zip(features_a, features_b, strict=True):
+        normalized_a = normalize_features(layer_a, eps, eps_inside)
+        normalized_b = normalize_features(layer_b, eps, eps_inside)
+        differences.append((normalized_a - normalized_b).square().mean((2, 3)))
+    return differences
 
 
-def weigh(differences: list[Tensor], heads: list[Tensor]) -> Tensor:
-    """[B]: Σ_l Σ_c w_lc · differences_lc (Zhang et al. 2018, eq. 1). `heads[l]` is w_l ≥ 0, [C_l]."""
-    layers = [(d * head.float()).sum(1) for d, head in zip(differences, heads, strict=True)]
+def apply_heads(differences: list[Tensor], heads: list[Tensor]) -> Tensor:
+    """Σ_l Σ_c w_lc · differences_lc, [B] (Zhang et al. 2018, eq. 1).
+
+    `differences[l]` is [B, C_l]; `heads[l]` is w_l ≥ 0, [C_l].
+    """
+    layers = []
+    for difference, head in zip(differences, heads, strict=True):
+        layers.append((difference * head.float()).sum(1))
     return torch.stack(layers).sum(0)
 
 
 class LatentLPIPS(nn.Module):
-    """`LatentLPIPS(vgg, heads)(a, b)` → [B]; `a`, `b` [B, C, h, w] latents × scaling_factor.
+    """LPIPS on latents: `LatentLPIPS(vgg, heads)(a, b)` → [B].
 
-    Frozen and in eval mode by construction: `train()` and `requires_grad_()` from outside change nothing.
-    `b` is the target: its features are computed without graph, unless `target_grad`. The network computes in the
-    precision the module is cast to (`.bfloat16()`); heads, normalisation and distance in float32. `eps` and
-    `eps_inside` are `unit`'s.
+    `a` and `b` are [B, C, h, w], the VAE's latents × scaling_factor. `b` is the target: its
+    features are computed without a graph unless `target_grad`. `eps` and `eps_inside` are those of
+    `normalize_features`.
 
-    Raises UserError at latents of different shapes, of another VAE's channels, not finite, or a float16 network on a
-    CPU. Says once if latents look unscaled. Numbers are looked at only on a CPU (`checks`).
+    The network is always frozen and in eval mode: calls of `train()` and `requires_grad_()` on this
+    module, or on one that contains it, have no effect. The network runs in the precision that the
+    module is cast to (`.bfloat16()`); heads, normalisation and distance are float32.
+
+    Raises UserError for latents of different shapes, of another number of channels, with values
+    that are not finite, or for a float16 network on a CPU. Warns once if latents look unscaled.
+    Values are checked on a CPU only (`checks`).
     """
 
+    # The name of the network inside the package that `from_pretrained("pocket")` loads.
     network = "latent_vgg"
 
     def __init__(
@@ -79,18 +104,23 @@ class LatentLPIPS(nn.Module):
         target_grad: bool = False,
     ) -> None:
         super().__init__()
-        # hidden from parameters() and train() of whatever holds this module
-        self._frozen = (
-            vgg.eval().requires_grad_(False),
-            [head.detach().clamp_min(0).float() for head in heads],
-        )
-        self.eps, self.eps_inside, self.target_grad = eps, eps_inside, target_grad
-        self.channels, self.smallest_side = int(vgg.config["in_channels"]), vgg.smallest_side
-        self._told = False
+        self.eps = eps
+        self.eps_inside = eps_inside
+        self.target_grad = target_grad
+        self.channels = int(vgg.config["in_channels"])
+        self.smallest_side = vgg.smallest_side
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # A tuple hides the network from `parameters()` and `train()` of this and outer modules.
+        vgg = vgg.eval().requires_grad_(False)
+        heads = [head.detach().clamp_min(0).float() for head in heads]
+        self._frozen = (vgg, heads)
+        self._has_warned = False
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `to()` and casts reach the hidden network here; heads change their device, not their dtype.
         vgg, heads = self._frozen
-        self._frozen = (vgg._apply(fn), [head.to(fn(head).device) for head in heads])
+        moved_heads = [head.to(fn(head).device) for head in heads]
+        self._frozen = (vgg._apply(fn), moved_heads)
         return super()._apply(fn, recurse)
 
     def forward(
@@ -102,56 +132,67 @@ class LatentLPIPS(nn.Module):
     ) -> Tensor:
         """[B]. This distance is deterministic: `generator` and `rows` are accepted and ignored."""
         self._check(a, b)
-        return self._between(a.float(), b.float())
+        return self._distance(a.float(), b.float())
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """The five maps the distance compares."""
+        """The feature maps that the distance compares: one [B, C_l, h_l, w_l] per layer."""
         vgg = self._frozen[0]
         return vgg(x.to(next(vgg.parameters()).dtype))
 
     def differences(self, a: Tensor, b: Tensor) -> list[Tensor]:
-        """`channel_differences` of two latents: what `perceptual calibrate` fits its heads to."""
+        """`channel_differences` of two latents, which `perceptual calibrate` fits heads to."""
         with torch.set_grad_enabled(self.target_grad and torch.is_grad_enabled()):
-            target = self.features(b)
-        return channel_differences(self.features(a), target, self.eps, self.eps_inside)
+            features_b = self.features(b)
+        features_a = self.features(a)
+        return channel_differences(features_a, features_b, self.eps, self.eps_inside)
 
-    def _between(self, a: Tensor, b: Tensor) -> Tensor:
-        return weigh(self.differences(a, b), self._frozen[1])
+    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
+        heads = self._frozen[1]
+        return apply_heads(self.differences(a, b), heads)
 
     def _check(self, a: Tensor, b: Tensor) -> None:
         check_shapes(a, b, self.channels, self.smallest_side)
         check_precision(next(self._frozen[0].parameters()).dtype, a.device)
         if a.device.type == "cpu" and not torch.compiler.is_compiling():
             check_finite(a, b)
-            self._told = self._told or warn_unscaled(b)
+            if not self._has_warned:
+                self._has_warned = warn_if_unscaled(b)
 
     @classmethod
     def from_pretrained(cls, source: str | Path = "pocket", **options: Any) -> Self:
-        """From `pocket` or a folder that `save_pretrained`, `perceptual fit`, `calibrate` or `import` wrote."""
+        """Loads a network: `pocket`, the one inside the package, or a folder.
+
+        A folder is one that `save_pretrained`, `perceptual fit`, `calibrate` or `import` wrote.
+        `options` are those of the constructor.
+        """
         vgg, heads, formula = load_network(source, cls.network)
         return cls(vgg, heads, **formula | options)
 
     def save_pretrained(
         self, folder: str | Path, dtype: torch.dtype = torch.float32, note: str = ""
     ) -> None:
-        """Writes config.json, model.safetensors and README.md (a card, with `note`): a folder fit for a model hub."""
-        save_network(
-            Path(folder),
-            *self._frozen,
-            {"eps": self.eps, "eps_inside": self.eps_inside},
-            dtype,
-            note,
-        )
+        """Writes config.json, model.safetensors and README.md (a model card that includes `note`).
+
+        The folder can be uploaded to a model hub as it is.
+        """
+        vgg, heads = self._frozen
+        formula = {"eps": self.eps, "eps_inside": self.eps_inside}
+        save_network(Path(folder), vgg, heads, formula, dtype, note)
 
 
 class ELatentLPIPS(LatentLPIPS):
-    """The ensembled distance: E_T[d(F(T a), F(T b))], a fresh T per sample and call, the same on both sides.
+    """The ensembled distance E_T[d(T a, T b)] (Kang et al. 2024, section 3.2).
 
-    `transforms`: families joined by "+" (`geometric+cutout` is the paper's final choice); `num_draws`: Ts averaged
-    per call; `strengths` (`Strengths`): how far each family goes; further options are LatentLPIPS's. For monitoring,
-    fix T: `distance(a, b, generator)` with a generator seeded anew before each call gives each place of the batch the
-    same T every time; a CPU one on every machine. Without a generator T is drawn on the latents' own device. With
-    `rows` (`BatchRows`), `a` and `b` are these rows of a larger batch and get the Ts that they would get in it.
+    Each call draws a new transform T per sample, the same for both sides.
+
+    `transforms`: families joined by "+"; `geometric+cutout` is the paper's final choice.
+    `num_draws`: how many transforms are averaged per call. `strengths`: their magnitudes. Other
+    options are those of LatentLPIPS.
+
+    For monitoring, fix the transforms: `distance(a, b, generator)` with a newly seeded generator
+    per call gives each row of the batch the same T every time, with a CPU generator on every
+    machine. Without a generator T is drawn on the latents' device. With `rows` (`BatchRows`), `a`
+    and `b` are these rows of a larger batch and get the transforms that they would get in it.
     """
 
     def __init__(
@@ -165,12 +206,10 @@ class ELatentLPIPS(LatentLPIPS):
     ) -> None:
         super().__init__(vgg, heads, **options)
         if num_draws < 1:
-            raise UserError(f"num_draws = {num_draws}: at least one transform is drawn")
-        self.families, self.num_draws, self.strengths = (
-            parse_families(transforms),
-            num_draws,
-            strengths,
-        )
+            raise UserError(f"num_draws = {num_draws}: it must be at least 1")
+        self.families = parse_families(transforms)
+        self.num_draws = num_draws
+        self.strengths = strengths
 
     def forward(
         self,
@@ -179,35 +218,38 @@ class ELatentLPIPS(LatentLPIPS):
         generator: torch.Generator | None = None,
         rows: BatchRows | None = None,
     ) -> Tensor:
+        """[B], the mean over `num_draws` transforms."""
         self._check(a, b)
-        draws = [
-            self._between(*self._transformed(a, b, generator, rows)) for _ in range(self.num_draws)
-        ]
+        draws = []
+        for _ in range(self.num_draws):
+            transformed_a, transformed_b = self._transform(a, b, generator, rows)
+            draws.append(self._distance(transformed_a, transformed_b))
         return torch.stack(draws).mean(0)
 
-    def _transformed(
+    def _transform(
         self,
         a: Tensor,
         b: Tensor,
         generator: torch.Generator | None,
         rows: BatchRows | None,
     ) -> tuple[Tensor, Tensor]:
-        """(T a, T b) in float32, under autocast too."""
+        """(T a, T b) for a newly drawn T, in float32, under autocast too."""
         if rows is None:
             rows = BatchRows(slice(None), len(a))
         with torch.autocast(a.device.type, enabled=False):
-            transform = draw_transform(
+            full_batch = draw_transform(
                 rows.batch_size, self.families, generator, self.strengths, a.device
-            ).rows(rows.rows)
+            )
+            transform = full_batch.select(rows.rows)
             return apply_transform(a, transform), apply_transform(b, transform)
 
 
 class PixelLPIPS(LatentLPIPS):
-    """LPIPS on the decoded pictures of two latents: `PixelLPIPS(vgg, heads, vae)(a, b)` → [B], gradients through `vae`.
+    """LPIPS on the decoded images of two latents: `PixelLPIPS(vgg, heads, vae)(a, b)` → [B].
 
-    `vgg` reads pictures in [−1, 1]: three channels, no pool dropped. `vae` is a diffusers AutoencoderKL: frozen and
-    hidden like the network, moved and cast with it. Decoded pictures are not clamped, so that gradients reach `a`
-    everywhere.
+    `vgg` takes images in [−1, 1]: three channels, no pool dropped. `vae` is a diffusers
+    AutoencoderKL; it is frozen, hidden, moved and cast like the network, and gradients pass through
+    it. Decoded images are not clamped, so that gradients reach `a` everywhere.
     """
 
     network = "pixel_vgg"
@@ -216,32 +258,39 @@ class PixelLPIPS(LatentLPIPS):
         super().__init__(vgg, heads, **options)
         if self.channels != 3:
             raise UserError(
-                f"PixelLPIPS compares pictures; this network reads {self.channels} channels: of latents"
+                f"PixelLPIPS compares images, but this network reads {self.channels} channels: "
+                "it is a network for latents"
             )
         self._decoder = (vae.eval().requires_grad_(False),)
-        self.channels, self.smallest_side = num_latent_channels(vae), 1
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # The inputs are latents: any side will do, of the VAE's number of channels.
+        self.channels = num_latent_channels(vae)
+        self.smallest_side = 1
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._decoder = (self._decoder[0]._apply(fn),)
         return super()._apply(fn, recurse)
 
     def features(self, x: Tensor) -> list[Tensor]:
+        """The network's feature maps of the decoded image: one [B, C_l, h_l, w_l] per layer."""
         return super().features(decode(self._decoder[0], x))
 
     @classmethod
     def from_pretrained(
         cls, source: str | Path = "pocket", vae: Any = None, **options: Any
     ) -> Self:
-        """`vae`: an AutoencoderKL, the folder of one or of a pipeline, or `pocket`, the default for its own network.
+        """As `LatentLPIPS.from_pretrained`, with the VAE of the latents.
 
-        Raises UserError where another network comes without a VAE.
+        `vae`: an AutoencoderKL, the folder of one or of a pipeline, or `pocket`, which is the
+        default for the pocket network. Raises UserError if another network comes without a VAE.
         """
         if vae is None:
             if str(source) != "pocket":
                 raise UserError(
-                    f"PixelLPIPS of {source} decodes latents and needs their VAE: from_pretrained(…, vae=…)"
+                    f"PixelLPIPS of {source} decodes latents and needs their VAE: "
+                    "from_pretrained(…, vae=…)"
                 )
             vae = "pocket"
-        return super().from_pretrained(
-            source, vae=vae if isinstance(vae, nn.Module) else load_vae(vae), **options
-        )
+        if not isinstance(vae, nn.Module):
+            vae = load_vae(vae)
+        return super().from_pretrained(source, vae=vae, **options)

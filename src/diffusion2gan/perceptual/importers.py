@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusion2gan.errors import UserError, nearest
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.vgg import STAGES, VGG, WIDTHS
-from diffusion2gan.perceptual.weights import first_difference
+from diffusion2gan.perceptual.weights import find_difference
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def import_network(
     found = {
         key: value for key, value in found.items() if key in keys or value.data_ptr() not in known
     }
-    if difference := first_difference(
+    if difference := find_difference(
         expected_shapes(vgg, keys), {k: tuple(v.shape) for k, v in found.items()}
     ):
         raise UserError(f"{file} is no checkpoint of format {format_!r}: {difference}.")

@@ -1,10 +1,12 @@
-"""Where no network was fitted to a VAE's latents: LPIPS on the frozen teacher's own features. Ours, not the paper's.
+"""LPIPS on the frozen teacher's features, for VAEs that no network has been fitted to.
 
-It needs no pictures, no labels and no judgements. How well it tells what people see has not been measured.
+This is not in the paper. It needs no images, no labels and no human judgements. How well it agrees
+with human judgements has not been measured.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -15,99 +17,128 @@ from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.teacher.pipeline import Teacher, sharing_weights
 
-NUM_PARTS = (
-    4  # a transformer's blocks are read after each quarter but the last, which is about its answer
-)
-BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+# A transformer's tokens are read after each quarter of its blocks except the last quarter, whose
+# features are mostly about the network's output.
+NUM_QUARTERS = 4
+BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
 
 
 class TeacherFeatures(nn.Module):
-    """`features(x [B, C, h, w])` → maps of the frozen teacher's network, told no prompt: [B, D, h_l, w_l] or
-    [B, D, tokens, 1].
+    """`features(x [B, C, h, w])` → feature maps of the frozen teacher's network without a prompt.
 
-    A UNet's are those of each down block, before it halves its grid, and of the middle; a transformer's its tokens
-    after each quarter of its blocks but the last. The latents are clean, the timestep the lowest, 0, where the network
-    met such. The weights are the teacher's own tensors; what lies behind the last map is not run. `bfloat16`:
-    autocast.
+    For a UNet: the output of each down block, before its downsampling, and of the middle block,
+    [B, D, h_l, w_l]. For a transformer: its image tokens after each quarter of its blocks but the
+    last, [B, D, tokens, 1].
+
+    The input latents are clean; the timestep is 0, the lowest, at which the network was trained on
+    such latents. The weights are the teacher's tensors, not copies; blocks after the last map do not
+    run. `bfloat16`: run under autocast.
     """
 
     def __init__(self, teacher: Teacher, bfloat16: bool = False) -> None:
         super().__init__()
         self.network: Any = sharing_weights(teacher.network)
-        self.config, self.smallest_side = {"in_channels": teacher.latent_shape[0]}, 1
+        self.config = {"in_channels": teacher.latent_shape[0]}
+        self.smallest_side = 1
         self.autocast = bfloat16
-        self.read = (
-            cut_unet(self.network)
-            if teacher.family.network == "unet"
-            else cut_transformer(self.network)
-        )
-        self._cond, self._output = teacher.unconditional(), teacher.family.output
+        if teacher.family.network == "unet":
+            self.tapped_blocks = truncate_unet(self.network)
+        else:
+            self.tapped_blocks = truncate_transformer(self.network)
+        self._cond = teacher.unconditional()
+        self._output = teacher.family.output
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        seen: dict[int, Tensor] = {}
-        with (
-            ExitStack() as stack,
-            torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast),
-        ):
-            for number, block in enumerate(self.read):
-                stack.callback(block.register_forward_hook(self._keep(number, seen)).remove)
+        """One feature map per tapped block."""
+        maps: dict[int, Tensor] = {}
+        autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast)
+        with ExitStack() as hooks, autocast:
+            for number, block in enumerate(self.tapped_blocks):
+                handle = block.register_forward_hook(_store_output(number, maps))
+                hooks.callback(handle.remove)
             self._output(self.network, x, 0, self._cond.expand(len(x)))
-        return [seen[number] for number in range(len(self.read))]
-
-    def _keep(self, number: int, seen: dict[int, Tensor]) -> Any:
-        def hook(block: Any, args: Any, answer: Any) -> None:
-            if hasattr(
-                block, "resnets"
-            ):  # a UNet's down block tells every state, its middle one alone
-                seen[number] = (
-                    answer[1][len(block.resnets) - 1] if isinstance(answer, tuple) else answer
-                )
-            else:
-                tokens = (
-                    answer[-1] if isinstance(answer, tuple) else answer
-                )  # behind those of the text
-                seen[number] = tokens.movedim(1, 2).unsqueeze(-1)
-
-        return hook
+        return [maps[number] for number in range(len(self.tapped_blocks))]
 
 
-def cut_unet(unet: Any) -> list[nn.Module]:
-    """Takes off its decoder; the blocks that are read."""
-    unet.up_blocks, unet.conv_norm_out, unet.conv_out = nn.ModuleList(), None, nn.Identity()
-    return [*unet.down_blocks, *([unet.mid_block] if unet.mid_block is not None else [])]
+def _store_output(number: int, maps: dict[int, Tensor]) -> Callable[[Any, Any, Any], None]:
+    """A forward hook that writes a block's output to `maps[number]` as a feature map."""
+
+    def hook(block: Any, args: Any, output: Any) -> None:
+        if not hasattr(block, "resnets"):
+            # A transformer block that also handles the text tokens returns the image tokens last.
+            tokens = output[-1] if isinstance(output, tuple) else output  # [B, tokens, D]
+            maps[number] = tokens.movedim(1, 2).unsqueeze(-1)
+        elif isinstance(output, tuple):
+            # A UNet's down block returns (hidden states, all intermediate states).
+            maps[number] = output[1][len(block.resnets) - 1]
+        else:
+            # A UNet's middle block.
+            maps[number] = output
+
+    return hook
 
 
-def cut_transformer(network: Any) -> list[nn.Module]:
-    """Takes off what comes after three quarters of its blocks; the blocks that are read."""
-    blocks = [block for name in BLOCKS for block in getattr(network, name, ())]
-    depths = sorted({max(1, len(blocks) * part // NUM_PARTS) for part in range(1, NUM_PARTS)})
-    kept = blocks[: depths[-1]]
-    for name in BLOCKS:
+def truncate_unet(unet: Any) -> list[nn.Module]:
+    """Removes the UNet's decoder; returns the blocks to read: all down blocks and the middle."""
+    unet.up_blocks = nn.ModuleList()
+    unet.conv_norm_out = None
+    unet.conv_out = nn.Identity()
+
+    blocks = list(unet.down_blocks)
+    if unet.mid_block is not None:
+        blocks.append(unet.mid_block)
+    return blocks
+
+
+def truncate_transformer(network: Any) -> list[nn.Module]:
+    """Removes the blocks of the last quarter; returns the blocks to read.
+
+    These are the last of each of the first three quarters, at least the first block; in a network
+    with few blocks some coincide and are read once.
+    """
+    blocks: list[nn.Module] = []
+    for name in BLOCK_LISTS:
+        blocks += getattr(network, name, ())
+
+    # Number of blocks before each tap
+    depths = set()
+    for quarter in range(1, NUM_QUARTERS):
+        depths.add(max(1, len(blocks) * quarter // NUM_QUARTERS))
+    kept = blocks[: max(depths)]
+
+    for name in BLOCK_LISTS:
         if hasattr(network, name):
-            setattr(
-                network,
-                name,
-                nn.ModuleList(block for block in getattr(network, name) if block in kept),
-            )
-    return [blocks[depth - 1] for depth in depths]
+            kept_of_list = [block for block in getattr(network, name) if block in kept]
+            setattr(network, name, nn.ModuleList(kept_of_list))
+    return [blocks[depth - 1] for depth in sorted(depths)]
 
 
 def plain_distance(teacher: Teacher, **options: Any) -> LatentLPIPS:
-    """d(a, b) = mean over maps l of mean_hw Σ_c (f̂_lc(a) − f̂_lc(b))²: LPIPS with all heads 1/L. From 0 to 4."""
-    return LatentLPIPS(*network_of(teacher, **options))
+    """LatentLPIPS on the teacher's features, with all heads 1/L for L feature maps.
+
+    d(a, b) = mean over maps l of mean_hw Σ_c (f̂_lc(a) − f̂_lc(b))², in [0, 4]. `options` are those
+    of `TeacherFeatures`.
+    """
+    features, heads = build_network(teacher, **options)
+    return LatentLPIPS(features, heads)
 
 
 def ensembled_distance(
     teacher: Teacher, transforms: str, num_draws: int, **options: Any
 ) -> ELatentLPIPS:
-    """The same under E-LatentLPIPS's random transforms, one on both sides."""
-    return ELatentLPIPS(*network_of(teacher, **options), transforms=transforms, num_draws=num_draws)
+    """E-LatentLPIPS on the teacher's features: `plain_distance` under random transforms."""
+    features, heads = build_network(teacher, **options)
+    return ELatentLPIPS(features, heads, transforms=transforms, num_draws=num_draws)
 
 
 @torch.no_grad()
-def network_of(teacher: Teacher, **options: Any) -> tuple[VGG, list[Tensor]]:
-    """(the features, a head for each map)."""
+def build_network(teacher: Teacher, **options: Any) -> tuple[VGG, list[Tensor]]:
+    """(the teacher's features, one constant head per feature map)."""
     features = TeacherFeatures(teacher, **options)
     maps = features(torch.zeros(1, *teacher.latent_shape, device=teacher.device))
-    heads = [torch.full((x.shape[1],), 1 / len(maps), device=x.device) for x in maps]
-    return cast(VGG, features), heads  # all that a distance asks of a VGG is there
+    heads = []
+    for feature_map in maps:
+        num_channels = feature_map.shape[1]
+        heads.append(torch.full((num_channels,), 1 / len(maps), device=feature_map.device))
+    # `TeacherFeatures` has everything that a distance uses of a `VGG`.
+    return cast(VGG, features), heads

@@ -8,21 +8,17 @@ from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
 
-STAGES = (
-    2,
-    2,
-    3,
-    3,
-    3,
-)  # 3×3 convolutions per stage, VGG-16 (Simonyan & Zisserman 2014, table 1, D)
+# 3×3 convolutions per stage: VGG-16 (Simonyan & Zisserman 2014, table 1, column D).
+STAGES = (2, 2, 3, 3, 3)
 WIDTHS = (64, 128, 256, 512, 512)
 
 
 def num_dropped_pools(spatial_factor: int) -> int:
-    """How many of VGG's first pools to drop for a VAE that is `spatial_factor` times smaller: log2, 8 → 3, 4 → 2.
+    """How many of VGG's first pools to drop for a VAE with this downsampling factor.
 
-    Diffusion2GAN drops three for the 8× latents of Stable Diffusion, so that stage k sees the grid it would see on
-    the picture's own pixels. At most four are dropped: the last stage keeps a coarser view.
+    log2 of the factor: 8 → 3, 4 → 2. Diffusion2GAN drops three for the 8× latents of Stable
+    Diffusion, so that stage k has the resolution that it would have on the image's pixels. At most
+    four are dropped: the last stage keeps a coarser resolution.
     """
     return min(4, max(0, spatial_factor.bit_length() - 1))
 
@@ -30,9 +26,10 @@ def num_dropped_pools(spatial_factor: int) -> int:
 class VGG(nn.Module):
     """`vgg(x [B, in_channels, h, w])` → five feature maps [B, widths[l], h_l, w_l].
 
-    Features are tapped after each stage's last ReLU, before its pool, as LPIPS does; those of the stages in
-    `tapped_after_pool` (1 … 5) behind it. `num_groups`: GroupNorm with so many groups; 0 is batch norm. The classifier
-    that such a network is trained with is its trainer's matter and is not kept.
+    A feature map is the output of a stage's last ReLU, before the stage's pool, as in LPIPS; for
+    the stages in `tapped_after_pool` (1 … 5) it is the pool's output. `num_groups`: GroupNorm with
+    this many groups; 0 is batch norm. The classifier that such a network is trained with belongs to
+    the training code and is not kept.
     """
 
     def __init__(
@@ -47,9 +44,12 @@ class VGG(nn.Module):
         for stage in tapped_after_pool:
             if not num_dropped < stage <= len(STAGES):
                 raise UserError(
-                    f"no pool to tap stage {stage} behind: the pools left are {num_dropped + 1} … 5"
+                    f"tapped_after_pool = {list(tapped_after_pool)}: stage {stage} has no pool; "
+                    f"the stages that keep theirs are {num_dropped + 1} … {len(STAGES)}"
                 )
-        self.num_dropped, self.tapped_after_pool = num_dropped, tuple(tapped_after_pool)
+
+        self.num_dropped = num_dropped
+        self.tapped_after_pool = tuple(tapped_after_pool)
         self.config: dict[str, Any] = {
             "in_channels": in_channels,
             "widths": list(widths),
@@ -57,10 +57,12 @@ class VGG(nn.Module):
             "tapped_after_pool": list(tapped_after_pool),
             "num_groups": num_groups,
         }
-        channels, stages = in_channels, []
-        for count, width in zip(STAGES, widths, strict=True):
+
+        channels = in_channels
+        stages = []
+        for num_convolutions, width in zip(STAGES, widths, strict=True):
             layers: list[nn.Module] = []
-            for _ in range(count):
+            for _ in range(num_convolutions):
                 norm = nn.GroupNorm(num_groups, width) if num_groups else nn.BatchNorm2d(width)
                 layers += [nn.Conv2d(channels, width, 3, padding=1), norm, nn.ReLU()]
                 channels = width
@@ -69,20 +71,23 @@ class VGG(nn.Module):
 
     @property
     def smallest_side(self) -> int:
-        """Pixels: what the pools before the last tap can still halve."""
-        last = len(STAGES) if len(STAGES) in self.tapped_after_pool else len(STAGES) - 1
-        return int(2 ** max(0, last - self.num_dropped))
+        """The smallest input side, in pixels, that the pools before the last map can halve."""
+        num_pools = len(STAGES) - 1
+        if len(STAGES) in self.tapped_after_pool:
+            num_pools = len(STAGES)
+        return int(2 ** max(0, num_pools - self.num_dropped))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Five maps [B, widths[l], h_l, w_l]."""
+        """Five feature maps, [B, widths[l], h_l, w_l]."""
         maps = []
         for number, stage in enumerate(self.stages, 1):
             x = stage(x)
-            behind = number in self.tapped_after_pool
-            if not behind:
+            tapped_after_pool = number in self.tapped_after_pool
+            if not tapped_after_pool:
                 maps.append(x)
-            if behind or self.num_dropped < number < len(STAGES):
+            # The last stage's pool runs only if its output is a feature map.
+            if tapped_after_pool or self.num_dropped < number < len(STAGES):
                 x = nn.functional.max_pool2d(x, 2)
-            if behind:
+            if tapped_after_pool:
                 maps.append(x)
         return maps

@@ -1,4 +1,8 @@
-"""A perceptual network on disk: config.json (the network and its formula), model.safetensors, README.md (a card)."""
+"""A perceptual network on disk.
+
+config.json: the network's settings and those of its formula; model.safetensors: `vgg/…` and
+`heads/0` … `heads/4`; README.md: a model card.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +19,17 @@ from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import atomic_write, read_json, write_json
 from diffusion2gan.runtime.progress import console
 
-POCKET_FACTOR = 4  # how many times smaller the pocket VAE's latents are
-FORMULA = ("eps", "eps_inside")  # config.json holds these beside the network's own settings
+POCKET_FACTOR = 4  # the pocket VAE's downsampling factor
+FORMULA = ("eps", "eps_inside")  # keys of config.json beside the network's settings
 CARD = """---
 library_name: diffusion2gan
 tags: [perceptual-loss, lpips, latent-diffusion]
 ---
 
-# Perceptual network for {channels}-channel {what}
+# Perceptual network for {channels}-channel {inputs}
 
-VGG-16 with {norm}, widths {widths}, its first {num_dropped} pools dropped, and non-negative heads: a distance in the
-manner of LPIPS.{note}
+VGG-16 with {norm}, widths {widths}, its first {num_dropped} pools dropped, and non-negative heads:
+a distance in the manner of LPIPS.{note}
 
 ```python
 from diffusion2gan import {name}
@@ -35,68 +39,92 @@ distance(a, b)  # [B]; a, b [B, {example}, h, w] latents × scaling_factor
 ```
 """
 
+Shapes = dict[str, tuple[int, ...]]
+
 
 def load_network(source: str | Path, shipped_name: str) -> tuple[VGG, list[Tensor], dict[str, Any]]:
-    """(network, heads, the formula's settings) from `pocket` or a folder, in float32.
+    """(network, heads, the formula's settings) of a folder in float32.
 
-    Raises UserError where a file is missing or the weights are not those of config.json, Failure where one is damaged.
+    `source` is a folder, or `pocket` for the network `shipped_name` inside the package. Raises
+    UserError if a file is missing or the weights do not match config.json, Failure if one is
+    damaged.
     """
     folder = assets.folder(shipped_name) if str(source) == "pocket" else Path(source)
+
+    # Settings
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise UserError(
-            f"{folder / 'config.json'} describes no network of ours: it holds no settings"
+            f"{folder / 'config.json'} does not describe a perceptual network: "
+            "it contains no settings"
         )
+
+    # Weights
     tensors, _ = checkpoint.load(folder / "model.safetensors")
-    tensors = {
-        key: value.float() if value.is_floating_point() else value for key, value in tensors.items()
-    }
+    for key, value in tensors.items():
+        if value.is_floating_point():
+            tensors[key] = value.float()
+
+    # The network
     formula = {key: config.pop(key) for key in FORMULA if key in config}
-    settings: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in config.items()
-    }
+    settings: dict[str, Any] = {}
+    for key, value in config.items():
+        settings[key] = tuple(value) if isinstance(value, list) else value
     try:
         vgg = VGG(**settings)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{folder / 'config.json'} describes no network of ours: {error}"
+            f"{folder / 'config.json'} does not describe a perceptual network: {error}"
         ) from error
-    if difference := first_difference(
-        shapes_of(vgg), {key: tuple(value.shape) for key, value in tensors.items()}
-    ):
-        raise UserError(
-            f"the weights in {folder} are not those its config.json describes: {difference}"
-        )
+
+    # Load the weights into it
+    found = {key: tuple(value.shape) for key, value in tensors.items()}
+    difference = find_difference(expected_shapes(vgg), found)
+    if difference is not None:
+        raise UserError(f"the weights in {folder} do not match its config.json: {difference}")
     vgg.load_state_dict(checkpoint.unpack("vgg", tensors))
-    return vgg, [tensors[f"heads/{level}"] for level in range(len(config["widths"]))], formula
+    heads = [tensors[f"heads/{level}"] for level in range(len(vgg.config["widths"]))]
+    return vgg, heads, formula
 
 
 def check_fits(source: str, channels: int, factor: int, whose: str) -> None:
-    """Raises UserError where `source` is no network, or none for latents of so many `channels` (`factor` 1: pictures).
+    """Checks that the network `source` can be used for latents of `whose`, a teacher's name.
 
-    Says so where it is the pocket's, which was fitted to another VAE of as many channels.
+    `channels` is the latents' number of channels and `factor` the VAE's downsampling factor; factor
+    1 means images. Raises UserError if `source` is not a network or reads another number of
+    channels. Prints a warning for the pocket network, which was fitted to another VAE with the same
+    number of channels.
     """
     pixels = factor == 1
+    inputs = "images" if pixels else "latents"
     remedy = (
-        f"Fit one: diffusion2gan perceptual fit --images LABELLED_PICTURES {'--pixels' if pixels else '--vae VAE'} "
-        "--out NAME, then perceptual calibrate, and set perceptual=NAME."
-    ) + (
-        ""
-        if pixels
-        else " Or set perceptual=teacher: a distance on the teacher's own features, which needs neither."
+        "Fit one: diffusion2gan perceptual fit --images LABELLED_IMAGES "
+        f"{'--pixels' if pixels else '--vae VAE'} --out NAME, then perceptual calibrate, "
+        "and set perceptual=NAME."
     )
-    folder = (
-        Path(source)
-        if source != "pocket"
-        else assets.folder("pixel_vgg" if pixels else "latent_vgg")
-    )
+    if not pixels:
+        remedy += (
+            " Or set perceptual=teacher: a distance on the teacher's features, "
+            "which needs neither images nor calibration."
+        )
+
+    # Is it a network?
+    if source == "pocket":
+        folder = assets.folder("pixel_vgg" if pixels else "latent_vgg")
+    else:
+        folder = Path(source)
     if not (folder / "config.json").is_file():
-        raise UserError(f"perceptual = {source!r}: there is no network (no config.json). {remedy}")
-    reads = read_json(folder / "config.json").get("in_channels")
-    if reads != channels:
-        what = "pictures" if pixels else "latents"
         raise UserError(
-            f"perceptual = {source!r} reads {reads} channels; {whose}'s {what} have {channels}. {remedy}"
+            f"perceptual = {source!r} is not a perceptual network: "
+            f"{folder} has no config.json. {remedy}"
+        )
+
+    # Does it fit?
+    network_channels = read_json(folder / "config.json").get("in_channels")
+    if network_channels != channels:
+        raise UserError(
+            f"perceptual = {source!r} reads {network_channels} channels; "
+            f"{whose}'s {inputs} have {channels}. {remedy}"
         )
     if source == "pocket" and factor not in (1, POCKET_FACTOR):
         console.print(
@@ -105,23 +133,30 @@ def check_fits(source: str, channels: int, factor: int, whose: str) -> None:
         )
 
 
-def shapes_of(vgg: VGG) -> dict[str, tuple[int, ...]]:
-    """Every tensor that model.safetensors holds for this network."""
-    trunk = {f"vgg/{key}": tuple(value.shape) for key, value in vgg.state_dict().items()}
-    return trunk | {f"heads/{level}": (width,) for level, width in enumerate(vgg.config["widths"])}
+def expected_shapes(vgg: VGG) -> Shapes:
+    """The shape of every tensor that model.safetensors contains for this network."""
+    shapes: Shapes = {}
+    for key, value in vgg.state_dict().items():
+        shapes[f"vgg/{key}"] = tuple(value.shape)
+    for level, width in enumerate(vgg.config["widths"]):
+        shapes[f"heads/{level}"] = (width,)
+    return shapes
 
 
-def first_difference(
-    expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
-) -> str | None:
-    """The first key, in the order of `expected`, with another shape, with both; missing and surplus ones too."""
+def find_difference(expected: Shapes, found: Shapes) -> str | None:
+    """Describes the first difference, in the order of `expected`; None if there is none.
+
+    A difference is a key with another shape (both are named), a missing or a surplus key.
+    """
     for key, shape in expected.items():
         if key not in found:
             return f"{key}, {list(shape)}, is missing"
         if found[key] != shape:
             return f"{key} is {list(found[key])}, {list(shape)} is expected"
-    surplus = next((key for key in found if key not in expected), None)
-    return f"{surplus}, {list(found[surplus])}, is not expected" if surplus else None
+    for key, shape in found.items():
+        if key not in expected:
+            return f"{key}, {list(shape)}, is not expected"
+    return None
 
 
 def save_network(
@@ -132,30 +167,40 @@ def save_network(
     dtype: torch.dtype,
     note: str,
 ) -> None:
-    """The reverse of `load_network`, with a card. Each file is written whole or not at all, the weights first."""
-    tensors = checkpoint.pack("vgg", vgg) | {
-        f"heads/{level}": head for level, head in enumerate(heads)
-    }
-    halved = {
-        key: value.to(dtype) if value.is_floating_point() else value
-        for key, value in tensors.items()
-    }
-    if not all(torch.isfinite(value).all() for value in halved.values()):
+    """Writes what `load_network` reads, and a model card that ends with `note`.
+
+    Each file is written atomically, the weights first. Raises Failure, and writes nothing, if a
+    weight is not finite in `dtype`.
+    """
+    tensors = checkpoint.pack("vgg", vgg)
+    for level, head in enumerate(heads):
+        tensors[f"heads/{level}"] = head
+    for key, value in tensors.items():
+        if value.is_floating_point():
+            tensors[key] = value.to(dtype)
+
+    if not all(torch.isfinite(value).all() for value in tensors.values()):
         raise Failure(
             f"a weight of the network is not finite in {dtype}: nothing was written to {folder}"
         )
-    checkpoint.save(folder / "model.safetensors", halved, {})
+
+    checkpoint.save(folder / "model.safetensors", tensors, {})
     write_json(folder / "config.json", vgg.config | formula)
     with atomic_write(folder / "README.md") as temporary:
-        temporary.write_text(card(vgg.config, note), encoding="utf-8")
+        temporary.write_text(render_card(vgg.config, note), encoding="utf-8")
 
 
-def card(config: dict[str, Any], note: str) -> str:
+def render_card(config: dict[str, Any], note: str) -> str:
+    """The model card of a network with these settings."""
     pixels = config["in_channels"] == 3
+    norm = "batch norm"
+    if config["num_groups"]:
+        norm = f"GroupNorm ({config['num_groups']} groups)"
+
     return CARD.format(
         channels=config["in_channels"],
-        what="pictures" if pixels else "VAE latents",
-        norm=f"GroupNorm ({config['num_groups']} groups)" if config["num_groups"] else "batch norm",
+        inputs="images" if pixels else "VAE latents",
+        norm=norm,
         widths=", ".join(map(str, config["widths"])),
         num_dropped=config["num_dropped"],
         note=f"\n\n{note}" if note else "",

@@ -691,7 +691,7 @@ def test_wrong_perceptual_arguments_are_refused(tmp_path: Path) -> None:
     assert_refused(
         run(*fit, "--pixels", "--widths", "8,x,8,8,8"), 2, "--widths '8,x,8,8,8'", "five numbers"
     )
-    assert_refused(run(*fit, "--pixels"), 2, "has 0 classes of pictures")
+    assert_refused(run(*fit, "--pixels"), 2, "has 0 classes of images")
 
     result = run("perceptual", "import", tmp_path / "x", "--format", "snu", *out)
     assert_refused(result, 2, "no such file")

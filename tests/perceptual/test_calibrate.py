@@ -13,15 +13,22 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.perceptual.calibrate import calibrate
+from diffusion2gan.perceptual.calibrate import CalibrationSettings, calibrate
 from diffusion2gan.perceptual.distance import LatentLPIPS
-from diffusion2gan.perceptual.ranking import Ranker, calibrate_heads, flat_then_linear, two_afc
+from diffusion2gan.perceptual.ranking import (
+    JudgedDifferences,
+    Ranker,
+    calibrate_heads,
+    flat_then_linear,
+    two_afc,
+)
 from diffusion2gan.perceptual.triplets import open_triplets, read_triplet
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.pocket.triplets import SUBSETS, write_triplets
 from diffusion2gan.runtime import cache
 
 COUNT = 6
+ONE_EPOCH = CalibrationSettings(epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +85,12 @@ def test_heads_learn_whom_to_trust_and_stay_positive(tmp_path: Path) -> None:
     d0, d1, judge = made_up()
     start = [torch.ones(1), torch.ones(2)]
     heads = calibrate_heads(
-        d0, d1, judge, start, folder=tmp_path, epochs=40, peak_lr=0.03, batch_size=40
+        JudgedDifferences(d0, d1, judge),
+        start,
+        folder=tmp_path,
+        epochs=40,
+        peak_lr=0.03,
+        batch_size=40,
     )
     flat = torch.cat(heads)
     assert [len(head) for head in heads] == [1, 2] and bool((flat >= 0).all())
@@ -99,7 +111,13 @@ def test_a_folder_of_triplets_calibrates_a_network(
 ) -> None:
     vae = str(tiny_teacher) if channels == 4 else None
     source = network(tmp_path / "network", channels)
-    result = calibrate(triplets, str(source), tmp_path / "out", vae, epochs=4, peak_lr=0.02)
+    result = calibrate(
+        triplets,
+        str(source),
+        tmp_path / "out",
+        vae,
+        settings=CalibrationSettings(epochs=4, peak_lr=0.02),
+    )
     assert sorted(result) == sorted(SUBSETS) and all(row["count"] == 1 for row in result.values())
     assert json.loads((tmp_path / "out" / "calibrate.json").read_text()) == result
     old, new = (LatentLPIPS.from_pretrained(folder) for folder in (source, tmp_path / "out"))
@@ -107,7 +125,9 @@ def test_a_folder_of_triplets_calibrates_a_network(
     assert not torch.equal(torch.cat(new._frozen[1]), torch.cat(old._frozen[1]))
     trunks = [d._frozen[0].state_dict().values() for d in (old, new)]
     assert all(torch.equal(a, b) for a, b in zip(*trunks, strict=True))
-    scored = calibrate(triplets, str(source), tmp_path / "scored", vae, scored=triplets, epochs=1)
+    scored = calibrate(
+        triplets, str(source), tmp_path / "scored", vae, scored=triplets, settings=ONE_EPOCH
+    )
     assert all(row["count"] == COUNT for row in scored.values())
     expected = by_hand(triplets, old, vae, "blur")
     assert scored["blur"]["before"] == pytest.approx(expected)
@@ -116,9 +136,9 @@ def test_a_folder_of_triplets_calibrates_a_network(
 def test_other_triplets_do_not_take_what_is_there(triplets: Path, tmp_path: Path) -> None:
     source, copy, out = str(network(tmp_path / "network", 3)), tmp_path / "copy", tmp_path / "out"
     shutil.copytree(triplets, copy)
-    first = calibrate(copy, source, out, scored=copy, epochs=1)
+    first = calibrate(copy, source, out, scored=copy, settings=ONE_EPOCH)
     assert (
-        calibrate(triplets, source, out, scored=copy, epochs=1) == first
+        calibrate(triplets, source, out, scored=copy, settings=ONE_EPOCH) == first
     )  # the same ones, elsewhere
     write_triplets(tmp_path / "others", COUNT, seed=1)
     assert {path.name for path in out.iterdir()} == {
@@ -133,12 +153,12 @@ def test_other_triplets_do_not_take_what_is_there(triplets: Path, tmp_path: Path
         r".* delete that folder"
     )
     with pytest.raises(UserError, match=refusal):
-        calibrate(tmp_path / "others", source, out, scored=copy, epochs=1)
+        calibrate(tmp_path / "others", source, out, scored=copy, settings=ONE_EPOCH)
     judgement = copy / "blur" / "judge" / "000000.npy"
     np.save(judgement, 1 - np.load(judgement))  # corrected, of the same size
     for folder in (copy, triplets):  # those trained on, those scored on
         with pytest.raises(UserError, match=refusal):
-            calibrate(folder, source, out, scored=copy, epochs=1)
+            calibrate(folder, source, out, scored=copy, settings=ONE_EPOCH)
 
 
 def test_triplets_to_score_on_are_looked_for_first(triplets: Path, tmp_path: Path) -> None:
@@ -163,7 +183,7 @@ def test_a_ref_that_is_a_link_to_nowhere_is_skipped(
     ref.unlink()
     ref.symlink_to(tmp_path / "nowhere.png")
     monkeypatch.setattr(cache, "MAX_UNREADABLE", 0.05)
-    calibrate(copy, str(network(tmp_path / "network", 3)), tmp_path / "out", epochs=1)
+    calibrate(copy, str(network(tmp_path / "network", 3)), tmp_path / "out", settings=ONE_EPOCH)
     told = " ".join(capsys.readouterr().err.split())
     assert (
         f"skipped 1 of {COUNT * len(SUBSETS)} triplets: blur/ref/000003.png (FileNotFoundError)"
@@ -175,7 +195,9 @@ def test_patches_that_are_too_small(triplets: Path, tiny_teacher: Path, tmp_path
     for channels, vae, told in ((3, None, "16"), (4, str(tiny_teacher), "a multiple of 4, 16")):
         source = network(tmp_path / str(channels), channels)
         with pytest.raises(UserError, match=f"--size 8: {told} or more, is needed"):
-            calibrate(triplets, str(source), tmp_path / "out", vae, size=8)
+            calibrate(
+                triplets, str(source), tmp_path / "out", vae, settings=CalibrationSettings(size=8)
+            )
     assert not (tmp_path / "out").exists()
 
 
@@ -199,7 +221,7 @@ def by_hand(triplets: Path, distance: LatentLPIPS, vae: str | None, subset: str)
 def test_a_latent_network_without_its_vae(triplets: Path, tmp_path: Path) -> None:
     source = network(tmp_path / "network", 4)
     with pytest.raises(
-        UserError, match=r"reads 4 channels, but pictures are read \(no --vae\): 3 channels"
+        UserError, match=r"reads 4 channels, but the inputs are images \(no --vae\) with 3 channels"
     ):
         calibrate(triplets, str(source), tmp_path / "out")
 
@@ -207,7 +229,7 @@ def test_a_latent_network_without_its_vae(triplets: Path, tmp_path: Path) -> Non
 def test_layouts_that_are_none(triplets: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder of triplets"):
         open_triplets(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="holds no triplets"):
+    with pytest.raises(UserError, match="contains no triplets"):
         open_triplets(tmp_path)
     for part, name in (("judge", "000001.npy"), ("p1", "000002.png")):
         path, aside = triplets / "noise" / part / name, tmp_path / "aside"
@@ -222,7 +244,7 @@ def test_layouts_that_are_none(triplets: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        (np.array([1.5]), "is 1.5; it is the share"),
+        (np.array([1.5]), "is 1.5; it must be the share"),
         (np.array([np.nan]), "is nan"),
         (np.zeros(2), "is not one plain number"),
         (np.array([print], dtype=object), "pickles are not read"),

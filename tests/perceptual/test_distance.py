@@ -328,7 +328,9 @@ def test_a_tap_behind_its_pool() -> None:
     for level in (3, 4):
         assert torch.equal(found[level], nn.functional.max_pool2d(before[level], 2))
     assert (vgg.smallest_side, behind.smallest_side) == (2, 4)
-    with pytest.raises(UserError, match="no pool to tap stage 3 behind: the pools left are 4 … 5"):
+    with pytest.raises(
+        UserError, match="stage 3 has no pool; the stages that keep theirs are 4 … 5"
+    ):
         VGG(4, WIDTHS, 3, tapped_after_pool=(3,))
 
 
@@ -372,7 +374,7 @@ def test_missing_or_damaged_weights_are_said(tmp_path: Path) -> None:
     ):
         LatentLPIPS.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(UserError, match="it holds no settings"):
+    with pytest.raises(UserError, match="it contains no settings"):
         LatentLPIPS.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     weights.unlink()

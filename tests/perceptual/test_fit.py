@@ -21,8 +21,8 @@ from PIL import Image
 from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.calibrate import calibrate
 from diffusion2gan.perceptual.distance import LatentLPIPS
-from diffusion2gan.perceptual.fit import fit
-from diffusion2gan.perceptual.images import held_out, open_labelled, read_picture
+from diffusion2gan.perceptual.fit import FitSettings, fit
+from diffusion2gan.perceptual.images import held_out_mask, open_labelled_images, read_image
 from diffusion2gan.runtime import cache as module_cache
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime import trainer as module_fit
@@ -57,7 +57,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(images: Path, out: Path, vae: str | None = None, **options: float) -> dict[str, object]:
     settings = {"size": 16, "epochs": 6, "batch_size": 8} | options
-    return fit(images, out, vae, WIDTHS, **settings)  # type: ignore[arg-type]
+    return fit(images, out, vae, FitSettings(WIDTHS, **settings))  # type: ignore[arg-type]
 
 
 def test_it_learns_and_says_what_it_measured(pictures: Path, tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_it_learns_and_says_what_it_measured(pictures: Path, tmp_path: Path) -> 
     distance = LatentLPIPS.from_pretrained(tmp_path / "pixels")
     assert distance.channels == 3 and distance._frozen[0].num_dropped == 0
     assert all(torch.equal(head, torch.ones_like(head)) for head in distance._frozen[1])
-    assert "top-1 100.0% on 4 held-out pictures" in (tmp_path / "pixels" / "README.md").read_text()
+    assert "top-1 100.0% on 4 held-out images" in (tmp_path / "pixels" / "README.md").read_text()
 
 
 def test_latents_are_cached_once_and_a_cut_run_ends_with_the_same_bits(
@@ -80,7 +80,7 @@ def test_latents_are_cached_once_and_a_cut_run_ends_with_the_same_bits(
     rows = LatentLPIPS.from_pretrained(tmp_path / "whole")
     assert rows.channels == 4 and rows._frozen[0].num_dropped == 2
     cached = module_cache.checkpoint.load(tmp_path / "whole" / "work" / "00000000.safetensors")[0]
-    first = read_picture(pictures / "blue" / "000.png", "first", 16).permute(1, 2, 0).numpy()
+    first = read_image(pictures / "blue" / "000.png", "first", 16).permute(1, 2, 0).numpy()
     expected = encode(
         load_vae(vae), torch.from_numpy(first[None] / 127.5 - 1).permute(0, 3, 1, 2).float()
     )
@@ -116,13 +116,13 @@ def test_few_unreadable_pictures_are_skipped_counted_and_named(
     (folder / "red" / "007.png").write_bytes(b"no picture")
     result = run(folder, tmp_path / "out", epochs=1)
     assert result["unreadable"] == ["red/007.png (UnidentifiedImageError)"]
-    assert "skipped 1 of 120 pictures: red/007.png" in " ".join(capsys.readouterr().err.split())
+    assert "skipped 1 of 120 images: red/007.png" in " ".join(capsys.readouterr().err.split())
     assert (int(result["trained_on"]), int(result["held_out"])) == (107, 12)  # type: ignore[call-overload]
     whole = (folder / "red" / "008.png").read_bytes()
     (folder / "red" / "008.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(
         UserError,
-        match=r"2 of 120 pictures cannot be read, more than 1%: red/007.png .*, red/008.png",
+        match=r"2 of 120 images cannot be read, more than 1%: red/007.png .*, red/008.png",
     ):
         run(folder, tmp_path / "other", epochs=1)
     assert not (tmp_path / "other" / "model.safetensors").exists()
@@ -135,32 +135,32 @@ def test_a_link_to_nowhere_is_skipped_counted_and_named(
     (folder / "blue" / "060.png").symlink_to(tmp_path / "nowhere.png")
     result = run(folder, tmp_path / "out", epochs=1)
     assert result["unreadable"] == ["blue/060.png (FileNotFoundError)"]
-    assert "skipped 1 of 121 pictures: blue/060.png" in " ".join(capsys.readouterr().err.split())
+    assert "skipped 1 of 121 images: blue/060.png" in " ".join(capsys.readouterr().err.split())
 
 
 def test_folders_that_are_no_classes(pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no folder of pictures"):
-        open_labelled(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no folder of images"):
+        open_labelled_images(tmp_path / "nowhere")
     with pytest.raises(UserError, match="has 0 classes"):
-        open_labelled(tmp_path)
+        open_labelled_images(tmp_path)
     copy = Path(shutil.copytree(pictures, tmp_path / "copy"))
     (copy / "lonely").mkdir()
     shutil.copy(copy / "red" / "000.png", copy / "lonely" / "000.png")
-    with pytest.raises(UserError, match=r"class 'lonely' .* has 1 picture .* two are needed"):
-        open_labelled(copy)
+    with pytest.raises(UserError, match=r"class 'lonely' .* has 1 readable image; two are needed"):
+        open_labelled_images(copy)
     with pytest.raises(UserError, match="--size 18: a multiple of 4, 16 or more, is needed"):
         run(pictures, tmp_path / "x", "pocket", size=18)
-    with pytest.raises(UserError, match="--batch-size 1: batch norm needs 2 pictures or more"):
+    with pytest.raises(UserError, match="--batch-size 1: batch norm needs at least 2 images"):
         run(pictures, tmp_path / "x", batch_size=1)
     assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="five are needed"):
-        fit(pictures, tmp_path / "x", None, (8, 8))
+        fit(pictures, tmp_path / "x", None, FitSettings((8, 8)))
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "dataset_info.json").write_text("{}")
     if module_has("datasets"):
         pytest.skip("`datasets` is installed")
     with pytest.raises(UserError, match="install `datasets` to read it"):
-        open_labelled(tmp_path / "hf")
+        open_labelled_images(tmp_path / "hf")
 
 
 def test_several_processes_are_refused(
@@ -170,7 +170,7 @@ def test_several_processes_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(
         UserError,
-        match=r"batch norm needs 2 .* at once, and each of 2 ranks as many; give a multiple",
+        match=r"at least 2 images on each of the 2 ranks, .*; give a multiple of 2, 4 or more",
     ):
         run(pictures, tmp_path / "out", batch_size=7)
     told = r"trains in one process, but this is one of 2 \(WORLD_SIZE\). Start it without torchrun"
@@ -303,7 +303,7 @@ def test_a_device_that_is_not_here_is_refused(pictures: Path, tmp_path: Path) ->
     for name in ("cuda:99", "gpu"):
         told = f"device '{name}' is not available .*; give --device cpu or another"
         with pytest.raises(UserError, match=told):
-            fit(pictures, tmp_path / "out", None, WIDTHS, size=16, device=name)
+            fit(pictures, tmp_path / "out", None, FitSettings(WIDTHS, size=16), device=name)
         with pytest.raises(UserError, match=told):
             calibrate(pictures, "pocket", tmp_path / "out", "pocket", device=name)
     assert not (tmp_path / "out").exists()
@@ -332,13 +332,13 @@ class FakeDataset:
     [
         (
             [0, 1, -1, 1],
-            "row 2 of the dataset in .* has label -1: no class. Keep the labelled rows",
+            "row 2 of the dataset in .* has label -1, which means no class. Keep the labelled rows",
         ),
         (
             ["cat", "dog"] * 2,
-            "row 0 of the dataset in .* has label 'cat', which is no class's number; number the",
+            "row 0 of the dataset in .* has label 'cat', which is not a class number; number the",
         ),
-        ([0, 1, None, 1], "row 2 of the dataset in .* has label None, which is no class's number"),
+        ([0, 1, None, 1], "row 2 of the dataset in .* has label None, which is not a class number"),
     ],
 )
 def test_labels_of_a_dataset_that_are_none(
@@ -348,11 +348,11 @@ def test_labels_of_a_dataset_that_are_none(
     (tmp_path / "dataset_info.json").write_text("{}")
     found = FakeDataset(paths, [0, 0, 1, 1])
     fake_datasets(monkeypatch, found)
-    opened = open_labelled(tmp_path)
+    opened = open_labelled_images(tmp_path)
     assert (opened.classes, opened.labels, opened.source(3)) == (["0", "1"], [0, 0, 1, 1], paths[3])
     found.labels = labels
     with pytest.raises(UserError, match=told):
-        open_labelled(tmp_path)
+        open_labelled_images(tmp_path)
 
 
 def test_splits_of_a_dataset(
@@ -361,12 +361,12 @@ def test_splits_of_a_dataset(
     found = FakeDataset(sorted(pictures.rglob("*.png"))[18:22], [0, 0, 1, 1])
     (tmp_path / "dataset_dict.json").write_text("{}")
     fake_datasets(monkeypatch, {"train": found, "test": None})
-    assert open_labelled(tmp_path).labels == [0, 0, 1, 1]
+    assert open_labelled_images(tmp_path).labels == [0, 0, 1, 1]
     fake_datasets(monkeypatch, {"validation": found, "test": found})
     with pytest.raises(
         UserError, match=r"no split 'train', but test, validation; give the folder of .*/test"
     ):
-        open_labelled(tmp_path)
+        open_labelled_images(tmp_path)
 
 
 def fake_datasets(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
@@ -419,18 +419,20 @@ def test_a_picture_is_resized_and_cut_at_its_centre(tmp_path: Path) -> None:
     grey = Image.new("L", (40, 20))
     grey.paste(255, (15, 0, 25, 20))  # a white bar in the middle
     grey.save(tmp_path / "bar.png")
-    found = read_picture(tmp_path / "bar.png", "bar", 10)
+    found = read_image(tmp_path / "bar.png", "bar", 10)
     assert found.shape == (3, 10, 10) and found.dtype == torch.uint8
     assert bool((found[:, :, 4:6] > 240).all()) and bool((found[:, :, [0, 9]] < 15).all())
     with pytest.raises(Unreadable, match="gone"):
-        read_picture(tmp_path / "gone.png", "gone", 10)
+        read_image(tmp_path / "gone.png", "gone", 10)
 
 
 def test_the_held_out_are_a_tenth_of_each_class() -> None:
     labels = torch.tensor([0] * 40 + [1] * 2 + [2] * 7)
-    mask = held_out(labels, 3)
+    mask = held_out_mask(labels, 3)
     assert [int(mask[labels == k].sum()) for k in range(3)] == [4, 1, 1]
-    assert torch.equal(mask, held_out(labels, 3)) and not torch.equal(mask, held_out(labels, 4))
+    assert torch.equal(mask, held_out_mask(labels, 3)) and not torch.equal(
+        mask, held_out_mask(labels, 4)
+    )
 
 
 def test_each_epoch_takes_every_row_once() -> None:

@@ -87,7 +87,9 @@ def test_it_loads_with_any_vae_folder(
         PixelLPIPS.from_pretrained(tmp_path / "network", vae=tmp_path / "nowhere")
     with pytest.raises(UserError, match="needs their VAE"):
         PixelLPIPS.from_pretrained(tmp_path / "network")
-    with pytest.raises(UserError, match="this network reads 4 channels: of latents"):
+    with pytest.raises(
+        UserError, match="this network reads 4 channels: it is a network for latents"
+    ):
         PixelLPIPS.from_pretrained(assets.folder("latent_vgg"), vae=vae)
     assert 'vae="your VAE")' in (tmp_path / "network" / "README.md").read_text()
 

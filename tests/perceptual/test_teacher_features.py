@@ -18,7 +18,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.perceptual.distance import ELatentLPIPS
-from diffusion2gan.perceptual.fit import fit
+from diffusion2gan.perceptual.fit import FitSettings, fit
 from diffusion2gan.perceptual.teacher_features import ensembled_distance, plain_distance
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.teacher.conditioning import Conditioning
@@ -167,10 +167,7 @@ def test_a_network_for_every_vae(
         pictures(tmp_path / "set", size),
         tmp_path / "network",
         str(family_folder(name)),
-        (4, 4, 4, 4, 4),
-        size=size,
-        epochs=1,
-        batch_size=4,
+        FitSettings(widths=(4, 4, 4, 4, 4), size=size, epochs=1, batch_size=4),
     )
     fitted = ELatentLPIPS.from_pretrained(tmp_path / "network")
     assert fitted.channels == channels and fitted._frozen[0].num_dropped == dropped
@@ -190,7 +187,7 @@ def test_where_no_network_fits_both_ways_out_are_named(
     teacher = load_teacher(str(family_folder("flux_dev")), resolution=64)
     for perceptual, told in (
         ("pocket", "reads 4 channels; flux_dev's latents have 16"),
-        ("nowhere", "is no network"),
+        ("nowhere", "'nowhere' is not a perceptual network"),
     ):
         with pytest.raises(UserError, match=told) as error:
             build_distance(Recipe(perceptual=perceptual), torch.device("cpu"), teacher)

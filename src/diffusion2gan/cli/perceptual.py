@@ -1,4 +1,4 @@
-"""`diffusion2gan perceptual …`."""
+"""`diffusion2gan perceptual …`: fit, calibrate and import perceptual networks."""
 
 from __future__ import annotations
 
@@ -26,35 +26,44 @@ def perceptual_fit(
     ],
     out: Annotated[Path, typer.Option(callback=local_path, help="The network's folder.")],
     vae: Annotated[
-        str | None, typer.Option(help="`pocket`, the folder of a VAE or of a pipeline with one.")
+        str | None,
+        typer.Option(help="`pocket`, or the folder of a VAE or of a pipeline with one."),
     ] = None,
     pixels: Annotated[
-        bool, typer.Option("--pixels", help="The pixel twin: no VAE, three channels.")
+        bool, typer.Option("--pixels", help="Fit a network on pixels: no VAE, three channels.")
     ] = False,
     widths: Annotated[
         str, typer.Option(help="Channels of the five stages.")
     ] = "64,128,256,512,512",
-    size: Annotated[int, typer.Option(min=1, help="The pictures' side.")] = 256,
+    size: Annotated[int, typer.Option(min=1, help="The images' side in pixels.")] = 256,
     epochs: Annotated[int, typer.Option(min=1)] = 30,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     seed: Annotated[int, typer.Option(min=0, max=65535)] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
 ) -> None:
-    """Train a feature network on the latents of labelled pictures; run again to continue. torchrun shares the work."""
+    """Train a feature network on the latents of labelled images.
+
+    Run the same command again to resume. Under torchrun the ranks share the work.
+    """
     if pixels == (vae is not None):
-        raise UserError(
-            "name the VAE whose latents are meant with --vae, or ask for --pixels: one of the two"
-        )
+        raise UserError("give --vae, the VAE of the latents, or --pixels: exactly one of the two")
     if not all(width.strip().isdigit() and int(width) > 0 for width in widths.split(",")):
         raise UserError(f"--widths {widths!r}: write five numbers, as in 64,128,256,512,512")
-    from diffusion2gan.perceptual.fit import fit
+    from diffusion2gan.perceptual.fit import FitSettings, fit
 
-    numbers = tuple(int(width) for width in widths.split(","))
-    result = fit(images, out, vae, numbers, size, epochs, batch_size, seed=seed, device=device)
+    settings = FitSettings(
+        widths=tuple(int(width) for width in widths.split(",")),
+        size=size,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+    )
+    result = fit(images, out, vae, settings, device)
     if result is not None:
         typer.echo(
-            f"{out}: top-1 {result['top1']:.2%} on {result['held_out']} held-out pictures, {len(result['unreadable'])} "
-            f"unreadable. Next: diffusion2gan perceptual calibrate --triplets FOLDER --network {out} --out NAME"
+            f"{out}: top-1 {result['top1']:.2%} on {result['held_out']} held-out images, "
+            f"{len(result['unreadable'])} unreadable. Next: diffusion2gan perceptual calibrate "
+            f"--triplets FOLDER --network {out} --out NAME"
         )
 
 
@@ -63,7 +72,8 @@ def perceptual_calibrate(
     triplets: Annotated[
         Path,
         typer.Option(
-            callback=local_path, help="BAPPS's layout: FOLDER/<subset>/ref, p0, p1, judge."
+            callback=local_path,
+            help="Triplets in the layout of BAPPS: FOLDER/<subset>/ref, p0, p1, judge.",
         ),
     ],
     network: Annotated[str, typer.Option(help="`pocket` or a network's folder.")],
@@ -71,29 +81,34 @@ def perceptual_calibrate(
         Path, typer.Option(callback=local_path, help="The calibrated network's folder.")
     ],
     vae: Annotated[
-        str | None, typer.Option(help="A latent network's VAE; none for a pixel network.")
+        str | None,
+        typer.Option(help="The VAE of a network on latents; omit it for a network on pixels."),
     ] = None,
     scored: Annotated[
         Path | None,
         typer.Option(
-            callback=local_path, help="Triplets to score on; a held-out tenth if not given."
+            callback=local_path,
+            help="Triplets to score; by default a held-out tenth of --triplets.",
         ),
     ] = None,
-    size: Annotated[int, typer.Option(min=1, help="The patches' side.")] = 64,
+    size: Annotated[int, typer.Option(min=1, help="The images' side in pixels.")] = 64,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-4,
     seed: Annotated[int, typer.Option(min=0, max=65535)] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
 ) -> None:
-    """Fit a network's heads to two-alternative forced choices; run again to continue."""
-    from diffusion2gan.perceptual.calibrate import calibrate
+    """Fit a network's heads to two-alternative forced choices.
 
-    result = calibrate(
-        triplets, network, out, vae, scored, size, epochs, learning_rate, seed, device
-    )
-    for name, row in result.items():
+    Run the same command again to resume.
+    """
+    from diffusion2gan.perceptual.calibrate import CalibrationSettings, calibrate
+
+    settings = CalibrationSettings(size=size, epochs=epochs, peak_lr=learning_rate, seed=seed)
+    result = calibrate(triplets, network, out, vae, scored, settings, device)
+    for name, score in result.items():
         typer.echo(
-            f"{name}: 2AFC {row['after']:.2%} (before: {row['before']:.2%}), {row['count']} triplets"
+            f"{name}: 2AFC {score['after']:.2%} (before: {score['before']:.2%}), "
+            f"{score['count']} triplets"
         )
 
 
@@ -103,7 +118,7 @@ def perceptual_import(
     format_: Annotated[str, typer.Option("--format", help="elatentlpips or snu.")],
     out: Annotated[Path, typer.Option(callback=local_path, help="The network's folder.")],
 ) -> None:
-    """Turn published weights into a network of ours, with the settings that reproduce their formula."""
+    """Convert published weights, with the settings that reproduce their formula."""
     from diffusion2gan.perceptual.importers import import_network
 
     for line in import_network(file, format_, out):

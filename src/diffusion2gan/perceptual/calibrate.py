@@ -1,23 +1,25 @@
-"""`diffusion2gan perceptual calibrate`: a network's heads from two-alternative forced choices. Run it again to go on.
+"""`diffusion2gan perceptual calibrate`: fits a network's heads to two-alternative forced choices.
 
-The network is frozen and the distance is linear in its heads, so each triplet is run through the network once: what the
-heads weigh, ΣC numbers a pair, is kept (`channel_differences`).
+Run the same command again to resume.
+
+The network is frozen and the distance is linear in its heads, so each triplet passes through the
+network only once: its `channel_differences`, ΣC numbers per distance, are cached on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.checks import check_size
 from diffusion2gan.perceptual.distance import LatentLPIPS
-from diffusion2gan.perceptual.images import held_out, to_images
-from diffusion2gan.perceptual.ranking import calibrate_heads, two_afc
+from diffusion2gan.perceptual.images import held_out_mask, images_from_uint8
+from diffusion2gan.perceptual.ranking import JudgedDifferences, calibrate_heads, two_afc
 from diffusion2gan.perceptual.triplets import Triplets, open_triplets, read_triplet
 from diffusion2gan.perceptual.weights import load_network
 from diffusion2gan.runtime.cache import Cache, Rows, ensure_settings, make_cache
@@ -33,136 +35,187 @@ from diffusion2gan.teacher.autoencoder import (
 )
 
 
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """`size`: the side that the triplets' images are resized to, in pixels."""
+
+    size: int = 64
+    epochs: int = 10
+    peak_lr: float = 1e-4
+    seed: int = 0
+
+
 def calibrate(
     triplets: Path,
     network: str,
     out: Path,
     vae: str | None = None,
     scored: Path | None = None,
-    size: int = 64,
-    epochs: int = 10,
-    peak_lr: float = 1e-4,
-    seed: int = 0,
+    settings: CalibrationSettings | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Fits `network`'s heads to `triplets`, writes the calibrated network to `out`; returns the 2AFC scores.
+    """Fits the heads of `network` to `triplets` and writes the calibrated network to `out`.
 
-    Scores are of the triplets in `scored`, or of a tenth of each sub-set that is held out. `vae` turns pictures into
-    the latents that the network reads; None for one that reads pixels. `size`: the patches' side. What it goes on from
-    lies in `out/work`, which nobody needs once the network is there.
+    Returns, per subset, the number of scored triplets and their 2AFC score before and after. The
+    scored triplets are those in `scored`, or by default a held-out tenth of each subset. `vae`
+    encodes images to the latents that the network reads; None for a network on pixels.
+
+    The state of an interrupted run is in `out/work`, which is not needed once the network is
+    written.
     """
+    if settings is None:
+        settings = CalibrationSettings()
     require_single_process("perceptual calibrate")
-    place = resolve_device(device, "give --device cpu")
+    torch_device = resolve_device(device, "give --device cpu")
     work = out / "work"
+
+    # 1. Open the network, the triplets and the VAE, and check that they fit each other
     vgg, heads, formula = load_network(network, "pixel_vgg" if vae is None else "latent_vgg")
-    distance = LatentLPIPS(vgg, heads, **formula).to(place)
-    opened = open_triplets(triplets)
-    to_score = opened if scored is None else open_triplets(scored)
-    make, make_scored = (
-        differences_of(each, distance, network, vae, size, place) for each in (opened, to_score)
-    )
+    distance = LatentLPIPS(vgg, heads, **formula).to(torch_device)
+    train_triplets = open_triplets(triplets)
+    score_triplets = train_triplets if scored is None else open_triplets(scored)
+    encoder = None if vae is None else load_vae(vae, torch_device)
+    check_network(network, distance, encoder, vae, settings.size)
+
+    def cache_of_triplets(folder: Path, opened: Triplets) -> Cache:
+        spec = {
+            "triplets": opened.digest,
+            "subsets": opened.subsets,
+            "size": settings.size,
+            "network": network_revision(network),
+            "vae": None if vae is None else vae_revision(vae),
+        }
+        return cache_differences(folder, opened, spec, distance, encoder, torch_device)
+
     with exclusive_lock(out / "model.safetensors"):
-        cache = make(work)
+        # 2. Run every triplet through the network
+        cache = cache_of_triplets(work, train_triplets)
         ensure_settings(
             work / "settings.json",
-            {"epochs": epochs, "peak_lr": peak_lr, "seed": seed, "scored": str(scored)},
+            {
+                "epochs": settings.epochs,
+                "peak_lr": settings.peak_lr,
+                "seed": settings.seed,
+                "scored": str(scored),
+            },
         )
-        subset = cache.load_all("subset")
-        apart = torch.zeros(len(subset), dtype=torch.bool)
+        judged, subset = load_differences(cache)
+
+        # 3. Hold out a tenth of each subset, unless other triplets are scored
+        held_out = torch.zeros(len(subset), dtype=torch.bool)
         if scored is None:
-            apart = held_out(subset, seed)
-            check_scored(opened, subset[apart])
-        d0, d1, judge = (cache.load_all(name) for name in ("d0", "d1", "judge"))
-        new = calibrate_heads(
-            d0[~apart],
-            d1[~apart],
-            judge[~apart],
+            held_out = held_out_mask(subset, settings.seed)
+            check_held_out(train_triplets, subset[held_out])
+
+        # 4. Fit the heads
+        new_heads = calibrate_heads(
+            judged.select(~held_out),
             heads,
             folder=work,
-            epochs=epochs,
-            peak_lr=peak_lr,
-            seed=seed,
+            epochs=settings.epochs,
+            peak_lr=settings.peak_lr,
+            seed=settings.seed,
         )
-        if scored is not None:
-            cache = make_scored(work / "scored")
-            apart = torch.ones(len(cache), dtype=torch.bool)
-        result = {
-            name: scores(cache, apart, number, heads, new)
-            for number, name in enumerate(to_score.subsets)
-        }
-        told = "; ".join(
-            f"{name} {row['after']:.1%} (before: {row['before']:.1%})"
-            for name, row in result.items()
-        )
-        LatentLPIPS(vgg.cpu(), new, **formula).save_pretrained(
-            out, note=f"Heads calibrated. 2AFC score: {told}."
-        )
+
+        # 5. Score each subset with the old and the new heads
+        if scored is None:
+            judged, subset = judged.select(held_out), subset[held_out]
+        else:
+            judged, subset = load_differences(cache_of_triplets(work / "scored", score_triplets))
+        result = {}
+        for number, name in enumerate(score_triplets.subsets):
+            result[name] = score_heads(judged.select(subset == number), heads, new_heads)
+
+        # 6. Write the network and its scores
+        scores = []
+        for name, score in result.items():
+            scores.append(f"{name} {score['after']:.1%} (before: {score['before']:.1%})")
+        note = f"Heads calibrated. 2AFC score: {'; '.join(scores)}."
+        LatentLPIPS(vgg.cpu(), new_heads, **formula).save_pretrained(out, note=note)
         write_json(out / "calibrate.json", result)
         return result
 
 
-def check_scored(triplets: Triplets, apart: Tensor) -> None:
-    """Raises UserError where a sub-set has nothing to be scored on."""
-    for number, name in enumerate(triplets.subsets):
-        if not (apart == number).any():
-            raise UserError(
-                f"sub-set {name!r} in {triplets.folder} is too small to hold a triplet out; name --scored"
-            )
-
-
-def differences_of(
-    triplets: Triplets,
-    distance: LatentLPIPS,
-    network: str,
-    vae: str | None,
-    size: int,
-    device: torch.device,
-) -> Callable[[Path], Cache]:
-    """What makes in a folder the rows `d0`, `d1` [ΣC] float32, `judge`, `subset`.
-
-    Raises UserError where VAE or `size` do not fit the network.
-    """
-    coder = None if vae is None else load_vae(vae, device)
-    channels = 3 if coder is None else num_latent_channels(coder)
+def check_network(
+    network: str, distance: LatentLPIPS, encoder: nn.Module | None, vae: str | None, size: int
+) -> None:
+    """Raises UserError if the VAE or the images' `size` does not fit the network."""
+    channels, factor = 3, 1
+    inputs = "the inputs are images (no --vae)"
+    if encoder is not None:
+        channels, factor = num_latent_channels(encoder), spatial_factor(encoder)
+        inputs = f"the inputs are latents of {vae}"
     if channels != distance.channels:
-        has = "pictures are read (no --vae)" if coder is None else f"the latents of {vae} are read"
         raise UserError(
-            f"the network in {network} reads {distance.channels} channels, but {has}: {channels} channels. Name the "
-            "VAE it was fitted to with --vae."
+            f"the network in {network} reads {distance.channels} channels, but {inputs} with "
+            f"{channels} channels. Name the VAE it was fitted to with --vae."
         )
-    check_size(size, 1 if coder is None else spatial_factor(coder), distance.smallest_side)
-    spec = {
-        "triplets": triplets.digest,
-        "subsets": triplets.subsets,
-        "size": size,
-        "network": network
-        if network == "pocket"
-        else sha256(Path(network) / "model.safetensors")[:16],
-        "vae": None if vae is None else vae_revision(vae),
-    }
+    check_size(size, factor, distance.smallest_side)
 
-    def finish(rows: Rows) -> Rows:
-        ref, p0, p1 = (to_images(rows[name]).to(device) for name in ("ref", "p0", "p1"))
-        if coder is not None:
-            ref, p0, p1 = (encode(coder, images) for images in (ref, p0, p1))
-        with torch.no_grad():
-            d0, d1 = (torch.cat(distance.differences(p, ref), 1).cpu() for p in (p0, p1))
-        return {"d0": d0, "d1": d1, "judge": rows["judge"], "subset": rows["subset"]}
+
+def network_revision(network: str) -> str:
+    """Identifies the network's weights."""
+    if network == "pocket":
+        return network
+    return sha256(Path(network) / "model.safetensors")[:16]
+
+
+def cache_differences(
+    folder: Path,
+    triplets: Triplets,
+    spec: dict[str, Any],
+    distance: LatentLPIPS,
+    encoder: nn.Module | None,
+    device: torch.device,
+) -> Cache:
+    """Computes in `folder`, per triplet, `d0` and `d1` [ΣC] float32, `judge` and `subset`.
+
+    `encoder` is the VAE of a network on latents. `spec` identifies the inputs, see `make_cache`.
+    """
+    size = spec["size"]
 
     def read(i: int) -> Rows:
         return read_triplet(triplets, i, size)
 
-    return lambda folder: make_cache(folder, spec, len(triplets.refs), read, finish, "triplets")
+    def to_input(pixels: Tensor) -> Tensor:
+        images = images_from_uint8(pixels).to(device)
+        return images if encoder is None else encode(encoder, images)
+
+    @torch.no_grad()
+    def compute(rows: Rows) -> Rows:
+        ref, p0, p1 = to_input(rows["ref"]), to_input(rows["p0"]), to_input(rows["p1"])
+        return {
+            "d0": torch.cat(distance.differences(p0, ref), 1).cpu(),
+            "d1": torch.cat(distance.differences(p1, ref), 1).cpu(),
+            "judge": rows["judge"],
+            "subset": rows["subset"],
+        }
+
+    return make_cache(folder, spec, len(triplets.refs), read, compute, "triplets")
 
 
-def scores(
-    cache: Cache, apart: Tensor, number: int, before: list[Tensor], after: list[Tensor]
+def load_differences(cache: Cache) -> tuple[JudgedDifferences, Tensor]:
+    """(all triplets of `cache`, the number of each one's subset [N])."""
+    judged = JudgedDifferences(cache.load_all("d0"), cache.load_all("d1"), cache.load_all("judge"))
+    return judged, cache.load_all("subset")
+
+
+def check_held_out(triplets: Triplets, held_out_subset: Tensor) -> None:
+    """Raises UserError if a subset has no held-out triplet to score."""
+    for number, name in enumerate(triplets.subsets):
+        if not (held_out_subset == number).any():
+            raise UserError(
+                f"subset {name!r} in {triplets.folder} is too small to hold out a triplet; "
+                "name triplets to score with --scored"
+            )
+
+
+def score_heads(
+    judged: JudgedDifferences, before: list[Tensor], after: list[Tensor]
 ) -> dict[str, Any]:
-    """2AFC of sub-set `number` on the rows kept `apart`, with both sets of heads."""
-    rows = apart & (cache.load_all("subset") == number)
-    d0, d1, judge = (cache.load_all(name)[rows] for name in ("d0", "d1", "judge"))
-    both = {
-        name: two_afc(d0 @ torch.cat(heads).cpu(), d1 @ torch.cat(heads).cpu(), judge)
-        for name, heads in (("before", before), ("after", after))
-    }
-    return {"count": int(rows.sum()), **both}
+    """The 2AFC score of `judged` with the heads `before` and `after`, and the count."""
+    result: dict[str, Any] = {"count": len(judged)}
+    for name, heads in (("before", before), ("after", after)):
+        flat_heads = torch.cat(heads).cpu()
+        result[name] = two_afc(judged.d0 @ flat_heads, judged.d1 @ flat_heads, judged.judge)
+    return result

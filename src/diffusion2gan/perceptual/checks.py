@@ -76,8 +76,8 @@ def warn_if_unscaled(x: Tensor) -> bool:
         return False
     console.print(
         f"warning: these latents have a standard deviation of {std:.2g}, far from 1. The distance "
-        "expects the VAE's latents × scaling_factor, as used in diffusers pipelines. (This warning "
-        "is shown once.)",
+        "expects the VAE's latents × scaling_factor, as used in diffusers pipelines. (Shown "
+        "once.)",
         soft_wrap=True,
     )
     return True

@@ -3,8 +3,8 @@
 LatentLPIPS and E-LatentLPIPS are from Kang et al. 2024, section 3.2. With F_l the feature maps of a
 network on latents, f̂_l = F_l / ‖F_l‖ normalised over channels, and heads w_l ≥ 0:
 
-    d(x0, x1) = Σ_l mean_hw Σ_c w_lc (f̂_lc(x0) − f̂_lc(x1))²          (LPIPS, Zhang et al. 2018, eq. 1)
-    d_E(x0, x1) = E_T[d(T x0, T x1)]                                  (E-LatentLPIPS)
+    d(x0, x1)   = Σ_l mean_hw Σ_c w_lc (f̂_lc(x0) − f̂_lc(x1))²    (Zhang et al. 2018, eq. 1)
+    d_E(x0, x1) = E_T[d(T x0, T x1)]                              (E-LatentLPIPS)
 
 Every distance is called `distance(a, b, generator=None, rows=None)` → [B]: zero for equal latents,
 never negative, with gradients to `a`.
@@ -117,7 +117,8 @@ class LatentLPIPS(nn.Module):
         self._has_warned = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `to()` and casts reach the hidden network here; heads change their device, not their dtype.
+        # `to()` and casts reach the hidden network through this method. Heads change their device
+        # but stay float32.
         vgg, heads = self._frozen
         moved_heads = [head.to(fn(head).device) for head in heads]
         self._frozen = (vgg._apply(fn), moved_heads)

@@ -1,15 +1,16 @@
-"""`diffusion2gan perceptual fit`: a network for any VAE, trained to classify its latents. Run it again to go on.
+"""`diffusion2gan perceptual fit`: trains a feature network for any VAE to classify its latents.
 
-Under torchrun the ranks share the encoding and each batch.
+Run the same command again to resume. Under torchrun the ranks share the encoding and each batch.
 
-Diffusion2GAN (Kang et al. 2024, section 3.2) trains VGG-16 with batch norm on ImageNet's latents; any labelled pictures
-do here. The classifier is one linear layer on the mean of the last map (the paper's is not published; ours).
+Diffusion2GAN (Kang et al. 2024, section 3.2) trains VGG-16 with batch norm on the latents of
+ImageNet; this command accepts any labelled images. The classifier is one linear layer on the mean
+of the last feature map; the paper does not publish its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,19 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.checks import check_size
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.images import (
-    Labelled,
+    LabelledImages,
     check_classes,
-    held_out,
-    open_labelled,
-    read_picture,
-    to_images,
+    held_out_mask,
+    images_from_uint8,
+    open_labelled_images,
+    read_image,
 )
 from diffusion2gan.perceptual.vgg import STAGES, VGG, num_dropped_pools
+from diffusion2gan.runtime import trainer
 from diffusion2gan.runtime.cache import Cache, Rows, ensure_settings, make_cache
 from diffusion2gan.runtime.distributed import Group, connect_ranks, get_ranks, resolve_device
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.lock import exclusive_lock
-from diffusion2gan.runtime.trainer import FitConfig, shuffled
-from diffusion2gan.runtime.trainer import fit as fit_module
 from diffusion2gan.teacher.autoencoder import (
     encode,
     load_vae,
@@ -44,157 +44,209 @@ from diffusion2gan.teacher.autoencoder import (
 )
 
 
+@dataclass(frozen=True)
+class FitSettings:
+    """`widths`: channels of the five stages. `size`: the images' side in pixels."""
+
+    widths: tuple[int, ...]
+    size: int = 256
+    epochs: int = 30
+    batch_size: int = 64
+    peak_lr: float = 1e-3
+    seed: int = 0
+
+
 class Classifier(nn.Module):
-    """`vgg`'s last map → logits [B, num_classes]."""
+    """The network and a linear layer on the mean of its last map: x → logits [B, num_classes]."""
 
     def __init__(self, vgg: VGG, num_classes: int) -> None:
         super().__init__()
-        self.vgg, self.head = vgg, nn.Linear(vgg.config["widths"][-1], num_classes)
+        self.vgg = vgg
+        self.head = nn.Linear(vgg.config["widths"][-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.vgg(x)[-1].mean((2, 3)))
+        last_map = self.vgg(x)[-1]
+        return self.head(last_map.mean((2, 3)))
 
 
 def fit(
-    images: Path,
-    out: Path,
-    vae: str | None,
-    widths: tuple[int, ...],
-    size: int = 256,
-    epochs: int = 30,
-    batch_size: int = 64,
-    peak_lr: float = 1e-3,
-    seed: int = 0,
-    device: str = "cpu",
+    images: Path, out: Path, vae: str | None, settings: FitSettings, device: str = "cpu"
 ) -> dict[str, Any] | None:
-    """Trains on nine tenths of `images`, measures on the rest, writes the network to `out`; returns what it measured.
+    """Trains on nine tenths of `images`, measures top-1 on the others, writes the network to `out`.
 
-    Under torchrun all ranks train one network, each on its rows of a batch (batch norm sees those alone, so the network
-    depends a little on how many there are), and all but the first return nothing.
+    `vae`: its folder or `pocket`; None fits a network on pixels. All heads of the network are one:
+    the next step is `perceptual calibrate`. Returns the contents of fit.json.
 
-    `vae`: its folder or `pocket`; None fits the pixel twin. `size`: the pictures' side. The heads written are all one:
-    `perceptual calibrate` is next. What it goes on from lies in `out/work`, which nobody needs once the network is
-    there. Raises UserError at what `open_labelled` and `make_cache` refuse.
+    Under torchrun all ranks train one network, each on its rows of every batch; all but the main
+    rank return None. Batch norm normalises by the rows of one rank, so the network depends slightly
+    on the number of ranks.
+
+    The state of an interrupted run is in `out/work`, which is not needed once the network is
+    written. Raises UserError for what `open_labelled_images` and `make_cache` refuse.
     """
-    here, place = get_ranks(), resolve_device(device, "give --device cpu")
-    if len(widths) != len(STAGES):
-        raise UserError(
-            f"--widths {','.join(map(str, widths))}: {len(widths)} numbers, five are needed, one a stage"
-        )
-    if batch_size % here.world_size or batch_size < 2 * here.world_size:
-        raise UserError(
-            f"--batch-size {batch_size}: batch norm needs 2 pictures or more at once"
-            + f", and each of {here.world_size} ranks as many; give a multiple of {here.world_size}"
-            * (here.world_size > 1)
-        )
-    work, labelled = out / "work", open_labelled(images)
-    settings = {
-        "widths": list(widths),
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "peak_lr": peak_lr,
-        "seed": seed,
-    }
-    vgg, make = inputs_of(labelled, vae, size, widths, seed, place)
-    with exclusive_lock(out / "model.safetensors") if here.is_main else nullcontext():
-        with connect_ranks(place) as group:
-            cache = make(work, group)
-            ensure_settings(work / "settings.json", settings)
+    # 1. Open the images and the VAE; create the network
+    ranks, torch_device = get_ranks(), resolve_device(device, "give --device cpu")
+    check_settings(settings, ranks.world_size)
+    work = out / "work"
+    labelled = open_labelled_images(images)
+    encoder = None if vae is None else load_vae(vae, torch_device)
+    vgg = build_vgg(encoder, settings)
+
+    with exclusive_lock(out / "model.safetensors") if ranks.is_main else nullcontext():
+        with connect_ranks(torch_device) as group:
+            # 2. Encode every image once
+            spec = {
+                "images": labelled.digest,
+                "size": settings.size,
+                "vae": None if vae is None else vae_revision(vae),
+            }
+            cache = cache_inputs(work, labelled, spec, encoder, torch_device, group)
+            ensure_settings(
+                work / "settings.json",
+                {
+                    "widths": list(settings.widths),
+                    "epochs": settings.epochs,
+                    "batch_size": settings.batch_size,
+                    "peak_lr": settings.peak_lr,
+                    "seed": settings.seed,
+                },
+            )
+
+            # 3. Hold out a tenth of each class
             labels = cache.load_all("label")
             check_classes(labelled.classes, labels.tolist(), images)
-            mask = held_out(labels, seed)
-            training = (~mask).nonzero()[:, 0]
-            torch.manual_seed(seed + 1)  # the same head on every rank, whoever encoded what
-            classifier = Classifier(vgg, len(labelled.classes)).to(place)
+            held_out = held_out_mask(labels, settings.seed)
+            train_rows = (~held_out).nonzero()[:, 0]
+
+            # 4. Train. Seed again: ranks may have used random numbers differently while encoding,
+            # and must start from the same classifier.
+            torch.manual_seed(settings.seed + 1)
+            classifier = Classifier(vgg, len(labelled.classes)).to(torch_device)
 
             def loss(numbers: range) -> Tensor:
-                places = training[shuffled(numbers, len(training), seed)].tolist()
-                inputs = to_inputs(cache.load_rows("input", places)).to(place)
-                return F.cross_entropy(classifier(inputs), labels[places].to(place))
+                order = trainer.shuffled(numbers, len(train_rows), settings.seed)
+                rows = train_rows[order].tolist()
+                inputs = decode_inputs(cache.load_rows("input", rows)).to(torch_device)
+                return F.cross_entropy(classifier(inputs), labels[rows].to(torch_device))
 
-            fit_module(
-                "fit",
-                classifier,
-                loss,
-                FitConfig(epochs * len(training), batch_size, peak_lr, seed),
-                work,
-                group=group,
+            config = trainer.FitConfig(
+                num_samples=settings.epochs * len(train_rows),
+                batch_size=settings.batch_size,
+                peak_lr=settings.peak_lr,
+                seed=settings.seed,
             )
-        if not here.is_main:
+            trainer.fit("fit", classifier, loss, config, work, group=group)
+
+        if not ranks.is_main:
             return None
+
+        # 5. Measure on the held-out images
+        held_out_rows = held_out.nonzero()[:, 0].tolist()
         result = {
-            "top1": top1(classifier, cache, labels, mask.nonzero()[:, 0].tolist(), place),
-            "held_out": int(mask.sum()),
-            "trained_on": len(training),
+            "top1": measure_top1(classifier, cache, labels, held_out_rows, torch_device),
+            "held_out": len(held_out_rows),
+            "trained_on": len(train_rows),
             "classes": len(labelled.classes),
             "unreadable": cache.unreadable,
-            "epochs": epochs,
-            "seed": seed,
-            "size": size,
+            "epochs": settings.epochs,
+            "seed": settings.seed,
+            "size": settings.size,
             "vae": "none: pixels" if vae is None else Path(vae).name,
         }
-        heads = [torch.ones(width) for width in widths]
+
+        # 6. Write the network
+        heads = [torch.ones(width) for width in settings.widths]
         note = (
-            f"Trained to classify {len(labelled.classes)} classes: top-1 {result['top1']:.1%} on {result['held_out']} "
-            "held-out pictures. Its heads are all one: not calibrated."
+            f"Trained to classify {len(labelled.classes)} classes: top-1 {result['top1']:.1%} on "
+            f"{result['held_out']} held-out images. Its heads are all one: not calibrated."
         )
         LatentLPIPS(vgg.cpu(), heads).save_pretrained(out, note=note)
         write_json(out / "fit.json", result)
         return result
 
 
-def inputs_of(
-    labelled: Labelled,
-    vae: str | None,
-    size: int,
-    widths: tuple[int, ...],
-    seed: int,
+def check_settings(settings: FitSettings, world_size: int) -> None:
+    """Raises UserError for a wrong number of widths or a batch that the ranks cannot share."""
+    if len(settings.widths) != len(STAGES):
+        widths = ",".join(map(str, settings.widths))
+        raise UserError(
+            f"--widths {widths}: {len(settings.widths)} numbers, but five are needed, one per stage"
+        )
+
+    batch_size = settings.batch_size
+    if batch_size % world_size != 0 or batch_size < 2 * world_size:
+        message = f"--batch-size {batch_size}: batch norm needs at least 2 images"
+        if world_size > 1:
+            message += (
+                f" on each of the {world_size} ranks, and the same number on all; "
+                f"give a multiple of {world_size}, {2 * world_size} or more"
+            )
+        raise UserError(message)
+
+
+def build_vgg(encoder: nn.Module | None, settings: FitSettings) -> VGG:
+    """A randomly initialised network for the latents of `encoder`, a VAE; for pixels if None.
+
+    Raises UserError if the images' size does not fit it.
+    """
+    channels, factor = 3, 1
+    if encoder is not None:
+        channels, factor = num_latent_channels(encoder), spatial_factor(encoder)
+    torch.manual_seed(settings.seed)
+    vgg = VGG(channels, settings.widths, num_dropped_pools(factor))
+    check_size(settings.size, factor, vgg.smallest_side)
+    return vgg
+
+
+def cache_inputs(
+    folder: Path,
+    labelled: LabelledImages,
+    spec: dict[str, Any],
+    encoder: nn.Module | None,
     device: torch.device,
-) -> tuple[VGG, Callable[[Path, Group], Cache]]:
-    """A fresh network, and what makes in a folder the rows it reads: `input`, float16 latents or uint8, and `label`."""
-    spec: dict[str, Any] = {"images": labelled.digest, "size": size, "vae": None}
-    network, factor, channels = None, 1, 3
-    if vae is not None:
-        network = load_vae(vae, device)
-        factor, channels = spatial_factor(network), num_latent_channels(network)
-        spec["vae"] = vae_revision(vae)
-    torch.manual_seed(seed)
-    vgg = VGG(channels, widths, num_dropped_pools(factor))
-    check_size(size, factor, vgg.smallest_side)
+    group: Group,
+) -> Cache:
+    """Computes in `folder`, per image, the network's `input` and the `label`.
+
+    An input is float16 latents [C, h, w] with `encoder`, a VAE, and uint8 pixels [3, H, W] without.
+    `spec` identifies the inputs, see `make_cache`. Ranks share the work.
+    """
+    size = spec["size"]
 
     def read(i: int) -> Rows:
-        picture = read_picture(labelled.source(i), labelled.names[i], size)
-        return {"input": picture, "label": torch.tensor(labelled.labels[i])}
+        image = read_image(labelled.source(i), labelled.names[i], size)
+        return {"input": image, "label": torch.tensor(labelled.labels[i])}
 
-    def finish(rows: Rows) -> Rows:
-        if network is None:
+    def compute(rows: Rows) -> Rows:
+        if encoder is None:
             return rows
-        return rows | {"input": encode(network, to_images(rows["input"]).to(device)).half().cpu()}
+        latents = encode(encoder, images_from_uint8(rows["input"]).to(device))
+        return {"input": latents.half().cpu(), "label": rows["label"]}
 
-    def make(folder: Path, group: Group) -> Cache:
-        return make_cache(folder, spec, len(labelled.names), read, finish, "pictures", group=group)
-
-    return vgg, make
+    return make_cache(folder, spec, len(labelled.names), read, compute, "images", group=group)
 
 
-def to_inputs(rows: Tensor) -> Tensor:
-    """Cached rows → what the network reads, float32."""
-    return to_images(rows) if rows.dtype == torch.uint8 else rows.float()
+def decode_inputs(rows: Tensor) -> Tensor:
+    """Cached inputs as the network reads them: latents, or images in [−1, 1], float32."""
+    if rows.dtype == torch.uint8:
+        return images_from_uint8(rows)
+    return rows.float()
 
 
 @torch.no_grad()
-def top1(
+def measure_top1(
     classifier: Classifier,
     cache: Cache,
     labels: Tensor,
-    places: list[int],
+    rows: list[int],
     device: torch.device,
-    batch: int = 256,
+    batch_size: int = 256,
 ) -> float:
-    """Share of `places` that the classifier gets right."""
-    right = 0
-    for start in range(0, len(places), batch):
-        here = places[start : start + batch]
-        guesses = classifier(to_inputs(cache.load_rows("input", here)).to(device)).argmax(1).cpu()
-        right += int((guesses == labels[here]).sum())
-    return right / len(places)
+    """The share of `rows` that the classifier labels correctly."""
+    num_correct = 0
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        inputs = decode_inputs(cache.load_rows("input", batch)).to(device)
+        predicted = classifier(inputs).argmax(1).cpu()
+        num_correct += int((predicted == labels[batch]).sum())
+    return num_correct / len(rows)

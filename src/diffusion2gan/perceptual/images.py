@@ -1,4 +1,4 @@
-"""Labelled pictures: class folders, or a Hugging Face dataset on disk."""
+"""Labelled images: class folders, or a Hugging Face dataset on disk."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """Picture i is called `names[i]`, of class `classes[labels[i]]`; `source(i)` is its path or bytes."""
+class LabelledImages:
+    """Image i is named `names[i]` and has class `classes[labels[i]]`; nothing is decoded yet.
+
+    `source(i)` is its path or its bytes. `digest` identifies the set.
+    """
 
     classes: list[str]
     names: list[str]
@@ -34,10 +37,10 @@ class Labelled:
     digest: str
 
 
-def open_labelled(folder: Path) -> Labelled:
-    """Class folders `FOLDER/<class>/*.png`, or what `datasets.Dataset.save_to_disk` wrote.
+def open_labelled_images(folder: Path) -> LabelledImages:
+    """Opens class folders `FOLDER/<class>/*.png`, or what `Dataset.save_to_disk` wrote.
 
-    Raises UserError where there is neither, fewer than two classes, or a class with a single picture.
+    Raises UserError if there is neither, fewer than two classes, or a class with a single image.
     """
     is_dataset = (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists()
     found = _open_dataset(folder) if is_dataset else _open_folders(folder)
@@ -46,133 +49,167 @@ def open_labelled(folder: Path) -> Labelled:
 
 
 def check_classes(classes: list[str], labels: list[int], folder: Path) -> None:
-    """Raises UserError unless there are two classes or more, each with a picture to train on and one to hold out."""
+    """Raises UserError unless there are at least two classes with at least two images each.
+
+    Of each class one image is needed to train on and one to hold out.
+    """
     if len(classes) < 2:
         raise UserError(
-            f"{folder} has {len(classes)} classes of pictures, two are needed: one folder a class, FOLDER/<class>/*.png"
+            f"{folder} has {len(classes)} classes of images, at least two are needed: "
+            "one folder per class, FOLDER/<class>/*.png"
         )
     counts = np.bincount(labels, minlength=len(classes))
     for name, count in zip(classes, counts, strict=True):
         if count < 2:
             raise UserError(
-                f"class {name!r} in {folder} has {count} picture that can be read; two are needed, one to train on and "
-                "one to hold out. Add pictures or remove the class."
+                f"class {name!r} in {folder} has {count} readable image; two are needed, one to "
+                "train on and one to hold out. Add images or remove the class."
             )
 
 
-def _open_folders(folder: Path) -> Labelled:
+def _open_folders(folder: Path) -> LabelledImages:
+    """Every non-hidden folder that contains images is a class, in alphabetical order."""
     if not folder.is_dir():
-        raise UserError(f"no folder of pictures: {folder}")
-    listed = {
-        sub.name: sorted(p for p in sub.rglob("*") if p.suffix.lower() in SUFFIXES)
-        for sub in sorted(folder.iterdir())
-        if sub.is_dir() and not sub.name.startswith(".")
-    }
-    classes = [name for name, paths in listed.items() if paths]
-    paths = [path for name in classes for path in listed[name]]
-    labels = [label for label, name in enumerate(classes) for _ in listed[name]]
+        raise UserError(f"no folder of images: {folder}")
+
+    classes: list[str] = []
+    labels: list[int] = []
+    paths: list[Path] = []
+    for class_folder in sorted(folder.iterdir()):
+        if not class_folder.is_dir() or class_folder.name.startswith("."):
+            continue
+        files = sorted(p for p in class_folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        if files:
+            labels += [len(classes)] * len(files)
+            classes.append(class_folder.name)
+            paths += files
     names = [str(path.relative_to(folder)) for path in paths]
-    told = "".join(f"{name}:{size_of(path)}\n" for name, path in zip(names, paths, strict=True))
-    return Labelled(
-        classes, names, labels, paths.__getitem__, hashlib.sha256(told.encode()).hexdigest()[:16]
-    )
+
+    # The set is identified by its files' names and sizes.
+    digest = hashlib.sha256()
+    for name, path in zip(names, paths, strict=True):
+        digest.update(f"{name}:{file_size(path)}\n".encode())
+    return LabelledImages(classes, names, labels, paths.__getitem__, digest.hexdigest()[:16])
 
 
-def size_of(path: Path) -> int:
-    """In bytes; 0 where it cannot be told, as of a link to nowhere, which `read_picture` will name."""
+def file_size(path: Path) -> int:
+    """The file's size in bytes; 0 if it cannot be read, as for a broken link.
+
+    `read_image` reports such a file by name.
+    """
     try:
         return path.stat().st_size
     except OSError:
         return 0
 
 
-def _open_dataset(folder: Path) -> Labelled:
-    """Columns `image` and `label`; of several splits, `train`."""
+def _open_dataset(folder: Path) -> LabelledImages:
+    """A Hugging Face dataset with columns `image` and `label`; of several splits, `train`."""
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
-            f"{folder} is a Hugging Face dataset: install `datasets` to read it, or give class folders."
+            f"{folder} is a Hugging Face dataset: install `datasets` to read it, "
+            "or use class folders."
         )
     import datasets
 
+    # The split
     data = datasets.load_from_disk(str(folder))
-    if isinstance(data, dict):  # of splits
+    if isinstance(data, dict):
         if "train" not in data:
             raise UserError(
-                f"the dataset in {folder} has no split 'train', but {', '.join(sorted(data))}; give the folder of one "
-                f"split, {folder / min(data, default='SPLIT')}."
+                f"the dataset in {folder} has no split 'train', but {', '.join(sorted(data))}; "
+                f"give the folder of one split, {folder / min(data, default='SPLIT')}."
             )
         data = data["train"]
+
+    # The columns
     missing = {"image", "label"} - set(data.features)
     if missing:
         raise UserError(
-            f"the dataset in {folder} has no column {', '.join(sorted(missing))}; rename its columns."
+            f"the dataset in {folder} has no column {', '.join(sorted(missing))}; "
+            "rename its columns."
         )
     data = data.cast_column("image", datasets.Image(decode=False))
-    labels = class_numbers(data["label"], folder)
-    names = getattr(data.features["label"], "names", None) or [
-        str(i) for i in range(max(labels, default=-1) + 1)
-    ]
+    labels = read_labels(data["label"], folder)
+
+    # A column of plain integers has no class names: use the numbers.
+    classes = getattr(data.features["label"], "names", None)
+    if not classes:
+        classes = [str(number) for number in range(max(labels, default=-1) + 1)]
 
     def source(i: int) -> Path | bytes:
         image = data[i]["image"]
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"])
+        if image["bytes"] is not None:
+            return image["bytes"]
+        return Path(image["path"])
 
-    return Labelled(
-        list(names), [f"row {i}" for i in range(len(labels))], labels, source, data._fingerprint
-    )
+    names = [f"row {i}" for i in range(len(labels))]
+    return LabelledImages(list(classes), names, labels, source, data._fingerprint)
 
 
-def class_numbers(column: Iterable[Any], folder: Path) -> list[int]:
-    """A dataset's labels. Raises UserError at a row whose label is no class's number, or −1, which stands for none."""
+def read_labels(column: Iterable[Any], folder: Path) -> list[int]:
+    """The labels of a dataset as integers.
+
+    Raises UserError for a label that is not an integer, or is negative: −1 stands for no class.
+    """
     labels = []
     for row, label in enumerate(column):
         try:
-            labels.append(operator.index(label))
+            number = operator.index(label)
         except TypeError as error:
             raise UserError(
-                f"row {row} of the dataset in {folder} has label {label!r}, which is no class's number; number the "
-                "classes, as `dataset.class_encode_column('label')` does, and save it again."
+                f"row {row} of the dataset in {folder} has label {label!r}, which is not a class "
+                "number; number the classes, as `dataset.class_encode_column('label')` does, "
+                "and save it again."
             ) from error
-        if labels[-1] < 0:
+        if number < 0:
             raise UserError(
-                f"row {row} of the dataset in {folder} has label {labels[-1]}: no class. Keep the labelled rows, "
-                "`dataset.filter(lambda row: row['label'] >= 0)`, and save it again."
+                f"row {row} of the dataset in {folder} has label {number}, which means no class. "
+                "Keep the labelled rows, `dataset.filter(lambda row: row['label'] >= 0)`, "
+                "and save it again."
             )
+        labels.append(number)
     return labels
 
 
-def read_picture(source: Path | bytes, name: str, size: int | None = None) -> Tensor:
-    """[3, size, size] uint8: the shorter side resized (Lanczos), the centre cut out; as it is where size is None.
+def read_image(source: Path | bytes, name: str, size: int | None = None) -> Tensor:
+    """[3, size, size] uint8: the shorter side resized (Lanczos), then cropped at the centre.
 
-    Raises Unreadable.
+    With size None the image keeps its size. Raises Unreadable with `name` if it is damaged.
     """
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            picture = opened.convert("RGB")
-    except (
-        Exception
-    ) as error:  # Pillow raises many kinds on damaged files: OSError, SyntaxError, struct.error, …
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+    except Exception as error:
+        # Pillow raises many kinds for damaged files: OSError, SyntaxError, struct.error, …
         raise Unreadable(f"{name} ({type(error).__name__})") from error
+
     if size is not None:
-        scale = size / min(picture.size)
-        width, height = (max(size, round(side * scale)) for side in picture.size)
+        scale = size / min(image.size)
+        width = max(size, round(image.width * scale))
+        height = max(size, round(image.height * scale))
         left, top = (width - size) // 2, (height - size) // 2
-        resized = picture.resize((width, height), Image.Resampling.LANCZOS)
-        picture = resized.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+        resized = image.resize((width, height), Image.Resampling.LANCZOS)
+        image = resized.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def to_images(pictures: Tensor) -> Tensor:
+def images_from_uint8(pixels: Tensor) -> Tensor:
     """[B, 3, H, W] uint8 → float32 in [−1, 1]."""
-    return from_uint8(pictures.permute(0, 2, 3, 1).numpy())
+    return from_uint8(pixels.permute(0, 2, 3, 1).numpy())
 
 
-def held_out(labels: Tensor, seed: int, share: float = 0.1) -> Tensor:
-    """[N] bool: of each class the same `share`, at least one and never all, drawn by `seed`."""
+def held_out_mask(labels: Tensor, seed: int, share: float = 0.1) -> Tensor:
+    """[N] bool, true for the rows to hold out: `share` of each class, at random by `seed`.
+
+    At least one row of each class, and never all.
+    """
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
-        places = (labels == label).nonzero()[:, 0]
-        count = min(max(1, round(share * len(places))), len(places) - 1)
-        mask[places[torch.randperm(len(places), generator=generator)[:count]]] = True
+        rows = (labels == label).nonzero()[:, 0]
+        num_held_out = min(max(1, round(share * len(rows))), len(rows) - 1)
+        order = torch.randperm(len(rows), generator=generator)
+        mask[rows[order[:num_held_out]]] = True
     return mask

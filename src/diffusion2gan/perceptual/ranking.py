@@ -1,8 +1,9 @@
-"""Heads from two-alternative forced choices, as LPIPS calibrates them (Zhang et al. 2018, section 4.2)."""
+"""Heads fitted to two-alternative forced choices, as in LPIPS (Zhang et al. 2018, section 4.2)."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,11 +12,34 @@ from torch import Tensor, nn
 
 from diffusion2gan.runtime.trainer import FitConfig, fit, shuffled
 
-EPS = 0.1
+EPS = 0.1  # in the ratios of distances
+
+
+@dataclass(frozen=True)
+class JudgedDifferences:
+    """N triplets after the network: the distances are linear in these numbers.
+
+    `d0`, `d1` [N, ΣC] float32: the `channel_differences` of p0 and p1 from the reference, all
+    layers concatenated. `judge` [N]: the share of people, in [0, 1], who found p1 more similar.
+    """
+
+    d0: Tensor
+    d1: Tensor
+    judge: Tensor
+
+    def __len__(self) -> int:
+        return len(self.judge)
+
+    def select(self, rows: Tensor) -> JudgedDifferences:
+        """The triplets of `rows`, numbers or a mask."""
+        return JudgedDifferences(self.d0[rows], self.d1[rows], self.judge[rows])
 
 
 class Ranker(nn.Module):
-    """Heads w ≥ 0 [ΣC] and the small network that turns two distances into a choice; only the heads are kept."""
+    """Heads w ≥ 0 [ΣC], and the small network that predicts a choice from two distances.
+
+    Only the heads are kept after the fit.
+    """
 
     def __init__(self, heads: Tensor, width: int = 32) -> None:
         super().__init__()
@@ -29,30 +53,35 @@ class Ranker(nn.Module):
         )
 
     def forward(self, differences0: Tensor, differences1: Tensor) -> Tensor:
-        """Logits [B] that p1 is the nearer, from what the heads weigh, [B, ΣC] each."""
-        d0, d1 = differences0 @ self.heads, differences1 @ self.heads
-        return self.body(torch.stack([d0, d1, d0 - d1, d0 / (d1 + EPS), d1 / (d0 + EPS)], 1))[:, 0]
+        """Logits [B] that p1 is more similar, from the differences of p0 and p1, [B, ΣC] each."""
+        d0 = differences0 @ self.heads
+        d1 = differences1 @ self.heads
+        inputs = torch.stack([d0, d1, d0 - d1, d0 / (d1 + EPS), d1 / (d0 + EPS)], 1)  # [B, 5]
+        return self.body(inputs)[:, 0]
 
     @torch.no_grad()
     def clamp(self) -> None:
+        """Projects the heads to w ≥ 0."""
         self.heads.clamp_(min=0)
 
 
 def two_afc(d0: Tensor, d1: Tensor, judge: Tensor) -> float:
-    """Mean share of people who agree with the distance's choice; a tie counts half (Zhang et al. 2018, section 5)."""
-    choice = 0.5 * (1 + (d0 - d1).sign())  # 1 where p1 is the nearer
-    return float((choice * judge + (1 - choice) * (1 - judge)).mean())
+    """The 2AFC score: the mean share of people who agree with the distance's choice.
+
+    A tie counts half (Zhang et al. 2018, section 5). `d0`, `d1`: distances [N] of p0 and p1;
+    `judge` [N]: the share who chose p1.
+    """
+    chooses_p1 = 0.5 * (1 + (d0 - d1).sign())  # 1 if p1 is nearer, 0.5 for a tie
+    return float((chooses_p1 * judge + (1 - chooses_p1) * (1 - judge)).mean())
 
 
 def flat_then_linear(progress: float, peak: float) -> float:
-    """The peak for the first half, then a line to zero."""
+    """The peak learning rate for the first half, then linear to zero."""
     return peak * min(1.0, 2 * (1 - progress))
 
 
 def calibrate_heads(
-    differences0: Tensor,
-    differences1: Tensor,
-    judge: Tensor,
+    judged: JudgedDifferences,
     heads: list[Tensor],
     *,
     folder: Path,
@@ -62,20 +91,19 @@ def calibrate_heads(
     peak_lr: float = 1e-4,
     seed: int = 0,
 ) -> list[Tensor]:
-    """New heads, one tensor a layer. `differences0`, `differences1` [N, ΣC] of p0 and p1 to ref, `judge` [N] in [0, 1].
+    """Fits new heads to `judged`, starting from `heads`; returns one tensor per layer.
 
-    Binary cross-entropy against the share of people; Adam with β1 = .5, no dropout; heads clamped after each step.
-    Progress goes to `folder/<stage>.safetensors`.
+    The loss is the binary cross-entropy against the share of people. Adam with β1 = 0.5, no
+    dropout; heads are clamped after each step. The state is saved in `folder/<stage>.safetensors`.
     """
     torch.manual_seed(seed)
     ranker = Ranker(torch.cat(heads))
-    count = len(judge)
+    count = len(judged)
 
     def loss(numbers: range) -> Tensor:
-        places = torch.tensor(shuffled(numbers, count, seed))
-        return F.binary_cross_entropy_with_logits(
-            ranker(differences0[places], differences1[places]), judge[places]
-        )
+        batch = judged.select(torch.tensor(shuffled(numbers, count, seed)))
+        logits = ranker(batch.d0, batch.d1)
+        return F.binary_cross_entropy_with_logits(logits, batch.judge)
 
     config = FitConfig(
         num_samples=epochs * count,

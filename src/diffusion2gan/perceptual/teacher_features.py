@@ -31,8 +31,8 @@ class TeacherFeatures(nn.Module):
     last, [B, D, tokens, 1].
 
     The input latents are clean; the timestep is 0, the lowest, at which the network was trained on
-    such latents. The weights are the teacher's tensors, not copies; blocks after the last map do not
-    run. `bfloat16`: run under autocast.
+    such latents. The weights are the teacher's tensors, not copies; blocks after the last map are
+    not run. `bfloat16`: run under autocast.
     """
 
     def __init__(self, teacher: Teacher, bfloat16: bool = False) -> None:

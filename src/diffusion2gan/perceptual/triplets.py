@@ -1,8 +1,10 @@
-"""Two-alternative forced choice on disk, in the layout of BAPPS (Zhang et al. 2018): which of two looks more like ref?
+"""Two-alternative forced choices on disk, in the layout of BAPPS (Zhang et al. 2018, section 4).
+
+Which of two distorted images, p0 or p1, looks more like the reference?
 
     FOLDER/<subset>/ref/NAME.png  p0/NAME.png  p1/NAME.png  judge/NAME.npy
 
-A judgement is the share of people, in [0, 1], who found p1 the nearer.
+A judgement is the share of people, in [0, 1], who found p1 more similar.
 """
 
 from __future__ import annotations
@@ -15,13 +17,16 @@ import numpy as np
 import torch
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.perceptual.images import SUFFIXES, read_picture, size_of
+from diffusion2gan.perceptual.images import SUFFIXES, file_size, read_image
 from diffusion2gan.runtime.cache import Rows
 
 
 @dataclass(frozen=True)
 class Triplets:
-    """Triplet i is `refs[i]` and its three namesakes; it belongs to `subsets[subset[i]]`."""
+    """Triplet i is `refs[i]` and the files of that name beside it.
+
+    It belongs to `subsets[subset[i]]`. `digest` identifies the set.
+    """
 
     folder: Path
     subsets: list[str]
@@ -31,68 +36,82 @@ class Triplets:
 
 
 def open_triplets(folder: Path) -> Triplets:
-    """Every sub-set below `folder`. Raises UserError where there is none, or a picture or judgement is missing."""
+    """Finds every subset below `folder`.
+
+    Raises UserError if there is none, or an image or judgement is missing.
+    """
     if not folder.is_dir():
         raise UserError(f"no folder of triplets: {folder}")
-    homes = sorted(ref.parent for ref in folder.rglob("ref") if ref.is_dir())
-    found = [
-        (number, ref)
-        for number, home in enumerate(homes)
-        for ref in sorted((home / "ref").iterdir())
-        if ref.suffix.lower() in SUFFIXES
-    ]
-    if not found:
+
+    # Find the reference images of each subset
+    subset_folders = sorted(ref.parent for ref in folder.rglob("ref") if ref.is_dir())
+    subset: list[int] = []
+    refs: list[Path] = []
+    for number, subset_folder in enumerate(subset_folders):
+        for path in sorted((subset_folder / "ref").iterdir()):
+            if path.suffix.lower() in SUFFIXES:
+                subset.append(number)
+                refs.append(path)
+    if not refs:
         raise UserError(
-            f"{folder} holds no triplets: FOLDER/<subset>/ref/*.png with p0, p1 and judge/*.npy beside ref"
+            f"{folder} contains no triplets: FOLDER/<subset>/ref/*.png "
+            "with p0, p1 and judge/*.npy beside ref"
         )
-    for _, ref in found:
-        for path in (*alternatives(ref), judgement(ref)):
+
+    # Check that the other files of each triplet exist
+    for ref in refs:
+        for path in (*distorted_paths(ref), judgement_path(ref)):
             if not path.is_file():
                 raise UserError(
-                    f"{ref} has no {path.parent.name}: {path} is missing. Add it or remove the triplet."
+                    f"{ref} has no {path.parent.name}: {path} is missing. "
+                    "Add it or remove the triplet."
                 )
-    names = [str(home.relative_to(folder)) if home != folder else folder.name for home in homes]
-    refs = [ref for _, ref in found]
-    return Triplets(folder, names, [number for number, _ in found], refs, digest_of(folder, refs))
+
+    names = []
+    for subset_folder in subset_folders:
+        is_root = subset_folder == folder
+        names.append(folder.name if is_root else str(subset_folder.relative_to(folder)))
+    return Triplets(folder, names, subset, refs, compute_digest(folder, refs))
 
 
-def digest_of(folder: Path, refs: list[Path]) -> str:
-    """Of the pictures' names below `folder` and their sizes, and of the judgements' bytes."""
-    told = hashlib.sha256()
+def compute_digest(folder: Path, refs: list[Path]) -> str:
+    """Hash of the images' names below `folder` and their sizes, and of the judgements' bytes."""
+    digest = hashlib.sha256()
     for ref in refs:
-        for path in (ref, *alternatives(ref)):
-            told.update(f"{path.relative_to(folder)}:{size_of(path)}\n".encode())
-        told.update(judgement(ref).read_bytes())
-    return told.hexdigest()[:16]
+        for path in (ref, *distorted_paths(ref)):
+            digest.update(f"{path.relative_to(folder)}:{file_size(path)}\n".encode())
+        digest.update(judgement_path(ref).read_bytes())
+    return digest.hexdigest()[:16]
 
 
-def alternatives(ref: Path) -> tuple[Path, Path]:
-    home = ref.parent.parent
-    return home / "p0" / ref.name, home / "p1" / ref.name
+def distorted_paths(ref: Path) -> tuple[Path, Path]:
+    """The paths of p0 and p1 of the triplet with this reference."""
+    subset_folder = ref.parent.parent
+    return subset_folder / "p0" / ref.name, subset_folder / "p1" / ref.name
 
 
-def judgement(ref: Path) -> Path:
+def judgement_path(ref: Path) -> Path:
+    """The path of the judgement of the triplet with this reference."""
     return ref.parent.parent / "judge" / f"{ref.stem}.npy"
 
 
 def read_triplet(triplets: Triplets, i: int, size: int) -> Rows:
-    """`ref`, `p0`, `p1` [3, size, size] uint8, `judge` and `subset` scalars.
+    """Triplet i: `ref`, `p0`, `p1` [3, size, size] uint8, `judge` and `subset` scalars.
 
-    Raises Unreadable for a damaged picture, UserError for a judgement that is no number in [0, 1].
+    Raises Unreadable for a damaged image, UserError for a judgement that is not a number in [0, 1].
     """
     ref = triplets.refs[i]
-    paths = {"ref": ref, "p0": alternatives(ref)[0], "p1": alternatives(ref)[1]}
-    rows = {
-        key: read_picture(path, str(path.relative_to(triplets.folder)), size)
-        for key, path in paths.items()
-    }
-    return rows | {
-        "judge": torch.tensor(read_judgement(judgement(ref))),
-        "subset": torch.tensor(triplets.subset[i]),
-    }
+    p0, p1 = distorted_paths(ref)
+    rows: Rows = {}
+    for key, path in (("ref", ref), ("p0", p0), ("p1", p1)):
+        rows[key] = read_image(path, str(path.relative_to(triplets.folder)), size)
+    rows["judge"] = torch.tensor(read_judgement(judgement_path(ref)))
+    rows["subset"] = torch.tensor(triplets.subset[i])
+    return rows
 
 
 def read_judgement(path: Path) -> float:
+    """The share who chose p1. Raises UserError unless the file contains one number in [0, 1]."""
     try:
         value = float(np.load(path, allow_pickle=False).reshape(()))
     except (ValueError, TypeError, EOFError) as error:
@@ -101,6 +120,6 @@ def read_judgement(path: Path) -> float:
         ) from error
     if not 0 <= value <= 1:
         raise UserError(
-            f"the judgement {path} is {value}; it is the share who chose p1, from 0 to 1."
+            f"the judgement {path} is {value}; it must be the share who chose p1, from 0 to 1."
         )
     return value

@@ -1,4 +1,4 @@
-"""The feature network of LatentLPIPS: VGG-16 with batch norm, its first pools dropped for latents."""
+"""The feature network of LatentLPIPS: VGG-16 with batch norm, without its first pools."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from diffusion2gan.perceptual.distance import LatentLPIPS
-from diffusion2gan.perceptual.ranking import calibrate_heads
+from diffusion2gan.perceptual.ranking import JudgedDifferences, calibrate_heads
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.pocket import models, scenes, triplets
 from diffusion2gan.runtime import checkpoint
@@ -371,7 +371,12 @@ def calibrate(
     heads = [torch.ones(width) for width in vgg.config["widths"]]
     d0, d1, judge = differences_of(vgg, vae, count, seed, device)
     return calibrate_heads(
-        d0, d1, judge, heads, folder=folder, stage=stage, peak_lr=CALIBRATION_LR, seed=seed
+        JudgedDifferences(d0, d1, judge),
+        heads,
+        folder=folder,
+        stage=stage,
+        peak_lr=CALIBRATION_LR,
+        seed=seed,
     )
 
 

@@ -55,7 +55,7 @@ JOBS = {
     "export",
     "evaluate.run",
     "compare.compare",
-    "serve.serve",
+    "serve.app",
     "perceptual.fit",
     "perceptual.calibrate",
 }

@@ -1,4 +1,4 @@
-"""`diffusion2gan demo`: the whole corridor on the pocket teacher, from pairs to a report."""
+"""`diffusion2gan demo`: every stage of the method on the pocket teacher, from pairs to a report."""
 
 from __future__ import annotations
 
@@ -20,68 +20,73 @@ from diffusion2gan.runtime.files import atomic_write, write_json
 from diffusion2gan.runtime.progress import console
 from diffusion2gan.teacher.loading import load_teacher
 
-SHOWN_WORLD, SHOWN_NOISE = (
-    2000,
-    255,
-)  # prompts and noises of the report: neither trained nor measured on
+# Captions and noise of the report: used neither for training nor for evaluation
+REPORT_WORLD = 2000
+REPORT_SEED = 255
 
 
 def demo(out: Path, *, count: int, num_prompts: int, settings: list[str]) -> dict[str, Any]:
-    """Makes pairs beside the shipped ones, trains, exports, evaluates on `count` captions and compares.
+    """Makes pairs, distills, exports, evaluates on `count` captions and writes a report.
 
-    Returns what it writes to `out/metrics.json`. Every step continues where it was interrupted.
+    `settings` override the recipe `pocket-demo`, as `key=value`. Returns what it writes to
+    `out/metrics.json`. If it is interrupted, a second call continues where it stopped.
     """
-    say(1, "pairs: the rest of the shipped set, made here by the 50-step teacher")
+    # 1. Pairs: the shipped set, completed by the teacher
+    print_stage(1, "pairs: complete the shipped set with the 50-step teacher")
     pairs = out / "pairs"
     complete_shipped_pairs(pairs)
 
-    say(2, "distill: a one-step student from the teacher's weights")
+    # 2. Student
+    print_stage(2, "distill: train a one-step student, initialised from the teacher")
     distill(load_recipe("pocket-demo", settings), pairs, out / "run")
-    say(3, "export: an ordinary pipeline folder")
+
+    # 3. Pipeline folder
+    print_stage(3, "export: write the student as a diffusers pipeline")
     export(out / "run", out / "export")
 
-    say(4, f"evaluate: {count} held-out captions each")
-    named: dict[str, tuple[str, int | None, float | None]] = {
-        "teacher": ("pocket-teacher", None, None),
-        "student_demo": (str(out / "export"), None, None),
-        "student": ("pocket-student", None, None),
-        "teacher_one_step": ("pocket-teacher", 1, None),
+    # 4. Metrics of the new student, the shipped student and the teacher
+    print_stage(4, f"evaluate: {count} held-out captions per system")
+    # By name in the report: path, and num_inference_steps (None: the system's default)
+    systems: dict[str, tuple[str, int | None]] = {
+        "teacher": ("pocket-teacher", None),
+        "student_demo": (str(out / "export"), None),
+        "student": ("pocket-student", None),
+        "teacher_one_step": ("pocket-teacher", 1),
     }
-    metrics = {
-        "systems": {
-            name: evaluate(
-                path,
-                count=count,
-                seed=0,
-                cache=out / "pictures",
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-            )
-            for name, (path, steps, guidance) in named.items()
-        }
-    }
-    write_json(out / "metrics.json", metrics)
+    metrics: dict[str, Any] = {}
+    for name, (path, num_inference_steps) in systems.items():
+        metrics[name] = evaluate(
+            path,
+            count=count,
+            seed=0,
+            cache=out / "pictures",
+            num_inference_steps=num_inference_steps,
+        )
+    result = {"systems": metrics}
+    write_json(out / "metrics.json", result)
 
-    say(5, "compare: the report")
-    systems = {name: load_system(*args) for name, args in named.items()}
-    prompts = scenes.captions(range(num_prompts), SHOWN_WORLD)
-    compare(systems, prompts, out, seed=SHOWN_NOISE, metrics=metrics["systems"])
+    # 5. Report
+    print_stage(5, "compare: write the report")
+    loaded = {name: load_system(path, steps) for name, (path, steps) in systems.items()}
+    prompts = scenes.captions(range(num_prompts), REPORT_WORLD)
+    compare(loaded, prompts, out, seed=REPORT_SEED, metrics=metrics)
     console.print(
-        f"Done. Open {out / 'index.html'}; the numbers are in {out / 'metrics.json'}.",
+        f"Done. Open {out / 'index.html'} in a browser; the metrics are in {out / 'metrics.json'}.",
         soft_wrap=True,
     )
-    return metrics
+    return result
 
 
 def complete_shipped_pairs(folder: Path) -> None:
-    """Copies the shipped shards into `folder` and makes the set's remaining ones there."""
+    """Copies the shipped shards into `folder` (once), and makes the pairs that are missing."""
     if not (folder / SPEC_FILE).exists():
         with atomic_write(folder) as temporary:
             shutil.copytree(assets.folder("pairs"), temporary)
+
     spec = open_set(folder)
     world = assets.pairs_world(spec.seed)
     make_pairs(load_teacher(), lambda indices: scenes.captions(indices, world), spec, folder)
 
 
-def say(number: int, what: str) -> None:
-    console.rule(f"{number}/5 {what}", align="left")
+def print_stage(number: int, text: str) -> None:
+    console.rule(f"{number}/5 {text}", align="left")

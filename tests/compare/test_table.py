@@ -1,4 +1,4 @@
-"""The numbers of a comparison: intervals, protocols, unknown keys, Markdown."""
+"""The metrics of a comparison: intervals, protocols, unknown keys, Markdown."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def with_interval(name: str, value: float, low: float, high: float) -> Column:
     return column(name, frechet_distance=value, intervals={"frechet_distance": [low, high]})
 
 
-def test_an_interval_that_overlaps_the_best_is_not_told_from_it() -> None:
+def test_a_value_whose_interval_overlaps_the_best_is_tied() -> None:
     columns = [
         with_interval("a", 2, 1.5, 2.5),
         with_interval("b", 3, 2.5, 3.5),
@@ -32,45 +32,53 @@ def test_an_interval_that_overlaps_the_best_is_not_told_from_it() -> None:
     ]
 
 
-def test_numbers_that_read_alike_share_the_mark() -> None:
-    a, b, c = (
-        column(name, seconds_per_image=value)
-        for name, value in (("a", 0.03241), ("b", 0.03242), ("c", 1.0))
-    )
-    assert [cell.best for cell in table.metric_rows([a, b, c])[0][1]] == [True, True, False]
-    assert [cell.best for cell in table.metric_rows([a, b])[0][1]] == [False, False]
+def test_values_that_are_printed_alike_share_the_mark() -> None:
+    a = column("a", seconds_per_image=0.03241)
+    b = column("b", seconds_per_image=0.03242)
+    c = column("c", seconds_per_image=1.0)
+    ((_, cells),) = table.metric_rows([a, b, c])
+    assert [cell.best for cell in cells] == [True, True, False]
+
+    # Without a different value there is no best
+    ((_, cells),) = table.metric_rows([a, b])
+    assert [cell.best for cell in cells] == [False, False]
 
 
-@pytest.mark.parametrize("pair", [None, "12", [1], [1, 2, 3], [1, "x"], [1, math.nan], {"low": 1}])
-def test_an_interval_that_is_none_is_left_out(pair: object) -> None:
-    one = column("a", frechet_distance=2.0, intervals={"frechet_distance": pair})
-    assert table.interval(one, "frechet_distance") is None
-    assert (
-        table.interval(column("a", frechet_distance=2.0, intervals=7), "frechet_distance") is None
-    )
+@pytest.mark.parametrize(
+    "interval", [None, "12", [1], [1, 2, 3], [1, "x"], [1, math.nan], {"low": 1}]
+)
+def test_malformed_intervals_are_ignored(interval: object) -> None:
+    system = column("a", frechet_distance=2.0, intervals={"frechet_distance": interval})
+    assert table.get_interval(system, "frechet_distance") is None
 
 
-def test_shares_are_shown_as_per_cent_with_their_interval() -> None:
-    one = column("a", attribute_accuracy=0.875, intervals={"attribute_accuracy": [0.85, 0.9]})
-    assert table.metric_rows([one])[0][1] == [Cell("87.5 %", False, "85.0 % to 90.0 %")]
-    (system,) = table.chart_data([one])["systems"]
-    assert system["values"]["attribute_accuracy"] == pytest.approx([87.5, 85, 90])
+def test_malformed_intervals_of_all_metrics_are_ignored() -> None:
+    system = column("a", frechet_distance=2.0, intervals=7)
+    assert table.get_interval(system, "frechet_distance") is None
 
 
-def test_a_distance_to_itself_is_no_merit() -> None:
-    columns = [
-        column("teacher", same_noise_distance=0.0),
-        column("student", same_noise_distance=0.05),
-    ]
-    assert [cell.text for cell in table.metric_rows(columns)[0][1]] == ["–", "0.05"]
-    assert table.metric_rows(columns[:1]) == []
+def test_shares_are_shown_as_percentages_with_their_interval() -> None:
+    system = column("a", attribute_accuracy=0.875, intervals={"attribute_accuracy": [0.85, 0.9]})
+    ((_, cells),) = table.metric_rows([system])
+    assert cells == [Cell("87.5 %", False, "85.0 % to 90.0 %")]
+
+    (chart_system,) = table.chart_data([system])["systems"]
+    assert chart_system["values"]["attribute_accuracy"] == pytest.approx([87.5, 85, 90])
 
 
-def test_unknown_keys_are_shown_whatever_they_are() -> None:
-    one = column(
+def test_a_same_noise_distance_of_zero_is_not_shown() -> None:
+    teacher = column("teacher", same_noise_distance=0.0)
+    student = column("student", same_noise_distance=0.05)
+    ((_, cells),) = table.metric_rows([teacher, student])
+    assert [cell.text for cell in cells] == ["–", "0.05"]
+    assert table.metric_rows([teacher]) == []
+
+
+def test_unknown_keys_of_any_type_are_shown_in_the_other_table() -> None:
+    system = column(
         "a", new=1.25, nested={"x": {"y": 2}}, flag=True, nothing=None, many=[1, 2], precision=0.5
     )
-    assert table.other_rows([one]) == [
+    assert table.other_rows([system]) == [
         ("new", ["1.25"]),
         ("nested.x.y", ["2"]),
         ("flag", ["True"]),
@@ -79,18 +87,17 @@ def test_unknown_keys_are_shown_whatever_they_are() -> None:
     ]
 
 
-def test_the_protocol_in_words() -> None:
-    assert (
-        table.protocol([column("a"), column("b", protocol="pocket", count=64, seed=0)])
-        == "pocket, count 64, seed 0"
-    )
-    assert (
-        table.protocol([column("a", protocol="pocket", interval_level=0.95)])
-        == "pocket, 95 % intervals"
-    )
-    settings = column("c", protocol={"name": "coco2014-30k", "resize": "lanczos"})
-    assert table.protocol([settings]) == "coco2014-30k"
-    assert ("protocol.resize", ["lanczos"]) in table.other_rows([settings])
+def test_the_protocol_is_described_by_name_count_seed_and_interval_level() -> None:
+    measured = column("b", protocol="pocket", count=64, seed=0)
+    assert table.describe_protocol([column("a"), measured]) == "pocket, count 64, seed 0"
+    with_level = column("a", protocol="pocket", interval_level=0.95)
+    assert table.describe_protocol([with_level]) == "pocket, 95 % intervals"
+
+
+def test_protocol_settings_are_described_by_their_name_and_listed_in_the_other_table() -> None:
+    system = column("c", protocol={"name": "coco2014-30k", "resize": "lanczos"})
+    assert table.describe_protocol([system]) == "coco2014-30k"
+    assert ("protocol.resize", ["lanczos"]) in table.other_rows([system])
 
 
 def test_markdown_is_escaped_and_marks_the_best() -> None:

@@ -201,12 +201,12 @@ def test_flow_students_know_their_settings_and_size(
 
 
 def test_flow_systems_in_every_job(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    """`generate`, `compare`, a page's painter and `evaluate`, each with a flow teacher."""
+    """`generate`, `compare`, `serve` and `evaluate`, each with a flow teacher."""
     from diffusion2gan.compare.compare import compare
-    from diffusion2gan.compare.pictures import parse_systems
+    from diffusion2gan.compare.images import parse_systems
     from diffusion2gan.evaluate.run import evaluate
     from diffusion2gan.generate import generate
-    from diffusion2gan.serve.studio import Painter
+    from diffusion2gan.serve.generation import SharedSystem
 
     system = load_system(f"{family_folder('flux_schnell')}@64px", 1)
     generate(system, ["a star"], 0, 2, tmp_path / "grid.png")
@@ -220,12 +220,10 @@ def test_flow_systems_in_every_job(family_folder: Callable[[str], Path], tmp_pat
     ]
     compare(named, ["a star", "two rings"], tmp_path / "report", seed=255)
     assert "a star" in (tmp_path / "report" / "index.html").read_text("utf-8")
-    made, _ = Painter(named["sd3"]).paint(
-        "a star", noise_from_seeds([1], named["sd3"].latent_shape)
-    )
-    assert made[0].size == (64, 64) and Painter(named["sd3"]).reads("star " * 300).startswith(
-        "only the first 256 of"
-    )
+    shared = SharedSystem(named["sd3"])
+    images, _ = shared.generate("a star", noise_from_seeds([1], named["sd3"].latent_shape))
+    assert images[0].size == (64, 64)
+    assert shared.truncation_note("star " * 300).startswith("only the first 256 of")
     metrics = evaluate(
         f"{family_folder('sd3')}@64px",
         count=4,

@@ -32,7 +32,7 @@ def compare(
 ) -> None:
     """Write a page with several systems' pictures of the same prompts from the same noises; run again to continue."""
     from diffusion2gan.compare import compare as job
-    from diffusion2gan.compare.pictures import parse_names, parse_systems
+    from diffusion2gan.compare.images import parse_names, parse_systems
     from diffusion2gan.prompts import read_prompts
 
     lines = read_prompts(prompts)
@@ -79,7 +79,7 @@ def serve(
     if vote is not None and prompts is None:
         raise UserError("--vote needs --prompts: a text file, one prompt a line")
     from diffusion2gan.prompts import read_prompts
-    from diffusion2gan.serve import serve as job
+    from diffusion2gan.serve import app as job
 
     place: dict[str, Any] = {"host": host, "port": port, "device": device, "precision": precision}
     if vote is not None and prompts is not None:

@@ -1,4 +1,4 @@
-"""`diffusion2gan compare`: several systems, the same prompts, the same noises, side by side."""
+"""`diffusion2gan compare`: several systems side by side, on the same prompts and the same noise."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusion2gan.compare.pictures import make_pictures
+from diffusion2gan.compare.images import generate_images
 from diffusion2gan.compare.report import write_report
 from diffusion2gan.compare.table import METRICS, Column
 from diffusion2gan.errors import UserError, nearest
@@ -26,52 +26,80 @@ def compare(
     seed: int,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Writes the report of `prompts` into `out`. Noise i is the same for every system of one latent shape.
+    """Writes a report into `out`: one row per prompt, one column per system.
 
-    A folder of pictures may stand among the systems: picture i is prompt i's.
-    `metrics`: what `evaluate` measured, by system name. Finished pictures are kept in `out/pictures`. Raises UserError
-    with no system, too many prompts, or numbers of different protocols.
+    In each row, all systems with the same latent shape start from the same noise. A folder of
+    images can be one of the systems: its image i belongs to prompt i. Generated images are stored
+    in `out/pictures`, so that a second call continues an interrupted one. `metrics`: what
+    `evaluate` measured, by system name.
+
+    Raises UserError if there is no system, if there are too many prompts, or if the metrics were
+    measured with different protocols.
     """
+    # Check everything that needs no model first
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; name the folder of the report")
+        raise UserError(
+            f"--out {out} is a file; give the name of a folder, in which the report is written"
+        )
     if len(prompts) > MAX_PROMPTS:
         raise UserError(
-            f"{len(prompts)} prompts: a page holds at most {MAX_PROMPTS}; give a shorter file"
+            f"there are {len(prompts)} prompts, but a report has at most {MAX_PROMPTS}; "
+            "use a shorter prompts file"
         )
-    measured = metrics or {}
-    check_same({name: measured[name] for name in systems if measured.get(name)})
-    pictures = make_pictures(systems, prompts, seed, out / "pictures")
+    metrics = metrics or {}
+    check_same({name: metrics[name] for name in systems if metrics.get(name)})
+
+    # Generate the images
+    images = generate_images(systems, prompts, seed, out / "pictures")
+
+    # Write the report
     columns = [
-        Column(name, pictures[name], measured.get(name, {}), systems[name].note) for name in systems
+        Column(name, images[name], metrics.get(name, {}), system.note)
+        for name, system in systems.items()
     ]
-    shapes = {system.latent_shape for system in systems.values() if isinstance(system, System)}
-    same = (
-        "the same for every system in a row"
-        if len(shapes) < 2
-        else "the same for systems of one latent shape"
-    )
-    details = {
-        "noise": f"{same}: CPU generator, set seed {seed}",
-        **{name: _told(system) for name, system in systems.items()},
-    }
+    details = {"noise": describe_noise(systems, seed)}
+    for name, system in systems.items():
+        details[name] = describe_system(system)
     write_report(out, columns, prompts, details)
 
 
-def _told(system: System | ImageFolder) -> str:
+def describe_noise(systems: Mapping[str, System | ImageFolder], seed: int) -> str:
+    """Which systems share their noise, and where it comes from, for the foot of the report."""
+    shapes = {system.latent_shape for system in systems.values() if isinstance(system, System)}
+    if len(shapes) < 2:
+        shared_by = "the same for every system in a row"
+    else:
+        shared_by = "the same for systems with the same latent shape"
+    return f"{shared_by}; drawn on the CPU from seed {seed}"
+
+
+def describe_system(system: System | ImageFolder) -> str:
+    """What the images of a system depend on, for the foot of the report."""
     if isinstance(system, ImageFolder):
-        return f"{len(system.files)} {'+'.join(system.formats)} pictures as they are, contents {system.key}"
-    return f"weights {system.revision}, {system.note}, guidance {system.guidance_scale:g}"
+        formats = "+".join(system.formats)
+        return f"{len(system.files)} {formats} images, used as they are; content hash {system.key}"
+    return f"weights {system.revision}, {system.note}, guidance scale {system.guidance_scale:g}"
 
 
-def read_metrics(named: Mapping[str, str], systems: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Each system's `metrics.json`. Raises UserError where a name is no system's, or a file holds no such thing."""
-    for name in named:
+def read_metrics(files: Mapping[str, str], systems: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Reads the metrics.json of each system.
+
+    `files`: paths by system name; `systems`: the names of all systems. Raises UserError if a name
+    is not among the systems, or if a file does not contain the metrics of one system.
+    """
+    for name in files:
         if name not in systems:
-            raise UserError(f"--metrics {name}: no --system has this name{nearest(name, systems)}")
-    found = {name: read_json(Path(path)) for name, path in named.items()}
-    for name, metrics in found.items():
-        if not isinstance(metrics, dict) or not any(metric.key in metrics for metric in METRICS):
             raise UserError(
-                f"{named[name]} holds no metrics of one system; `diffusion2gan evaluate` writes such a file"
+                f"--metrics {name}: there is no --system with this name{nearest(name, systems)}"
             )
-    return found
+
+    metrics = {}
+    for name, path in files.items():
+        values = read_json(Path(path))
+        if not isinstance(values, dict) or not any(metric.key in values for metric in METRICS):
+            raise UserError(
+                f"--metrics {name}: {path} does not contain the metrics of one system; "
+                "`diffusion2gan evaluate` writes such a file"
+            )
+        metrics[name] = values
+    return metrics

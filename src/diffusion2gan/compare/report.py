@@ -1,4 +1,4 @@
-"""The report of a comparison: one page that opens from disk with no network, and the same as PNG, PDF and Markdown."""
+"""The report of a comparison: a page that opens from disk offline, and PNG, PDF, Markdown."""
 
 from __future__ import annotations
 
@@ -13,59 +13,82 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from diffusion2gan.compare import table
-from diffusion2gan.compare.grid import check, write_grid
+from diffusion2gan.compare.grid import check_columns, write_grid
 from diffusion2gan.compare.table import Column
-from diffusion2gan.runtime import files
+from diffusion2gan.compare.text import shorten
+from diffusion2gan.runtime.files import atomic_write
 
-MAX_LETTERS = 1000  # of a prompt on the page; the JSON behind "Download" holds all
-MAX_ALT = 120  # of it in a picture's alternative text
+MAX_PROMPT_LENGTH = 1000  # characters of a prompt on the page; its JSON download has all of them
+MAX_ALT_LENGTH = 120  # characters of a prompt in an image's alternative text
 
 
 class Embedding(NamedTuple):
-    """How a page holds its pictures: their format, and the longest side they are shrunk to."""
+    """How a page embeds its images: file format, longest side in pixels, note for the reader."""
 
     form: str
     max_side: int
     note: str
 
 
+# Pixel for pixel: up to 24 megapixels in total, about 40 MB
 EXACT = Embedding("PNG", 1 << 16, "")
-COMPACT = Embedding("WEBP", 1 << 14, "embedded as WebP, quality 90; PNG up to 24 megapixels in all")
+COMPACT = Embedding(
+    "WEBP",
+    1 << 14,
+    "embedded as WebP, quality 90, because they have more than 24 megapixels in total",
+)
 SMALL = Embedding(
     "WEBP",
     512,
-    "embedded as WebP, quality 90, shrunk to 512 pixels: more than 400 megapixels in all",
+    "embedded as WebP, quality 90, and reduced to 512 pixels, because they have more than "
+    "400 megapixels in total",
 )
 
 
 def write_report(
     folder: Path, columns: Sequence[Column], prompts: Sequence[str], details: Mapping[str, str]
 ) -> None:
-    """Writes `index.html` (self-contained), `grid.png`, `grid.pdf` and `report.md`, each whole or not at all.
+    """Writes `index.html` (self-contained), `grid.png`, `grid.pdf` and `report.md`.
 
-    `details`: lines of provenance for the foot of the page (teacher, seed, guidance…). Raises UserError where there
-    is nothing to show or a column has not one picture a prompt; nothing is written then.
+    Each file is written atomically.
+
+    `details`: lines for the foot of the page that say where the images come from (seed, guidance…).
+    Raises UserError, before it writes anything, if there is nothing to show or a column has not one
+    image per prompt.
     """
     folder = Path(folder)
     page = render(columns, prompts, details)
+
+    # The sheet of images, which may be too small for all of the rows
     rows = write_grid(folder, columns, prompts)
-    shown = (
-        {"grid.png": f"the first {rows} of {len(prompts)} prompts; grid.pdf has all"}
-        if rows < len(prompts)
-        else {}
-    )
-    _write(folder / "report.md", table.markdown(columns, len(prompts), {**details, **shown}))
-    _write(folder / "index.html", page)
+    notes = dict(details)
+    if rows < len(prompts):
+        notes["grid.png"] = f"the first {rows} of {len(prompts)} prompts; grid.pdf has all of them"
+
+    # Markdown and HTML
+    _write_text(folder / "report.md", table.markdown(columns, len(prompts), notes))
+    _write_text(folder / "index.html", page)
 
 
-def _write(path: Path, text: str) -> None:
-    with files.atomic_write(path) as temporary:
+def _write_text(path: Path, text: str) -> None:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
+# ---------------------------------------------------------------------------------------- The page
+
+
 def render(columns: Sequence[Column], prompts: Sequence[str], details: Mapping[str, str]) -> str:
-    """The page's HTML. Every name, prompt and detail is escaped. Raises UserError as `write_report` does."""
-    check(columns, prompts)
+    """The HTML of the page. Every name, prompt and detail is escaped.
+
+    Raises UserError as `write_report` does.
+    """
+    check_columns(columns, prompts)
+    embedding = choose_embedding(columns)
+    notes = dict(details)
+    if embedding.note:
+        notes["images"] = embedding.note
+
     environment = Environment(
         loader=PackageLoader("diffusion2gan.compare"),
         autoescape=True,
@@ -73,82 +96,94 @@ def render(columns: Sequence[Column], prompts: Sequence[str], details: Mapping[s
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    embedding = choose_embedding(columns)
-    notes = {"pictures": embedding.note} if embedding.note else {}
     return environment.get_template("report.html.j2").render(
         columns=columns,
         metrics=table.metric_rows(columns),
         others=table.other_rows(columns),
-        protocol=table.protocol(columns),
+        protocol=table.describe_protocol(columns),
         chart=table.chart_data(columns),
-        raw=raw(columns, prompts, details),
-        prompts=[_row(columns, prompt, row, embedding) for row, prompt in enumerate(prompts)],
-        details={**details, **notes},
+        download=download_data(columns, prompts, details),
+        prompts=[
+            _template_row(columns, prompt, row, embedding) for row, prompt in enumerate(prompts)
+        ],
+        details=notes,
     )
 
 
-def raw(
+def download_data(
     columns: Sequence[Column], prompts: Sequence[str], details: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What the page's download holds: everything it was made from but the pictures. NaN and ±∞ become null."""
-    systems = [
-        {"name": c.name, "note": c.note, "metrics": _finite(dict(c.metrics))} for c in columns
-    ]
+    """The JSON that the page offers for download: everything but the images."""
+    systems = []
+    for column in columns:
+        metrics = _replace_non_finite(dict(column.metrics))
+        systems.append({"name": column.name, "note": column.note, "metrics": metrics})
     return {"systems": systems, "prompts": list(prompts), "details": dict(details)}
 
 
-def _finite(value: Any) -> Any:
+def _replace_non_finite(value: Any) -> Any:
+    """Replaces NaN and ±∞, which JSON does not have, with None, in nested values as well."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(one) for key, one in value.items()}
+        return {str(key): _replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_replace_non_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
-def choose_embedding(columns: Sequence[Column]) -> Embedding:
-    """Bit for bit where that stays light (24 megapixels, about 40 MB), smaller where it would not open smoothly."""
-    sizes = [picture.size for column in columns for picture in column.images if picture is not None]
-    pixels = sum(width * height for width, height in sizes)
-    return EXACT if pixels <= 24e6 else COMPACT if pixels <= 400e6 else SMALL
+def _template_row(
+    columns: Sequence[Column], prompt: str, row: int, embedding: Embedding
+) -> dict[str, Any]:
+    """A prompt and its images, as the template expects them.
 
+    An image is a tuple (column, data URI, width, height); the URI of a missing image is None.
+    """
+    num_hidden = len(prompt) - MAX_PROMPT_LENGTH
+    more = f" … and {num_hidden} more characters" if num_hidden > 0 else ""
 
-def _row(columns: Sequence[Column], prompt: str, row: int, embedding: Embedding) -> dict[str, Any]:
-    """One prompt as the template shows it, with a (column, data URI or None, width, height) a system."""
-    shots = [_shot(column, column.images[row], embedding) for column in columns]
-    left_out = len(prompt) - MAX_LETTERS
-    more = f" … and {left_out} more characters" if left_out > 0 else ""
+    shots: list[tuple[Column, str | None, int, int]] = []
+    for column in columns:
+        image = column.images[row]
+        if image is None:
+            shots.append((column, None, 0, 0))
+        else:
+            shots.append((column, data_uri(image, embedding), image.width, image.height))
     return {
-        "text": prompt[:MAX_LETTERS],
+        "text": prompt[:MAX_PROMPT_LENGTH],
         "more": more,
-        "alt": shorten(prompt, MAX_ALT),
+        "alt": shorten(prompt, MAX_ALT_LENGTH),
         "shots": shots,
     }
 
 
-def shorten(text: str, length: int) -> str:
-    """`text` in at most `length` characters, the last an ellipsis where some are missing."""
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+# ---------------------------------------------------------------------------------- Embedded images
 
 
-def _shot(
-    column: Column, picture: Image.Image | None, embedding: Embedding
-) -> tuple[Column, str | None, int, int]:
-    if picture is None:
-        return column, None, 0, 0
-    return column, data_uri(picture, embedding), *picture.size
+def choose_embedding(columns: Sequence[Column]) -> Embedding:
+    """Exact images while the page stays light, and smaller files once it would open slowly."""
+    num_pixels = 0
+    for column in columns:
+        num_pixels += sum(
+            image.width * image.height for image in column.images if image is not None
+        )
+    if num_pixels <= 24e6:
+        return EXACT
+    if num_pixels <= 400e6:
+        return COMPACT
+    return SMALL
 
 
-def data_uri(picture: Image.Image, embedding: Embedding = EXACT) -> str:
-    """A picture in base64, without metadata: at its own size, or shrunk to the embedding's longest side."""
+def data_uri(image: Image.Image, embedding: Embedding = EXACT) -> str:
+    """An image as a data URI without metadata, its longest side at most that of the embedding."""
+    image = image.convert("RGB")
+    image.info.clear()
+    image.thumbnail((embedding.max_side, embedding.max_side), Image.Resampling.LANCZOS)
+
     buffer = io.BytesIO()
-    picture = picture.convert("RGB")
-    picture.info.clear()
-    picture.thumbnail((embedding.max_side, embedding.max_side), Image.Resampling.LANCZOS)
-    picture.save(
-        buffer,
-        embedding.form,
-        **({"optimize": True} if embedding.form == "PNG" else {"quality": 90}),
-    )
-    return f"data:image/{embedding.form.lower()};base64," + base64.b64encode(
-        buffer.getvalue()
-    ).decode("ascii")
+    if embedding.form == "PNG":
+        image.save(buffer, "PNG", optimize=True)
+    else:
+        image.save(buffer, embedding.form, quality=90)
+    encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return f"data:image/{embedding.form.lower()};base64,{encoded}"

@@ -1,4 +1,7 @@
-"""The numbers of a comparison: one row a metric, one cell a system, the best marked; as cells and as Markdown."""
+"""The metrics of a comparison: one row per metric, one cell per system, the best marked.
+
+They are laid out as cells for the page and as a Markdown table for `report.md`.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,15 @@ from PIL import Image
 
 MISSING = "–"
 TIME = "seconds_per_image"
+ARROW = {"lower": "↓", "higher": "↑"}
 
 
 @dataclass(frozen=True)
 class Column:
     """One system of a comparison.
 
-    `images`: one PIL picture a prompt (None where missing); `metrics`: what `evaluate` wrote, may be empty;
-    `note`: a few words such as '50 steps'.
+    `images`: one image per prompt, None if it is missing; `metrics`: what `evaluate` wrote, may be
+    empty; `note`: a few words such as "50 steps".
     """
 
     name: str
@@ -28,7 +32,7 @@ class Column:
 
 
 class Metric(NamedTuple):
-    """How a number of evaluate's is shown: `scale` × value in `form`, with its `unit`."""
+    """How a number of metrics.json is shown: `scale` × value in the format `form`, then `unit`."""
 
     key: str
     title: str
@@ -48,9 +52,8 @@ METRICS = (
     Metric("cmmd", "CMMD", "lower"),
     Metric("patch_frechet_distance", "Fréchet distance, patches", "lower"),
     Metric("clip_score", "CLIP score", "higher"),
-    Metric(
-        "attribute_accuracy", "Attribute accuracy", "higher", ".1f", " %", 100.0
-    ),  # stored as a share in [0, 1]
+    # Stored as a share in [0, 1]
+    Metric("attribute_accuracy", "Attribute accuracy", "higher", ".1f", " %", 100.0),
     Metric("precision", "Precision", "higher", ".3f"),
     Metric("recall", "Recall", "higher", ".3f"),
     Metric("density", "Density", "higher", ".3f"),
@@ -62,11 +65,16 @@ METRICS = (
     Metric("images_per_second", "Images per second", "higher", ".3g"),
     Metric("peak_memory_bytes", "Peak memory", "lower", ".3g", " GiB", 2.0**-30),
 )
-NOT_OTHER = {"intervals", "protocol", *(metric.key for metric in METRICS)}
+# Keys shown elsewhere on the page, which the table of other values leaves out
+SHOWN_KEYS = {"intervals", "protocol", *(metric.key for metric in METRICS)}
 
 
 class Cell(NamedTuple):
-    """One number of the table: its text, its interval's, whether it is the best of its row or not told from it."""
+    """One number of the table.
+
+    `best`: it is the best of its row; `interval`: its interval as text, empty if there is none;
+    `tied`: it is not the best, but its interval overlaps that of the best.
+    """
 
     text: str
     best: bool = False
@@ -74,171 +82,250 @@ class Cell(NamedTuple):
     tied: bool = False
 
 
-def number(column: Column, key: str) -> float | None:
-    """A column's number, or None where it has none. A distance of zero to itself is no merit and is left out."""
+# ---------------------------------------------------------------------- Reading a system's metrics
+
+
+def get_number(column: Column, key: str) -> float | None:
+    """A number of a column, or None if it has none.
+
+    A same-noise distance of 0 is left out: it is the teacher's distance to itself, no achievement.
+    """
     value = column.metrics.get(key)
     if isinstance(value, bool) or not isinstance(value, float | int):
         return None
-    return None if (key, value) == ("same_noise_distance", 0) else float(value)
-
-
-def interval(column: Column, key: str) -> tuple[float, float] | None:
-    """A number's interval in `intervals`, [low, high]; None where it is missing or no such thing."""
-    pairs = column.metrics.get("intervals")
-    pair = pairs.get(key) if isinstance(pairs, Mapping) else None
-    if (
-        not isinstance(pair, Sequence)
-        or isinstance(pair, str)
-        or len(pair) != 2
-        or number(column, key) is None
-    ):
+    if key == "same_noise_distance" and value == 0:
         return None
-    low, high = pair
-    both = all(isinstance(x, float | int) and math.isfinite(x) for x in pair)
-    return (float(low), float(high)) if both else None
+    return float(value)
+
+
+def get_interval(column: Column, key: str) -> tuple[float, float] | None:
+    """The interval [low, high] of a number, or None if it is missing or malformed."""
+    intervals = column.metrics.get("intervals")
+    if not isinstance(intervals, Mapping) or get_number(column, key) is None:
+        return None
+
+    interval = intervals.get(key)
+    if not isinstance(interval, Sequence) or isinstance(interval, str) or len(interval) != 2:
+        return None
+    if not all(isinstance(x, float | int) and math.isfinite(x) for x in interval):
+        return None
+    low, high = interval
+    return float(low), float(high)
+
+
+# ---------------------------------------------------------------------------- The table of metrics
 
 
 def metric_rows(columns: Sequence[Column]) -> list[tuple[Metric, list[Cell]]]:
-    """The metrics at least one column has, one cell a column. Equal bests are all marked."""
-    rows = [(metric, _cells(metric, columns)) for metric in METRICS]
-    return [
-        (metric, cells) for metric, cells in rows if any(cell.text != MISSING for cell in cells)
-    ]
+    """The metrics that at least one column has, with one cell per column.
+
+    If several columns share the best value, all of them are marked.
+    """
+    rows = []
+    for metric in METRICS:
+        cells = _build_cells(metric, columns)
+        if any(cell.text != MISSING for cell in cells):
+            rows.append((metric, cells))
+    return rows
 
 
-def _cells(metric: Metric, columns: Sequence[Column]) -> list[Cell]:
-    values = [number(column, metric.key) for column in columns]
-    spans = [interval(column, metric.key) for column in columns]
+def _build_cells(metric: Metric, columns: Sequence[Column]) -> list[Cell]:
+    values = [get_number(column, metric.key) for column in columns]
+    intervals = [get_interval(column, metric.key) for column in columns]
     texts = [MISSING if value is None else metric.text(value) for value in values]
+
+    # The best as it is printed: values that are printed alike count as equal
+    best_text = None
     best = best_value(values, metric.better)
-    won = (
-        "" if best is None or len(set(texts) - {MISSING}) < 2 else metric.text(best)
-    )  # what reads alike is alike
-    leaders = [
-        span for text, span in zip(texts, spans, strict=True) if span is not None and text == won
-    ]
-    return [
-        Cell(
-            text,
-            text == won,
-            f"{metric.text(span[0])} to {metric.text(span[1])}" if span else "",
-            text != won and span is not None and any(_overlap(span, s) for s in leaders),
-        )
-        for text, span in zip(texts, spans, strict=True)
-    ]
+    if best is not None and len(set(texts) - {MISSING}) > 1:
+        best_text = metric.text(best)
+    best_intervals = []
+    for text, interval in zip(texts, intervals, strict=True):
+        if text == best_text and interval is not None:
+            best_intervals.append(interval)
 
-
-def _overlap(a: tuple[float, float], b: tuple[float, float]) -> bool:
-    return a[0] <= b[1] and b[0] <= a[1]
+    cells = []
+    for text, interval in zip(texts, intervals, strict=True):
+        is_best = text == best_text
+        if interval is None:
+            cells.append(Cell(text, is_best))
+            continue
+        low, high = interval
+        overlaps = any(low <= other[1] and other[0] <= high for other in best_intervals)
+        interval_text = f"{metric.text(low)} to {metric.text(high)}"
+        cells.append(Cell(text, is_best, interval_text, tied=overlaps and not is_best))
+    return cells
 
 
 def best_value(values: Sequence[float | None], better: Literal["lower", "higher"]) -> float | None:
-    """The best finite number; None where fewer than two numbers, or only equal ones, leave nothing to win."""
-    numbers = [value for value in values if value is not None and math.isfinite(value)]
-    if len(set(numbers)) < 2:
+    """The best finite value, or None if there are fewer than two different ones."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    if len(set(finite)) < 2:
         return None
-    return min(numbers) if better == "lower" else max(numbers)
+    if better == "lower":
+        return min(finite)
+    return max(finite)
 
 
-def protocol(columns: Sequence[Column]) -> str:
-    """The protocol of the numbers, in words: its name (or settings), sample count and seed. Empty where unknown."""
+def describe_protocol(columns: Sequence[Column]) -> str:
+    """The protocol of the metrics: its name, sample count, seed and interval level.
+
+    Empty if it is unknown. The first column with metrics is read: all columns have the same
+    protocol, which `evaluate.protocols.check_same` has checked.
+    """
     metrics = next((column.metrics for column in columns if column.metrics), {})
-    told = metrics.get("protocol", "")
-    name = told.get("name", _plain(told)) if isinstance(told, Mapping) else str(told)
-    parts = [name, *(f"{key} {metrics[key]}" for key in ("count", "seed") if key in metrics)]
+
+    # A name, or settings that usually contain one
+    protocol = metrics.get("protocol", "")
+    if isinstance(protocol, Mapping):
+        protocol = protocol.get("name", _plain_text(protocol))
+    phrases = [str(protocol)]
+
+    for key in ("count", "seed"):
+        if key in metrics:
+            phrases.append(f"{key} {metrics[key]}")
     level = metrics.get("interval_level")
-    parts += [f"{100 * level:.3g} % intervals"] if isinstance(level, float) else []
-    return ", ".join(part for part in parts if part)
+    if isinstance(level, float):
+        phrases.append(f"{100 * level:.3g} % intervals")
+    return ", ".join(phrase for phrase in phrases if phrase)
+
+
+# --------------------------------------------------------------------------- The other values
 
 
 def other_rows(columns: Sequence[Column]) -> list[tuple[str, list[str]]]:
-    """Every other value, nested ones as `outer.inner`, in order of first appearance, with one text a column."""
-    flat = [_flat(column.metrics) for column in columns]
-    keys = dict.fromkeys(key for one in flat for key in one)
-    return [(key, [_plain(one.get(key)) for one in flat]) for key in keys]
+    """All other values, with one text per column, in order of first appearance.
+
+    Nested values have dotted keys, `outer.inner`.
+    """
+    flattened = [_flatten_others(column.metrics) for column in columns]
+    keys = dict.fromkeys(key for values in flattened for key in values)
+
+    rows = []
+    for key in keys:
+        rows.append((key, [_plain_text(values.get(key)) for values in flattened]))
+    return rows
 
 
-def _flat(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Plain values by their dotted names, without those the summary shows."""
-    found: dict[str, Any] = {}
+def _flatten_others(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The values by dotted key, without those that the page shows elsewhere.
+
+    A protocol that consists of settings is kept: elsewhere only its name is shown.
+    """
+    others = {}
     for key, value in metrics.items():
-        if (
-            not prefix
-            and key in NOT_OTHER
-            and not (key == "protocol" and isinstance(value, Mapping))
-        ):
-            continue
-        found |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{key}": value}
-        )
-    return found
+        is_settings = key == "protocol" and isinstance(value, Mapping)
+        if key not in SHOWN_KEYS or is_settings:
+            others[key] = value
+    return _flatten(others)
 
 
-def _plain(value: Any) -> str:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _plain_text(value: Any) -> str:
     if value is None:
         return MISSING
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)
+
+
+# ------------------------------------------------------------------------------------- The charts
 
 
 def chart_data(columns: Sequence[Column]) -> dict[str, Any]:
-    """What the page's chart draws: the metrics, and each system's [value, low, high] in the metrics' shown scale."""
-    shown = [metric for metric, _ in metric_rows(columns)]
-    return {
-        "time": TIME,
-        "metrics": [
-            {"key": m.key, "title": m.title, "better": m.better, "unit": m.unit} for m in shown
-        ],
-        "systems": [
-            {"name": c.name, "values": {m.key: _triple(c, m) for m in shown}} for c in columns
-        ],
-    }
+    """The data of the page's charts: the metrics, and [value, low, high] of each system per metric.
+
+    The numbers are multiplied by the metric's scale.
+    """
+    metrics = [metric for metric, _ in metric_rows(columns)]
+    shown_metrics = [
+        {"key": metric.key, "title": metric.title, "better": metric.better, "unit": metric.unit}
+        for metric in metrics
+    ]
+    systems = []
+    for column in columns:
+        values = {metric.key: _chart_point(column, metric) for metric in metrics}
+        systems.append({"name": column.name, "values": values})
+    return {"time": TIME, "metrics": shown_metrics, "systems": systems}
 
 
-def _triple(column: Column, metric: Metric) -> list[float] | None:
-    value = number(column, metric.key)
+def _chart_point(column: Column, metric: Metric) -> list[float] | None:
+    """[value, low, high], or None if there is no finite value."""
+    value = get_number(column, metric.key)
     if value is None or not math.isfinite(value):
         return None
-    return [metric.scale * x for x in (value, *(interval(column, metric.key) or (value, value)))]
+    low, high = get_interval(column, metric.key) or (value, value)
+    return [metric.scale * value, metric.scale * low, metric.scale * high]
+
+
+# --------------------------------------------------------------------------------------- Markdown
 
 
 def markdown(columns: Sequence[Column], num_prompts: int, details: Mapping[str, str]) -> str:
-    """`report.md`: the summary as a table, best in bold, and where it comes from."""
-    heads = [_escape(f"{c.name} ({c.note})" if c.note else c.name) for c in columns]
+    """The text of `report.md`: the table of metrics with the best in bold, and its provenance."""
+    # Title
+    names = [_escape(column.name) for column in columns]
     lines = [
-        f"# {' · '.join(_escape(c.name) for c in columns)}",
+        f"# {' · '.join(names)}",
         "",
-        f"{len(columns)} systems, {num_prompts} prompts.",
+        f"{plural(len(columns), 'system')}, {plural(num_prompts, 'prompt')}.",
     ]
+
+    # Table of metrics
     rows = metric_rows(columns)
     if rows:
-        told = protocol(columns)
-        lines += ["", f"Protocol: {_escape(told)}."] if told else []
-        lines += ["", f"| metric | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
-        lines += [
-            f"| {_escape(m.title)} {ARROW[m.better]} | {' | '.join(map(_bold, cells))} |"
-            for m, cells in rows
-        ]
+        protocol = describe_protocol(columns)
+        if protocol:
+            lines += ["", f"Protocol: {_escape(protocol)}."]
+        headings = []
+        for column in columns:
+            note = f" ({column.note})" if column.note else ""
+            headings.append(_escape(column.name + note))
+        lines += ["", f"| metric | {' | '.join(headings)} |", "|---" * (len(columns) + 1) + "|"]
+        for metric, cells in rows:
+            texts = [_markdown_cell(cell) for cell in cells]
+            lines.append(
+                f"| {_escape(metric.title)} {ARROW[metric.better]} | {' | '.join(texts)} |"
+            )
         lines += [
             "",
-            "Bold: best of its row. In brackets: the interval. ≈: its interval overlaps the best's.",
+            "Bold: the best of its row. ≈: its interval overlaps that of the best. "
+            "Intervals are in parentheses.",
         ]
-    lines += ["", "![Every prompt a row, every system a column](grid.png)", ""]
-    lines += [f"- {_escape(key)}: {_escape(value)}" for key, value in details.items()]
+
+    # Images and provenance
+    lines += ["", "![One row per prompt, one column per system](grid.png)", ""]
+    for key, value in details.items():
+        lines.append(f"- {_escape(key)}: {_escape(value)}")
     return "\n".join(lines).rstrip() + "\n"
 
 
-ARROW = {"lower": "↓", "higher": "↑"}
+def plural(count: int, noun: str) -> str:
+    """`1 system`, `2 systems`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _bold(cell: Cell) -> str:
-    text = f"**{cell.text}**" if cell.best else f"≈ {cell.text}" if cell.tied else cell.text
-    return f"{text} ({cell.interval})" if cell.interval else text
+def _markdown_cell(cell: Cell) -> str:
+    text = cell.text
+    if cell.best:
+        text = f"**{text}**"
+    elif cell.tied:
+        text = f"≈ {text}"
+    if cell.interval:
+        text += f" ({cell.interval})"
+    return text
 
 
 def _escape(text: str) -> str:
-    """Text that Markdown shows as it is: on one line, and no mark of Markdown's or HTML's taken for one."""
-    return "".join(
-        "\\" + letter if letter in r"\`*_[]<>|#&!" else letter for letter in " ".join(text.split())
-    )
+    """Puts `text` on one line and escapes what Markdown or HTML would interpret."""
+    one_line = " ".join(text.split())
+    return "".join("\\" + char if char in r"\`*_[]<>|#&!" else char for char in one_line)

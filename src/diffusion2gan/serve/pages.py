@@ -1,6 +1,6 @@
-"""The served pages, in gradio: what is typed and clicked goes to `studio` or `votes`, and what comes back is shown.
+"""The served pages, in gradio. The modules `generation`, `history` and `votes` do the work.
 
-Imported when `serve` starts and not before: gradio is an extra.
+Imported only when `serve` starts, because gradio is an optional dependency.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from typing import Any
 import gradio as gr
 from PIL import Image, ImageOps
 
+from diffusion2gan.compare.text import shorten
 from diffusion2gan.errors import Diffusion2GANError, UserError
-from diffusion2gan.serve import studio, votes
-from diffusion2gan.serve.studio import Painter
+from diffusion2gan.serve import generation, votes
+from diffusion2gan.serve.generation import SharedSystem
+from diffusion2gan.serve.history import load_history, save_image
 from diffusion2gan.serve.votes import QUESTIONS, Study
 
-SHOWN_LETTERS = 600  # of a prompt on a page
-SHOWN_HISTORY = 24
+MAX_PROMPT_LENGTH = 600  # characters of a prompt on the vote page
+MAX_HISTORY = 24  # saved images shown
 CSS = """
 .gradio-container { max-width: 68rem !important; margin: 0 auto !important; }
 .words { font-size: 1.25rem; line-height: 1.4; overflow-wrap: anywhere; unicode-bidi: isolate; }
@@ -34,312 +36,338 @@ CSS = """
 footer { display: none !important; }
 """
 
+ImageAndNote = tuple[Image.Image | None, str]
+Captioned = list[tuple[Image.Image, str]]
 
-def theme() -> Any:
-    """Gradio's own, in the system's fonts: nothing is fetched."""
-    fonts = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
+
+# ------------------------------------------------------------------------------------ Shared parts
+
+
+def build_theme() -> Any:
+    """Gradio's default theme with the fonts of the system, so that none is downloaded."""
     return gr.themes.Default(
-        primary_hue="emerald", font=fonts, font_mono=("ui-monospace", "monospace")
+        primary_hue="emerald",
+        font=("system-ui", "-apple-system", "Segoe UI", "sans-serif"),
+        font_mono=("ui-monospace", "monospace"),
     )
 
 
-def told(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Our errors become messages, their text escaped, and leave the page as it is.
+def show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes an event handler show our errors as a warning, and leave the page as it is.
 
-    Not `gr.Error`: that lays itself over everything the event would have changed, the questions of a vote included.
+    Not as `gr.Error`: it would cover every component that the event updates, such as the questions
+    of a vote.
     """
 
     @wraps(function)
-    def wrapped(*arguments: Any) -> Any:
+    def handler(*arguments: Any) -> Any:
         try:
             return function(*arguments)
         except Diffusion2GANError as error:
-            gr.Warning(escape(str(error)), title="Not done")
+            gr.Warning(escape(str(error)), title="That did not work")
             return gr.skip()
 
-    return wrapped
+    return handler
 
 
-def note(text: str) -> str:
+def format_note(text: str) -> str:
+    """A line of small text, as HTML."""
     return f'<div class="note" dir="auto">{escape(text)}</div>'
 
 
-def shorten(text: str, length: int = SHOWN_LETTERS) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-# -------------------------------------------------------------------------------------------------- a student's page
-
-
-def student_page(student: Painter, teacher: Painter | None, folder: Path) -> gr.Blocks:
-    """A prompt, its picture as it is typed, the teacher's beside it, many seeds, and what was kept in `folder`."""
-    with gr.Blocks(analytics_enabled=False, title="diffusion2gan", delete_cache=(600, 600)) as page:
-        gr.HTML(f"<h1>{escape(shorten(Path(student.system.name).name, 60))}, as you type</h1>")
-        prompt = gr.Textbox(
-            label="Prompt",
-            lines=1,
-            max_lines=4,
-            autofocus=True,
-            placeholder="a large striped red ring on sand",
-            info="Enter keeps the picture.",
-            elem_id="prompt",
-            submit_btn="Keep",
-        )
-        with gr.Row():
-            seed = gr.Slider(0, 9999, value=0, step=1, label="Seed", elem_id="seed")
-            part = gr.Slider(
-                0,
-                1,
-                value=0,
-                step=0.01,
-                label="Noise: from this seed's to the next one's",
-                elem_id="noise",
-            )
-        inputs = [prompt, seed, part]
-        with gr.Row():
-            with gr.Column():
-                ours = picture("student", student.system.note)
-                ours_note = gr.HTML(note("Type a prompt."), elem_id="student-note")
-            if teacher is not None:
-                theirs, theirs_note, ask = teacher_column(teacher)
-        with gr.Tab("Kept"):
-            kept = gallery("kept", f"Pictures in {shorten(str(folder), 80)}")
-        with gr.Tab("Many seeds"):
-            seeds_tab(student, prompt, seed)
-        on_type(student, inputs, [ours, ours_note])
-        save = keeper(student, folder)
-        prompt.submit(
-            save,
-            inputs,
-            [ours, ours_note, kept],
-            concurrency_id="student",
-            api_visibility="private",
-        )
-        if teacher is not None:
-            run = keeper(teacher, folder)
-            ask.click(
-                run,
-                inputs,
-                [theirs, theirs_note, kept],
-                concurrency_id="teacher",
-                api_visibility="private",
-            )
-        page.load(
-            lambda: studio.history(folder, SHOWN_HISTORY), None, kept, api_visibility="private"
-        )
-    return page
-
-
-def picture(name: str, label: str) -> gr.Image:
+def build_image(elem_id: str, label: str, buttons: Sequence[str]) -> gr.Image:
     return gr.Image(
-        label=f"{name}, {label}",
+        label=label,
         type="pil",
         format="png",
         interactive=False,
-        buttons=["download", "fullscreen"],
-        elem_id=name,
+        buttons=list(buttons),
+        elem_id=elem_id,
         elem_classes="picture",
         height=420,
     )
 
 
-def gallery(name: str, label: str) -> gr.Gallery:
+def build_gallery(elem_id: str, label: str) -> gr.Gallery:
     return gr.Gallery(
         label=label,
         format="png",
         columns=6,
         interactive=False,
         object_fit="contain",
-        elem_id=name,
+        elem_id=elem_id,
         elem_classes="pictures",
         buttons=["download", "fullscreen"],
     )
 
 
-def teacher_column(teacher: Painter) -> tuple[gr.Image, gr.HTML, gr.Button]:
-    with gr.Column():
-        theirs = picture("teacher", teacher.system.note)
-        theirs_note = gr.HTML(
-            note("Press the button for the teacher's picture of the same noise."),
-            elem_id="teacher-note",
+# ------------------------------------------------------------------------------- The student's page
+
+
+def student_page(
+    student: SharedSystem, teacher: SharedSystem | None, history_folder: Path
+) -> gr.Blocks:
+    """A prompt, the student's image as it is typed, and the teacher's image on request.
+
+    Below it, the images saved in `history_folder`, and a tab with the images of many seeds.
+    """
+    with gr.Blocks(analytics_enabled=False, title="diffusion2gan", delete_cache=(600, 600)) as page:
+        # Inputs
+        name = shorten(Path(student.system.name).name, 60)
+        gr.HTML(f"<h1>{escape(name)}: images as you type</h1>")
+        prompt = gr.Textbox(
+            label="Prompt",
+            lines=1,
+            max_lines=4,
+            autofocus=True,
+            placeholder="a large striped red ring on sand",
+            info="Press Enter to save the image.",
+            elem_id="prompt",
+            submit_btn="Save",
         )
-        ask = gr.Button("Teacher's picture", elem_id="ask")
-    return theirs, theirs_note, ask
+        with gr.Row():
+            seed = gr.Slider(0, 9999, value=0, step=1, label="Seed", elem_id="seed")
+            fraction = gr.Slider(
+                0,
+                1,
+                value=0,
+                step=0.01,
+                label="Noise: from this seed (0) to the next one (1)",
+                elem_id="noise",
+            )
+        inputs = [prompt, seed, fraction]
+
+        # The student's image, and the teacher's beside it
+        buttons = ["download", "fullscreen"]
+        with gr.Row():
+            with gr.Column():
+                student_image = build_image("student", f"Student, {student.system.note}", buttons)
+                student_note = gr.HTML(format_note("Type a prompt."), elem_id="student-note")
+            if teacher is not None:
+                with gr.Column():
+                    teacher_image = build_image(
+                        "teacher", f"Teacher, {teacher.system.note}", buttons
+                    )
+                    teacher_note = gr.HTML(
+                        format_note("Press the button for the teacher's image of the same noise."),
+                        elem_id="teacher-note",
+                    )
+                    teacher_button = gr.Button("Generate the teacher's image", elem_id="ask")
+
+        # Tabs below
+        with gr.Tab("Saved"):
+            saved = build_gallery("kept", f"Saved in {shorten(str(history_folder), 80)}")
+        with gr.Tab("Many seeds"):
+            build_seeds_tab(student, prompt, seed)
+
+        # Each key press or slider movement generates an image. Events that arrive in the meantime
+        # become one request, the last.
+        gr.on(
+            [prompt.change, seed.change, fraction.change],
+            make_preview(student),
+            inputs,
+            [student_image, student_note],
+            trigger_mode="always_last",
+            show_progress="hidden",
+            concurrency_limit=1,
+            concurrency_id="student",
+            api_visibility="private",
+        )
+
+        # Enter and the teacher's button also save it
+        prompt.submit(
+            make_saver(student, history_folder),
+            inputs,
+            [student_image, student_note, saved],
+            concurrency_id="student",
+            api_visibility="private",
+        )
+        if teacher is not None:
+            teacher_button.click(
+                make_saver(teacher, history_folder),
+                inputs,
+                [teacher_image, teacher_note, saved],
+                concurrency_id="teacher",
+                api_visibility="private",
+            )
+
+        def show_history() -> Captioned:
+            return load_history(history_folder, MAX_HISTORY)
+
+        page.load(show_history, None, saved, api_visibility="private")
+    return page
 
 
-def on_type(student: Painter, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-    """A picture at each key or slider's move; what comes while one is being made becomes one request, the last."""
+def make_preview(system: SharedSystem) -> Callable[..., ImageAndNote]:
+    """The handler of typing: (prompt, seed, fraction) → (image, note)."""
 
-    @told
-    def paint(prompt: str, seed: float, part: float) -> tuple[Image.Image | None, str]:
+    @show_errors
+    def preview(prompt: str, seed: float, fraction: float) -> ImageAndNote:
         if not prompt.strip():
-            return None, note("Type a prompt.")
-        made, words = one_picture(student, prompt, seed, part)
-        return made, words
+            return None, format_note("Type a prompt.")
+        return generate_one(system, prompt, seed, fraction)
 
-    prompt, seed, part = inputs
-    gr.on(
-        [prompt.change, seed.change, part.change],
-        paint,
-        list(inputs),
-        list(outputs),
-        trigger_mode="always_last",
-        show_progress="hidden",
-        concurrency_limit=1,
-        concurrency_id="student",
-        api_visibility="private",
-    )
+    return preview
 
 
-def one_picture(painter: Painter, prompt: str, seed: float, part: float) -> tuple[Image.Image, str]:
-    """The picture, and a line about it."""
-    noise = studio.noise_between(round(seed), float(part), painter.system.latent_shape)
-    (made,), seconds = painter.paint(prompt, noise)
-    parts = [
-        f"{seconds:.3f} s",
-        painter.system.note,
-        f"seed {round(seed)}",
-        f"noise {part:g}" if part else "",
-    ]
-    return made, note(
-        " · ".join(filter(None, [*parts, painter.reads(prompt), shorten(prompt.strip(), 120)]))
-    )
+def make_saver(system: SharedSystem, folder: Path) -> Callable[..., Any]:
+    """The handler of saving: (prompt, seed, fraction) → (image, note, saved images)."""
 
-
-def keeper(painter: Painter, folder: Path) -> Callable[..., Any]:
-    @told
-    def save(
-        prompt: str, seed: float, part: float
-    ) -> tuple[Image.Image, str, list[tuple[Image.Image, str]]]:
-        made, words = one_picture(painter, prompt, seed, part)
-        system = painter.system
-        about = {
+    @show_errors
+    def save(prompt: str, seed: float, fraction: float) -> tuple[Image.Image, str, Captioned]:
+        image, note = generate_one(system, prompt, seed, fraction)
+        metadata = {
             "prompt": prompt,
             "seed": round(seed),
-            "noise": part,
-            "system": Path(system.name).name,
-            "num_inference_steps": system.num_inference_steps,
-            "key": system.key,
+            "noise": fraction,
+            "system": Path(system.system.name).name,
+            "num_inference_steps": system.system.num_inference_steps,
+            "key": system.system.key,
         }
-        studio.keep(folder, made, about)
-        return made, words, studio.history(folder, SHOWN_HISTORY)
+        save_image(folder, image, metadata)
+        return image, note, load_history(folder, MAX_HISTORY)
 
     return save
 
 
-def seeds_tab(student: Painter, prompt: gr.Textbox, seed: gr.Slider) -> None:
-    """A grid of one prompt's pictures from neighbouring seeds."""
+def generate_one(
+    system: SharedSystem, prompt: str, seed: float, fraction: float
+) -> tuple[Image.Image, str]:
+    """Generates an image; returns it with a note (time, steps, seed, prompt) as HTML."""
+    noise = generation.noise_between(round(seed), float(fraction), system.system.latent_shape)
+    images, seconds = system.generate(prompt, noise)
 
-    @told
-    def many(
-        prompt: str, seed: float, count: float | None
-    ) -> tuple[list[tuple[Image.Image, str]], str]:
-        noise = studio.noises(round(seed), round(count or 0), student.system.latent_shape)
-        made, seconds = student.paint(prompt, noise)
-        words = f"{len(made)} pictures in {seconds:.2f} s, {seconds / len(made):.3f} s each"
-        return [(one, f"seed {round(seed) + i}") for i, one in enumerate(made)], note(words)
+    facts = [f"{seconds:.3f} s", system.system.note, f"seed {round(seed)}"]
+    if fraction:
+        facts.append(f"noise {fraction:g}")
+    truncation = system.truncation_note(prompt)
+    if truncation:
+        facts.append(truncation)
+    facts.append(shorten(prompt.strip(), 120))
+    return images[0], format_note(" · ".join(facts))
 
+
+def build_seeds_tab(student: SharedSystem, prompt: gr.Textbox, seed: gr.Slider) -> None:
+    """A tab with the images of one prompt from consecutive seeds."""
     with gr.Row():
         count = gr.Number(
-            12, precision=0, label=f"Pictures (at most {studio.MAX_PICTURES})", elem_id="how-many"
+            12,
+            precision=0,
+            label=f"Number of images (at most {generation.MAX_IMAGES})",
+            elem_id="how-many",
         )
-        button = gr.Button("Make them", elem_id="make-many")
-    line = gr.HTML(elem_id="many-note")
-    grid = gallery("many", "From this seed on")
+        button = gr.Button("Generate", elem_id="make-many")
+    note = gr.HTML(elem_id="many-note")
+    gallery = build_gallery("many", "From this seed on")
+
+    @show_errors
+    def generate_many(prompt: str, seed: float, count: float | None) -> tuple[Captioned, str]:
+        shape = student.system.latent_shape
+        noise = generation.noise_batch(round(seed), round(count or 0), shape)
+        images, seconds = student.generate(prompt, noise)
+
+        captioned = [(image, f"seed {round(seed) + i}") for i, image in enumerate(images)]
+        per_image = seconds / len(images)
+        text = f"{len(images)} images in {seconds:.2f} s, {per_image:.3f} s per image"
+        return captioned, format_note(text)
+
     button.click(
-        many,
+        generate_many,
         [prompt, seed, count],
-        [grid, line],
+        [gallery, note],
         concurrency_id="student",
         api_visibility="private",
     )
 
 
-# ---------------------------------------------------------------------------------------------------- the vote's page
+# ----------------------------------------------------------------------------------- The vote page
 
 
 def vote_page(
-    study: Study, prompts: Sequence[str], pictures: Mapping[str, Sequence[Image.Image]], path: Path
+    study: Study, prompts: Sequence[str], images: Mapping[str, Sequence[Image.Image]], path: Path
 ) -> gr.Blocks:
-    """Blind pairs, one after the other. A voter is known to this browser alone; a reload goes on where it was."""
+    """Blind pairs of images, one after the other. `path` is the file of votes.
 
-    def show(voter: str) -> tuple[Any, ...]:
-        voter = (
-            voter
-            if isinstance(voter, str) and voter.isalnum() and len(voter) == 16
-            else secrets.token_hex(8)
-        )
-        done = votes.voted(path, voter)
-        order = votes.trial_order(study, len(prompts), voter)
-        trial = next((one for one in order if one.prompt_index not in done), None)
-        line = f"{len(done)} of {len(prompts)} voted"
-        if trial is None:
-            words = f"<h1>Thank you: all {len(prompts)} pairs are voted on.</h1>"
-            off = gr.update(visible=False)
-            return voter, None, words, note(line), off, off, *(off for _ in QUESTIONS), off
-        left, right = same_size(
-            pictures[trial.left][trial.prompt_index], pictures[trial.right][trial.prompt_index]
-        )
-        words = (
-            f'<div class="words" dir="auto">{escape(shorten(prompts[trial.prompt_index]))}</div>'
-        )
-        return (
-            voter,
-            trial,
-            words,
-            note(line),
-            left,
-            right,
-            *(gr.update(value=None) for _ in QUESTIONS),
-            gr.update(),
-        )
+    Each browser is a voter, with a random identifier that it stores. After a reload, the page
+    continues with the first pair that this voter has not voted on.
+    """
 
-    @told
-    def vote(voter: str, trial: votes.Trial | None, *answers: str | None) -> tuple[Any, ...]:
+    def show_next(stored_voter: str) -> tuple[Any, ...]:
+        """The outputs of the page for a voter: their next trial, or thanks if there is none."""
+        voter = stored_voter if is_voter(stored_voter) else secrets.token_hex(8)
+        done = votes.voted_prompts(path, voter)
+        trial = None
+        for candidate in votes.trial_order(study, len(prompts), voter):
+            if candidate.prompt_index not in done:
+                trial = candidate
+                break
+        progress = format_note(f"{len(done)} of {len(prompts)} pairs done")
+
+        # Finished: thank the voter, and hide everything else
         if trial is None:
-            return show(voter)
-        if any(answer not in ("left", "right") for answer in answers):
-            raise UserError("answer both questions, then go on")
-        chosen = {
-            q: getattr(trial, str(answer)) for q, answer in zip(QUESTIONS, answers, strict=True)
+            thanks = f"<h1>Thank you! You have voted on all {len(prompts)} pairs.</h1>"
+            hidden = gr.update(visible=False)
+            no_questions = [hidden for _ in QUESTIONS]
+            return voter, None, thanks, progress, hidden, hidden, *no_questions, hidden
+
+        # Next pair: its prompt, its images, and the questions without answers
+        text = escape(shorten(prompts[trial.prompt_index], MAX_PROMPT_LENGTH))
+        heading = f'<div class="words" dir="auto">{text}</div>'
+        left, right = match_sizes(
+            images[trial.left][trial.prompt_index], images[trial.right][trial.prompt_index]
+        )
+        cleared = [gr.update(value=None) for _ in QUESTIONS]
+        return voter, trial, heading, progress, left, right, *cleared, gr.update()
+
+    @show_errors
+    def vote(voter: str, trial: votes.Trial | None, *sides: str | None) -> tuple[Any, ...]:
+        """Stores the answers to a trial and shows the next one."""
+        if trial is None:
+            return show_next(voter)
+
+        answers = {}
+        for question, side in zip(QUESTIONS, sides, strict=True):
+            if side not in ("left", "right"):
+                raise UserError("please answer both questions, then press Next")
+            answers[question] = trial.left if side == "left" else trial.right
+        record = {
+            "study": asdict(study),
+            "voter": voter,
+            "prompt": prompts[trial.prompt_index],
+            **trial._asdict(),
+            **answers,
         }
-        about = {"study": asdict(study), "voter": voter, "prompt": prompts[trial.prompt_index]}
-        votes.append_vote(path, {**about, **trial._asdict(), **chosen})
-        return show(voter)
+        votes.append_vote(path, record)
+        return show_next(voter)
 
     with gr.Blocks(
-        analytics_enabled=False, title="Which picture?", delete_cache=(600, 600)
+        analytics_enabled=False, title="Which image is better?", delete_cache=(600, 600)
     ) as page:
-        voter = gr.BrowserState(
+        # State: the voter's identifier is kept by the browser, the trial by the server
+        voter_state = gr.BrowserState(
             "", storage_key=f"diffusion2gan-{study.digest}", secret="diffusion2gan"
         )
-        trial = gr.State(None)
-        words, line = gr.HTML(elem_id="words"), gr.HTML(elem_id="line")
+        trial_state = gr.State(None)
+
+        # Layout
+        heading = gr.HTML(elem_id="words")
+        progress = gr.HTML(elem_id="line")
         with gr.Row():
-            left, right = (
-                gr.Image(
-                    label=side,
-                    type="pil",
-                    format="png",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    height=420,
-                    elem_id=side.lower(),
-                    elem_classes="picture",
-                )
-                for side in ("Left", "Right")
-            )
-        choices = [("Left", "left"), ("Right", "right")]
+            left = build_image("left", "Left", ["fullscreen"])
+            right = build_image("right", "Right", ["fullscreen"])
+        sides = [("Left", "left"), ("Right", "right")]
         with gr.Row():
-            answers = [
-                gr.Radio(choices, label=text, elem_id=name) for name, text in QUESTIONS.items()
+            questions = [
+                gr.Radio(sides, label=text, elem_id=name) for name, text in QUESTIONS.items()
             ]
         button = gr.Button("Next", variant="primary", elem_id="next")
-        outputs = [voter, trial, words, line, left, right, *answers, button]
-        page.load(show, voter, outputs, api_visibility="private", show_progress="hidden")
+
+        # Events
+        outputs = [voter_state, trial_state, heading, progress, left, right, *questions, button]
+        page.load(show_next, voter_state, outputs, api_visibility="private", show_progress="hidden")
         button.click(
             vote,
-            [voter, trial, *answers],
+            [voter_state, trial_state, *questions],
             outputs,
             api_visibility="private",
             concurrency_limit=None,
@@ -348,9 +376,17 @@ def vote_page(
     return page
 
 
-def same_size(left: Image.Image, right: Image.Image) -> tuple[Image.Image, Image.Image]:
-    """Both at the smaller one's size, so that no size tells a system."""
+def is_voter(value: Any) -> bool:
+    """Whether the browser has stored a voter's identifier; it has none at the first visit."""
+    return isinstance(value, str) and value.isalnum() and len(value) == 16
+
+
+def match_sizes(left: Image.Image, right: Image.Image) -> tuple[Image.Image, Image.Image]:
+    """Reduces the larger image to the size of the smaller, so that no size reveals a system."""
     if left.size == right.size:
         return left, right
     size = min(left.size, right.size)
-    return tuple(ImageOps.contain(one, size, Image.Resampling.LANCZOS) for one in (left, right))  # type: ignore
+    return (
+        ImageOps.contain(left, size, Image.Resampling.LANCZOS),
+        ImageOps.contain(right, size, Image.Resampling.LANCZOS),
+    )

@@ -1,7 +1,8 @@
-"""Blind preference: which pair a voter sees next, the votes on disk, and what they say of two systems.
+"""Blind preference votes: which pair a voter gets next, the votes on disk, and their statistics.
 
-A vote is one line of JSON in a file that only ever grows. A lock and one write a line let several voters, and several
-processes, append at once; what was there when a machine stopped is read again.
+A vote is one line of JSON in a file that is only ever appended to. A lock, and a single write per
+line, allow several voters and several processes to append at the same time. After a crash, all the
+votes written before it are still read.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from typing import Any, NamedTuple
 from diffusion2gan.errors import Failure, UserError
 
 QUESTIONS = {
-    "realism": "Which picture looks more realistic?",
-    "alignment": "Which picture agrees better with the text?",
+    "realism": "Which image looks more realistic?",
+    "alignment": "Which image matches the text better?",
 }
 FIELDS = ("voter", "prompt_index", "prompt", "left", "right", "study", *QUESTIONS)
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is voted on: systems `a` and `b`, and a `digest` of all the pictures depend on."""
+    """What is voted on: systems `a` and `b`, and a digest of all that their images depend on."""
 
     a: str
     b: str
@@ -37,7 +38,7 @@ class Study:
 
 
 class Trial(NamedTuple):
-    """One question to one voter: the prompt's index, and which system stands on which side."""
+    """A pair of images for one voter: the index of its prompt, and the system on each side."""
 
     prompt_index: int
     left: str
@@ -45,106 +46,134 @@ class Trial(NamedTuple):
 
 
 def trial_order(study: Study, num_prompts: int, voter: str) -> list[Trial]:
-    """A voter's trials: every prompt once, in an order and with sides that are random, and the same after a reload."""
+    """The trials of a voter: every prompt once, in random order and with random sides.
+
+    The order depends only on the study and the voter, so that it is the same after a reload.
+    """
     rng = random.Random(f"{study.digest} {voter}")
     indices = rng.sample(range(num_prompts), num_prompts)
-    return [Trial(i, *rng.sample([study.a, study.b], 2)) for i in indices]
+    return [Trial(index, *rng.sample([study.a, study.b], 2)) for index in indices]
 
 
-# ------------------------------------------------------------------------------------------------------------ on disk
+# --------------------------------------------------------------------------------- Votes on disk
 
 
 def append_vote(path: Path, vote: Mapping[str, Any]) -> None:
-    """Adds one vote and waits until it is on the disk. Raises Failure where it cannot be written."""
+    """Appends a vote and waits until it is on the disk. Raises Failure if it cannot be written."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+            line = json.dumps({"time": time.time(), **vote}, ensure_ascii=True).encode() + b"\n"
+
+            # A crash may have cut off the last line: start a new one
             size = os.fstat(descriptor).st_size
-            torn = (
-                size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-            )  # by a machine that stopped in the middle
-            line = json.dumps({"time": time.time(), **vote}, ensure_ascii=True).encode()
-            text = b"\n" * torn + line + b"\n"
-            if os.write(descriptor, text) != len(text):
+            if size > 0 and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
+
+            # A single write, so that a line is never mixed with another
+            if os.write(descriptor, line) != len(line):
                 raise OSError("only a part of it was written")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
     except OSError as error:
         raise Failure(
-            f"the vote could not be written to {path} ({error}); free some space and vote again."
+            f"the vote could not be written to {path} ({error}); free some disk space and vote "
+            "again."
         ) from error
 
 
 def read_votes(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The votes of a file, and how many of its lines are none (cut off or edited). Of a voter's two votes on one
-    prompt the later counts. Raises UserError where there is no such file."""
+    """Reads the votes of a file; also returns the number of invalid lines (cut off or edited).
+
+    If a voter has voted twice on a prompt, the later vote counts. Raises UserError if there is no
+    such file.
+    """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         raise UserError(
-            f"no votes in {path}: the file is missing; diffusion2gan serve --vote A B writes one"
+            f"no votes in {path}: the file does not exist; `diffusion2gan serve --vote A B` "
+            "creates it"
         ) from None
     except IsADirectoryError:
         raise UserError(
-            f"{path} is a folder; give the file that `diffusion2gan serve --vote` writes"
+            f"{path} is a folder; give the file that `diffusion2gan serve --vote A B` creates"
         ) from None
-    parsed = [_parse(line) for line in lines if line.strip()]
-    votes = {
-        (v["study"]["digest"], v["voter"], v["prompt_index"]): v for v in parsed if v is not None
-    }
-    return list(votes.values()), parsed.count(None)
+
+    votes = {}
+    num_invalid = 0
+    for line in lines:
+        if not line.strip():
+            continue
+        vote = _parse_vote(line)
+        if vote is None:
+            num_invalid += 1
+        else:
+            votes[vote["study"]["digest"], vote["voter"], vote["prompt_index"]] = vote
+    return list(votes.values()), num_invalid
 
 
-def _parse(line: str) -> dict[str, Any] | None:
+def _parse_vote(line: str) -> dict[str, Any] | None:
+    """The vote on a line, or None if it is not one."""
     try:
         vote = json.loads(line)
     except json.JSONDecodeError:
         return None
-    whole = (
-        isinstance(vote, dict)
-        and all(field in vote for field in FIELDS)
-        and isinstance(vote["study"], dict)
-    )
-    if (
-        not whole
-        or set(vote["study"]) != {"a", "b", "digest"}
-        or not isinstance(vote["prompt_index"], int)
-    ):
+
+    # All fields, with the right types
+    if not isinstance(vote, dict) or not all(field in vote for field in FIELDS):
         return None
-    words = [
-        *vote["study"].values(),
-        *(vote[key] for key in ("voter", "left", "right", *QUESTIONS)),
-    ]
-    right = all(isinstance(word, str) for word in words) and all(
-        vote[q] in (vote["left"], vote["right"]) for q in QUESTIONS
-    )
-    return vote if right else None
+    study = vote["study"]
+    if not isinstance(study, dict) or set(study) != {"a", "b", "digest"}:
+        return None
+    if not isinstance(vote["prompt_index"], int):
+        return None
+    answers = [vote[question] for question in QUESTIONS]
+    names = [*study.values(), vote["voter"], vote["left"], vote["right"], *answers]
+    if not all(isinstance(name, str) for name in names):
+        return None
+
+    # Every answer is one of the two systems
+    if not all(answer in (vote["left"], vote["right"]) for answer in answers):
+        return None
+    return vote
 
 
 def check_study(path: Path, study: Study) -> None:
-    """Raises UserError where `path` already holds votes on something else."""
-    for vote in read_votes(path)[0] if path.exists() else []:
-        if vote["study"] != asdict(study):
-            there = vote["study"]
+    """Raises UserError if `path` already has votes on another study."""
+    if not path.exists():
+        return
+    votes, _ = read_votes(path)
+    for vote in votes:
+        existing = vote["study"]
+        if existing != asdict(study):
             raise UserError(
-                f"{path} holds votes on {there['a']} against {there['b']} ({there['digest']}), and this is {study.a} "
-                f"against {study.b} ({study.digest}): other systems, prompts or noises. Name another file with --votes."
+                f"{path} has votes on {existing['a']} against {existing['b']} (digest "
+                f"{existing['digest']}), but this study is {study.a} against {study.b} (digest "
+                f"{study.digest}): the systems, prompts or seed differ. "
+                "Name another file with --votes."
             )
 
 
-def voted(path: Path, voter: str) -> set[int]:
-    """The prompts a voter has voted on."""
-    votes = read_votes(path)[0] if path.exists() else []
+def voted_prompts(path: Path, voter: str) -> set[int]:
+    """The indices of the prompts that a voter has voted on."""
+    if not path.exists():
+        return set()
+    votes, _ = read_votes(path)
     return {vote["prompt_index"] for vote in votes if vote["voter"] == voter}
 
 
-# --------------------------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------------ Statistics
 
 
 class Preference(NamedTuple):
-    """How often `a` was preferred: `wins` of `num_votes`, the share, its interval, and the p-value of one half."""
+    """How often `a` was preferred: `wins` of `num_votes`.
+
+    `share` is their ratio, `low` to `high` its interval, and `p_value` that of the hypothesis that
+    the true share is one half.
+    """
 
     wins: int
     num_votes: int
@@ -155,58 +184,69 @@ class Preference(NamedTuple):
 
 
 def preference(wins: int, count: int, level: float = 0.95) -> Preference:
-    """The share wins/count with Wilson's interval (Wilson 1927), and the exact binomial test against one half.
+    """The share wins / count with Wilson's interval, and the exact binomial test against one half.
 
-    The interval takes votes as independent. Raises UserError where there is no vote.
+    Wilson, "Probable inference, the law of succession, and statistical inference", 1927. The
+    interval assumes independent votes. Raises UserError if there are no votes.
     """
     if count < 1 or not 0 <= wins <= count:
-        raise UserError(f"{wins} of {count} votes: there is nothing to count")
+        raise UserError(f"{wins} of {count} votes: a share cannot be computed from these")
     z = NormalDist().inv_cdf((1 + level) / 2)
     share = wins / count
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return Preference(
-        wins,
-        count,
-        share,
-        max(0.0, centre - half),
-        min(1.0, centre + half),
-        _sign_test(wins, count),
+        wins=wins,
+        num_votes=count,
+        share=share,
+        low=max(0.0, centre - half),
+        high=min(1.0, centre + half),
+        p_value=_sign_test(wins, count),
     )
 
 
 def _sign_test(wins: int, count: int) -> float:
-    """P(as uneven or more) for a fair coin, two-sided, exact."""
-    few = min(wins, count - wins)
-    tail = sum(math.comb(count, k) for k in range(few + 1))
+    """The exact two-sided probability of a result at least as uneven from a fair coin."""
+    fewer = min(wins, count - wins)
+    tail = sum(math.comb(count, k) for k in range(fewer + 1))
     return min(1.0, 2 * (tail / 2**count))
 
 
-def summary(path: Path) -> list[str]:
-    """Lines for the reader: per pair of systems and question the preference, the voters, and lines that are no vote."""
-    votes, num_bad = read_votes(path)
-    lines = [f"warning: {num_bad} lines of {path} are no votes and are left out"] if num_bad else []
+def summarize(path: Path) -> list[str]:
+    """The lines that `diffusion2gan votes` prints: the preference per study and question.
+
+    A warning comes first if the file has invalid lines. Raises UserError if it has no votes.
+    """
+    votes, num_invalid = read_votes(path)
     if not votes:
-        raise UserError(f"no votes in {path} yet; {len(lines) and num_bad} unreadable lines")
+        raise UserError(f"no votes in {path} yet; it has {num_invalid} invalid lines")
+
+    lines = []
+    if num_invalid:
+        lines.append(f"warning: {num_invalid} lines of {path} are not valid votes and are ignored")
     for study in dict.fromkeys(Study(**vote["study"]) for vote in votes):
-        lines += _tell(study, [vote for vote in votes if vote["study"] == asdict(study)])
+        lines += _summarize_study(study, [v for v in votes if v["study"] == asdict(study)])
     return lines
 
 
-def _tell(study: Study, votes: Sequence[Mapping[str, Any]]) -> list[str]:
+def _summarize_study(study: Study, votes: Sequence[Mapping[str, Any]]) -> list[str]:
     num_voters = len({vote["voter"] for vote in votes})
     num_prompts = len({vote["prompt_index"] for vote in votes})
     lines = [
-        f"{study.a} against {study.b}: {len(votes)} votes, {num_voters} voters, {num_prompts} prompts"
+        f"{study.a} against {study.b}: {len(votes)} votes, {num_voters} voters, "
+        f"{num_prompts} prompts"
     ]
     for question in QUESTIONS:
-        p = preference(sum(vote[question] == study.a for vote in votes), len(votes))
+        wins = sum(vote[question] == study.a for vote in votes)
+        result = preference(wins, len(votes))
         lines.append(
-            f"  {question}: {study.a} preferred {p.share:.1%} [{p.low:.1%}, {p.high:.1%}] "
-            f"({p.wins} of {p.num_votes}), p = {p.p_value:.2g} against even"
+            f"  {question}: {study.a} preferred {result.share:.1%} "
+            f"[{result.low:.1%}, {result.high:.1%}] ({result.wins} of {result.num_votes}), "
+            f"p = {result.p_value:.2g} against even"
         )
     if num_prompts < len(votes):
         lines.append(
-            "  the intervals take votes as independent; several on one prompt are not quite"
+            "  note: the intervals assume independent votes; several votes on the same prompt "
+            "are not quite independent"
         )
     return lines

@@ -292,16 +292,19 @@ def test_wrong_systems_metrics_and_image_names_are_refused(
     compare = ("compare", "--prompts", prompts, "--out", tmp_path / "c")
     assert_refused(run(*compare, "--system", tiny_teacher), 2, "write it as NAME=PATH")
     twice = ("--system", f"a={tiny_teacher}", "--system", f"a={tiny_teacher}")
-    assert_refused(run(*compare, *twice), 2, "--system a: given twice")
+    assert_refused(run(*compare, *twice), 2, "--system a: this name is given twice")
 
     measured = (*compare, "--system", f"student={tiny_teacher}", "--metrics")
     assert_refused(run(*measured, "m.json"), 2, "--metrics 'm.json': write it as NAME=PATH")
     assert_refused(
-        run(*measured, "studnt=m.json"), 2, "no --system has this name", "did you mean 'student'"
+        run(*measured, "studnt=m.json"),
+        2,
+        "there is no --system with this name",
+        "did you mean 'student'",
     )
     assert_refused(run(*measured, f"student={metrics}"), 2, "no such file")
     metrics.write_text("[1]")
-    assert_refused(run(*measured, f"student={metrics}"), 2, "holds no metrics")
+    assert_refused(run(*measured, f"student={metrics}"), 2, "does not contain the metrics")
 
     generate = ("generate", tiny_teacher, "--num-inference-steps", 1)
     result = run(*generate, "--prompt", "a disc", "--out", tmp_path / "x.txt")

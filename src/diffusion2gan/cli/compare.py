@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,86 +15,133 @@ def compare(
     system: Annotated[
         list[str],
         typer.Option(
-            help="NAME=PATH, NAME=PATH@STEPS, NAME=ROW=FOLDER (as evaluate's) or NAME=PICTURES; repeatable."
+            help="NAME=PATH, NAME=PATH@STEPS, NAME=ROW=FOLDER for a published system (as in "
+            "evaluate), or NAME=FOLDER with images; repeatable."
         ),
     ],
     prompts: Annotated[
         Path,
-        typer.Option(callback=local_path, help="A text file, one prompt a line, one row each."),
+        typer.Option(
+            callback=local_path, help="A text file with one prompt per line: the rows of the page."
+        ),
     ],
-    out: Annotated[Path, typer.Option(callback=local_path, help="The report's folder.")],
+    out: Annotated[
+        Path, typer.Option(callback=local_path, help="The folder in which the report is written.")
+    ],
     metrics: Annotated[
-        list[str] | None, typer.Option(help="NAME=metrics.json, from evaluate; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="NAME=metrics.json: what evaluate wrote for the system NAME; repeatable."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=255)] = 255,
+    seed: Annotated[
+        int, typer.Option(min=0, max=255, help="The noise, shared by all systems, depends on it.")
+    ] = 255,
     device: DeviceOption = "cpu",
     precision: PrecisionOption = "float32",
 ) -> None:
-    """Write a page with several systems' pictures of the same prompts from the same noises; run again to continue."""
+    """Write a page that shows the images of several systems for the same prompts and noise.
+
+    Run it again to continue an interrupted comparison.
+    """
     from diffusion2gan.compare import compare as job
     from diffusion2gan.compare.images import parse_names, parse_systems
     from diffusion2gan.prompts import read_prompts
 
-    lines = read_prompts(prompts)
-    named = parse_names(metrics or [], "--metrics")
-    measured = job.read_metrics(named, [text.partition("=")[0] for text in system])
-    job.compare(parse_systems(system, device, precision), lines, out, seed=seed, metrics=measured)
+    prompt_list = read_prompts(prompts)
+    metrics_files = parse_names(metrics or [], "--metrics")
+    names = [argument.partition("=")[0] for argument in system]
+    measured = job.read_metrics(metrics_files, names)
+    systems = parse_systems(system, device, precision)
+    job.compare(systems, prompt_list, out, seed=seed, metrics=measured)
     typer.echo(f"{out / 'index.html'}")
 
 
 def serve(
     student: Annotated[
-        str | None, typer.Argument(help="pocket-student, pocket-teacher or a pipeline folder.")
+        str | None,
+        typer.Argument(help="The student to show: pocket-student or a pipeline folder."),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="A teacher to show beside it, PATH or PATH@STEPS.")
+        str | None, typer.Option(help="A teacher to show beside it: PATH or PATH@STEPS.")
     ] = None,
     vote: Annotated[
-        tuple[str, str] | None, typer.Option(help="Blind votes between two systems, A B, instead.")
+        tuple[str, str] | None,
+        typer.Option(help="Take blind votes between two systems, A and B, instead."),
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(callback=local_path, help="With --vote: a text file, one prompt a line."),
+        typer.Option(callback=local_path, help="With --vote: a text file with a prompt per line."),
     ] = None,
     votes: Annotated[
         Path,
-        typer.Option(callback=local_path, help="With --vote: the file that votes are added to."),
+        typer.Option(
+            callback=local_path, help="With --vote: the file to which votes are appended."
+        ),
     ] = Path("votes.jsonl"),
     history: Annotated[
-        Path, typer.Option(callback=local_path, help="Where kept pictures go.")
+        Path, typer.Option(callback=local_path, help="The folder for saved images.")
     ] = Path("history"),
-    seed: Annotated[int, typer.Option(min=0, max=255, help="With --vote: the noises' set.")] = 255,
+    seed: Annotated[
+        int, typer.Option(min=0, max=255, help="With --vote: the noise depends on it.")
+    ] = 255,
     host: Annotated[
-        str, typer.Option(help="Another address than this lets other machines in.")
+        str,
+        typer.Option(
+            help="The address to listen on. Any but the default lets other machines connect."
+        ),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port to listen on; 0 uses any free one.")
+    ] = 7860,
     device: DeviceOption = "cpu",
     precision: PrecisionOption = "float32",
 ) -> None:
-    """Show a student's picture as its prompt is typed, or take blind votes, in a browser (needs the demo extra)."""
+    """Show a student's image in a browser as its prompt is typed, or take blind votes.
+
+    Needs gradio: pip install 'diffusion2gan[demo]'.
+    """
     if (student is None) == (vote is None):
         raise UserError(
             "name a student to show, or two systems to vote on with --vote A B: one of the two"
         )
     if vote is not None and prompts is None:
-        raise UserError("--vote needs --prompts: a text file, one prompt a line")
-    from diffusion2gan.prompts import read_prompts
-    from diffusion2gan.serve import app as job
+        raise UserError("--vote needs --prompts: a text file with one prompt per line")
 
-    place: dict[str, Any] = {"host": host, "port": port, "device": device, "precision": precision}
-    if vote is not None and prompts is not None:
-        job.serve_vote(vote, read_prompts(prompts), votes, seed=seed, **place)
-    elif student is not None:
-        job.serve_student(student, teacher, history=history, **place)
+    from diffusion2gan.prompts import read_prompts
+    from diffusion2gan.serve import app
+
+    if student is not None:
+        app.serve_student(
+            student,
+            teacher,
+            host=host,
+            port=port,
+            history=history,
+            device=device,
+            precision=precision,
+        )
+    elif vote is not None and prompts is not None:
+        app.serve_vote(
+            vote,
+            read_prompts(prompts),
+            votes,
+            host=host,
+            port=port,
+            seed=seed,
+            device=device,
+            precision=precision,
+        )
 
 
 def votes(
     file: Annotated[
-        Path, typer.Argument(callback=local_path, help="What `serve --vote` has written.")
+        Path,
+        typer.Argument(callback=local_path, help="The file of votes that `serve --vote` wrote."),
     ],
 ) -> None:
-    """Which of two systems voters preferred, with a 95 % interval."""
-    from diffusion2gan.serve.votes import summary
+    """Report which of two systems voters preferred, with 95 % intervals."""
+    from diffusion2gan.serve.votes import summarize
 
-    for line in summary(file):
+    for line in summarize(file):
         typer.echo(line)

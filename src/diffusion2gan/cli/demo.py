@@ -12,13 +12,20 @@ from diffusion2gan.cli.options import SetOption, local_path
 
 def demo(
     out: Annotated[
-        Path, typer.Option(callback=local_path, help="The folder for everything it makes.")
+        Path, typer.Option(callback=local_path, help="The folder for all files of the demo.")
     ] = Path("demo"),
-    count: Annotated[int, typer.Option(min=2, help="Held-out captions to measure on.")] = 256,
-    num_prompts: Annotated[int, typer.Option(min=1, help="Rows of the report.")] = 12,
+    count: Annotated[
+        int, typer.Option(min=2, help="Number of held-out captions for the metrics.")
+    ] = 256,
+    num_prompts: Annotated[
+        int, typer.Option(min=1, help="Number of prompts (rows) in the report.")
+    ] = 12,
     set_: SetOption = None,
 ) -> None:
-    """All of it on the embedded teacher: pairs, distill, export, evaluate, compare. About ten minutes on two cores."""
+    """Run every stage on the embedded teacher: pairs, distill, export, evaluate, compare.
+
+    Takes about ten minutes on two cores. Run it again to continue an interrupted demo.
+    """
     from diffusion2gan.demo import demo as job
 
     job(out, count=count, num_prompts=num_prompts, settings=set_ or [])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,32 @@ def pytest_collection_finish() -> None:
     """Sets the same number of threads everywhere, if a test module has loaded torch."""
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(NUM_THREADS)
+
+
+def seed_all(seed: int) -> None:
+    """Seeds the global random number generators of Python and, if they are loaded, of NumPy and
+    torch.
+    """
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(seed)
+
+
+# Every fixture and every test starts from a fixed seed: its random numbers depend neither on the
+# tests that ran before it nor on which tests are selected. Fixtures have different seeds, so that a
+# test does not draw its inputs from the numbers that are its fixtures' weights.
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
+    seed_all(zlib.crc32(fixturedef.argname.encode()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    seed_all(0)
 
 
 @pytest.fixture(scope="session")

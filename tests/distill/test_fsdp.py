@@ -175,7 +175,8 @@ def assert_kept(out: Path, in_parts: tuple[bool, ...]) -> None:
 
 
 def test_a_kill_between_two_parts_leaves_the_checkpoint_before(
-    folder: Path, tmp_path: Path  # noqa: F811
+    folder: Path,
+    tmp_path: Path,  # noqa: F811
 ) -> None:
     process = torchrun(2, PARTS_WORKER, folder, tmp_path)
     _, err = process.communicate(timeout=600)
@@ -203,22 +204,26 @@ def test_a_kill_between_two_parts_leaves_the_checkpoint_before(
 
 LATE = """
 import os, time, torch
+from pathlib import Path
 from diffusion2gan.errors import Failure
 from diffusion2gan.runtime import fsdp
 from diffusion2gan.runtime.distributed import connect_ranks
+reported = Path(__file__).with_name("reported")
 layer = torch.nn.Linear(4, 4)
 with connect_ranks(torch.device("cpu")) as group:
-    fsdp.cut(layer, torch.device("cpu"))
+    fsdp.shard(layer, torch.device("cpu"))
     group.unshard(layer, None)
     layer(torch.ones(1, 4)).sum().backward()
     group.sum(layer, [])
     if group.ranks.rank == 1:
-        time.sleep(30)
+        while not reported.exists():  # hangs until rank 0 has reported it
+            time.sleep(0.05)
         os._exit(0)
     try:
         group.unshard(layer)
     except Failure as error:
         print("TOLD", error, flush=True)
+        reported.touch()
         os._exit(0)
 """
 

@@ -301,19 +301,23 @@ def test_a_batch_that_cannot_be_cut_is_refused() -> None:
 
 LATE = """
 import os, sys, time, torch
+from pathlib import Path
 from diffusion2gan.errors import Failure
 from diffusion2gan.runtime.distributed import Flags, connect_ranks
+reported = Path(__file__).with_name("reported")
 layer = torch.nn.Linear(2, 2)
 layer(torch.ones(1, 2)).sum().backward()
 with connect_ranks(torch.device("cpu")) as group:
     group.sum(layer, [])
     if group.ranks.rank == 1:
-        time.sleep(30)
+        while not reported.exists():  # hangs until rank 0 has reported it
+            time.sleep(0.05)
         os._exit(0)
     try:
         group.sum(layer, [])
     except Failure as error:
         print("TOLD", error, flush=True)
+        reported.touch()
         os._exit(0)
 """
 

@@ -104,17 +104,21 @@ def test_two_ranks_measure_what_one_process_does(tiny_teacher: Path, tmp_path: P
 
 LATE = """
 import os, sys, time, torch
+from pathlib import Path
 from diffusion2gan.errors import Failure
 from diffusion2gan.runtime import distributed
+reported = Path(__file__).with_name("reported")
 distributed.BARRIER_TIMEOUT_S = 2
 with distributed.connect_ranks(torch.device("cpu")) as group:
     if group.ranks.rank == 1:
-        time.sleep(20)
+        while not reported.exists():  # hangs until rank 0 has reported it
+            time.sleep(0.05)
         os._exit(0)
     try:
         group.barrier()
     except Failure as error:
         print("TOLD", error, flush=True)
+        reported.touch()
         os._exit(0)
 """
 

@@ -108,7 +108,7 @@ def test_timings_are_positive_and_consistent(student: Path) -> None:
     assert {"seconds_per_image", "seconds_per_image_p90", "images_per_second"} <= set(told)
     assert told["seconds_per_image_p90"] >= told["seconds_per_image"]
     assert told.get("peak_memory_bytes", 2**27) >= 2**27  # the process holds torch and a pipeline
-    assert 0 < told["seconds_per_image"] < 30 and 0 < told["images_per_second"] < 10_000
+    assert told["seconds_per_image"] > 0 and told["images_per_second"] > 0
 
 
 def test_folders_that_are_no_systems(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_two_nodes_come_back_after_one_has_lost_its_rank(tmp_path: Path) -> None
         for _ in range(2)
     ]
     try:
-        told = [node.communicate(timeout=150) for node in nodes]
+        told = [node.communicate(timeout=600) for node in nodes]
     finally:
         for node in nodes:
             node.kill()

@@ -20,7 +20,7 @@ from pathlib import Path
 from diffusion2gan.runtime.lock import exclusive_lock
 with exclusive_lock(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    time.sleep(3600)  # until it is killed
 """
 
 

@@ -28,7 +28,7 @@ from real_sizes import SIZES, teacher_of
 from diffusion2gan.distill.losses import build_distance
 from diffusion2gan.distill.optimizer import BETAS
 from diffusion2gan.distill.run import Run
-from diffusion2gan.distill.train import step
+from diffusion2gan.distill.steps import step
 from diffusion2gan.pairs.store import Pairs
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.vgg import VGG, WIDTHS, num_dropped_pools

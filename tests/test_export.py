@@ -199,7 +199,7 @@ def test_the_teacher_in_memory_is_left_as_it_is(
 
 
 def test_no_run_and_no_checkpoint_are_said(runs: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no run \(recipe\.json is missing\)"):
+    with pytest.raises(UserError, match=r"contains no run \(recipe\.json is missing\)"):
         export(tmp_path, tmp_path / "out")
     young = tmp_path / "young"
     young.mkdir()

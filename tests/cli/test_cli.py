@@ -130,7 +130,7 @@ def unsupported_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["nowhere holds no pairs", "diffusion2gan pairs --out nowhere"],
         ),
         (["pairs", "verify", "nowhere"], ["nowhere holds no pairs"]),
-        (["export", "nowhere", "--out", "y"], ["nowhere holds no run", "diffusion2gan distill"]),
+        (["export", "nowhere", "--out", "y"], ["nowhere contains no run", "diffusion2gan distill"]),
         (["serve"], ["name a student", "--vote A B: one of the two"]),
         (["serve", "pocket-student", "--vote", "a", "b"], ["one of the two"]),
         (["serve", "--vote", "a", "b"], ["--vote needs --prompts"]),
@@ -426,7 +426,9 @@ def test_a_run_with_other_settings_is_refused_unless_the_change_is_allowed(
     # A setting that changes the result
     changed = distill_command(tiny_teacher, shared_pairs, folder, "learning_rate=0.5")
     assert_refused(
-        run(*changed), 2, "holds a run of another recipe (learning_rate: 0.0003 there, 0.5 asked)"
+        run(*changed),
+        2,
+        "contains a run with different settings (learning_rate: 0.0003 in the run, 0.5 requested)",
     )
 
     # A setting that does not change the result: allowed with --allow-change
@@ -434,8 +436,8 @@ def test_a_run_with_other_settings_is_refused_unless_the_change_is_allowed(
     assert_refused(
         run(*steps),
         2,
-        "gradient_accumulation_steps: 1 there, 2 asked",
-        "or allow it: --allow-change gradient_accumulation_steps",
+        "gradient_accumulation_steps: 1 in the run, 2 requested",
+        "can be allowed: --allow-change gradient_accumulation_steps",
     )
     assert_refused(
         run(*steps, "--allow-change", "learning_rate"),

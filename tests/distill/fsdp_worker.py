@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusion2gan.distill.losses import build_distance
 from diffusion2gan.distill.run import Run
-from diffusion2gan.distill.train import step
+from diffusion2gan.distill.steps import step
 from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import fsdp

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from diffusion2gan.distill.checkpoints import CHECKPOINT
 from diffusion2gan.distill.losses import build_distance
 from diffusion2gan.distill.run import Run, open_run
-from diffusion2gan.distill.train import step
+from diffusion2gan.distill.steps import step
 from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime.distributed import connect_ranks
@@ -56,7 +56,7 @@ def main(folder: Path, out: Path) -> None:
                 last = killed if group.ranks.rank == 1 else written_and_killed
                 HuggingFaceStorageWriter.write_data = last  # type: ignore[method-assign]
             run.save(out)
-            run.saved()
+            run.wait_until_saved()
 
 
 if __name__ == "__main__":

@@ -14,18 +14,19 @@ from torch import Tensor
 
 from diffusion2gan.adversarial.losses import r1_penalty
 from diffusion2gan.cost.distill import dry_run
-from diffusion2gan.distill import health, train
+from diffusion2gan.distill import health, steps
 from diffusion2gan.distill.losses import build_distance
 from diffusion2gan.distill.run import CHECKPOINT, Run
 from diffusion2gan.distill.student import Float32Conv2d, Student
-from diffusion2gan.distill.train import (
+from diffusion2gan.distill.steps import (
     discriminator_step,
-    distill,
+    frozen,
     micro_batches,
     step,
     step_seed,
     student_step,
 )
+from diffusion2gan.distill.train import distill
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.sampler import PairReader
@@ -152,7 +153,7 @@ def test_the_students_gradient_is_the_papers_objective(recipe: Recipe, pairs: Pa
     assert_near(gradients(run.student), [g for g in expected if g is not None], 1e-5)
     assert entry["loss"] + 0.5 * entry["gan_loss"] == pytest.approx(float(loss.detach()))
     assert all(torch.equal(a, b) for a, b in zip(before, weights(run.discriminator), strict=True))
-    assert all(p.grad is None and not p.requires_grad for p in run.discriminator.parameters())
+    assert all(p.grad is None and p.requires_grad for p in run.discriminator.parameters())
 
 
 def test_the_discriminators_gradient_is_the_papers_too(recipe: Recipe, pairs: Path) -> None:
@@ -162,7 +163,7 @@ def test_the_discriminators_gradient_is_the_papers_too(recipe: Recipe, pairs: Pa
     made = run.discriminator
     with torch.no_grad():
         fake = run.student(part.noise, part.cond)
-    generator = torch.Generator().manual_seed(step_seed(recipe.seed, 0, train.DISCRIMINATOR))
+    generator = torch.Generator().manual_seed(step_seed(recipe.seed, 0, steps.DISCRIMINATOR))
     torch.rand((), generator=generator), torch.randperm(4, generator=generator)  # mix_and_match's
     row = int(torch.randint(4, (), generator=generator))
     one = slice(row, row + 1)
@@ -232,9 +233,9 @@ def test_warnings_are_said_logged_and_stand_in_the_live_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(health, "SETTLED", 2)
+    monkeypatch.setattr(health, "MIN_VALUES", 2)
     monkeypatch.setitem(health.REMEDIES, health.D_AT_CHANCE, "a remedy")
-    monkeypatch.setattr(train, "accuracy", lambda logits, real, rows=None: 0.5)
+    monkeypatch.setattr(health, "accuracy", lambda logits, real, rows=None: 0.5)
     distill(
         recipe.model_copy(update={"total_pairs": 4 * BATCH, "discriminator_warmup": 0}),
         pairs,
@@ -252,7 +253,7 @@ def test_warnings_are_said_logged_and_stand_in_the_live_line(
         f"warning: {health.D_AT_CHANCE}: a remedy" in told
         and f"· {health.D_AT_CHANCE}" in told.split("16/16")[1]
     )
-    assert "· ETA 0:00 loss" in told and "D right on 50% real 50% fake" in told
+    assert "· ETA 0:00 loss" in told and "D accuracy 50% real 50% fake" in told
 
 
 def test_a_discriminator_that_the_student_never_meets_is_told(
@@ -262,7 +263,7 @@ def test_a_discriminator_that_the_student_never_meets_is_told(
         update={"total_pairs": BATCH, "gan_start_pairs": BATCH, "discriminator_warmup": 0}
     )
     distill(short, pairs, tmp_path)
-    assert "from pair 4 on (gan_start_pairs 4" in " ".join(capsys.readouterr().err.split())
+    assert "would begin at pair 4 (gan_start_pairs 4" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("player", ["student", "discriminator"])
@@ -270,8 +271,8 @@ def test_ten_broken_steps_in_a_row_name_the_player(
     recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, player: str
 ) -> None:
     name = "student_loss" if player == "student" else "discriminator_loss"
-    real = getattr(train, name)
-    monkeypatch.setattr(train, name, lambda *logits: real(*logits) * float("nan"))
+    real = getattr(steps, name)
+    monkeypatch.setattr(steps, name, lambda *logits: real(*logits) * float("nan"))
     changed = recipe.model_copy(update={"checkpoint_every_s": 1e6, "discriminator_warmup": 0})
     with pytest.raises(
         Failure,
@@ -326,7 +327,7 @@ def test_ten_steps_a_kill_and_ten_more_are_twenty(
     whole_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between the two players' steps of the eleventh."""
-    real = train.student_step
+    real = steps.student_step
 
     def killed(run: Run, *rest: Any) -> dict[str, Any]:
         if run.pairs_seen == 10 * BATCH:
@@ -334,7 +335,7 @@ def test_ten_steps_a_kill_and_ten_more_are_twenty(
         return real(run, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "student_step", killed)
+        patch.setattr(steps, "student_step", killed)
         with pytest.raises(KeyboardInterrupt):
             distill(recipe, pairs, tmp_path / "run")
     tensors, meta = checkpoint.load(tmp_path / "run" / CHECKPOINT)
@@ -413,8 +414,8 @@ def test_the_discriminator_learns_to_tell(recipe: Recipe, pairs: Path) -> None:
 def test_a_step_of_d_that_is_not_finite_is_skipped(
     recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = train.r1_penalty
-    monkeypatch.setattr(train, "r1_penalty", lambda *arguments: real(*arguments) * float("nan"))
+    real = steps.r1_penalty
+    monkeypatch.setattr(steps, "r1_penalty", lambda *arguments: real(*arguments) * float("nan"))
     distill(recipe.model_copy(update={"total_pairs": 4 * BATCH}), pairs, tmp_path)
     lines = log_of(tmp_path)
     assert [line["skipped"] for line in lines] == [1, 1, 1, 2] and lines[0]["d_grad_norm"] is None
@@ -426,9 +427,9 @@ def test_a_step_of_d_that_is_not_finite_is_skipped(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"discriminator": "patch"}, "discriminator: 'diffusion' there, 'patch' asked"),
-        ({"multi_scale_output": False}, "multi_scale_output: True there, False asked"),
-        ({"adversarial_weight": 0.0}, r"adversarial_weight: 0\.5 there, 0\.0 asked"),
+        ({"discriminator": "patch"}, "discriminator: 'diffusion' in the run, 'patch' requested"),
+        ({"multi_scale_output": False}, "multi_scale_output: True in the run, False requested"),
+        ({"adversarial_weight": 0.0}, r"adversarial_weight: 0\.5 in the run, 0\.0 requested"),
     ],
 )
 def test_another_discriminator_does_not_resume(
@@ -444,7 +445,7 @@ def test_pairs_without_prompts_are_refused(
     folder = make(teacher_folder, tmp_path / "pairs", [""])
     with pytest.raises(
         UserError,
-        match=r"have no prompts, and the discriminator is to read them.*adversarial_weight=0",
+        match=r"have no prompts, and the discriminator reads them.*adversarial_weight=0",
     ):
         distill(recipe, folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -461,7 +462,8 @@ def test_pairs_without_prompts_are_refused(
         > 0
     )
     with pytest.raises(
-        UserError, match="discriminator_timestep = 5000, and the teacher's are 0 to 999"
+        UserError,
+        match="discriminator_timestep = 5000 is too large: the teacher's timesteps are 0 to 999",
     ):
         dry_run(recipe.model_copy(update={"discriminator_timestep": 5000}), folder)
 

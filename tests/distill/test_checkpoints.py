@@ -79,7 +79,7 @@ def test_the_last_and_the_best_are_kept(run: Path, recipe: Recipe) -> None:
     ]  # of so few steps: the plain mean
     best = checkpoint.meta(run / BEST)
     assert best["pairs_seen"] == 2 * (1 + min(range(STEPS), key=averages.__getitem__))
-    assert checkpoints.loss_of(best) == pytest.approx(min(averages))
+    assert checkpoints.average_loss(best) == pytest.approx(min(averages))
     for number in (8, 10, 12):
         assert checkpoint.meta(run / f"checkpoint-{number:09d}.safetensors")["pairs_seen"] == number
     assert (run / "checkpoint-000000012.safetensors").samefile(
@@ -154,11 +154,13 @@ def test_what_may_change_when_a_run_goes_on(
     out = tmp_path / "run"
     shutil.copytree(run, out)
     other = recipe.model_copy(update={"gradient_accumulation_steps": 2, "learning_rate": 1e-4})
-    told = r"gradient_accumulation_steps: 1 there, 2 asked.*learning_rate: 0.003 there, 0.0001 asked|learning_rate.*gradient_accumulation_steps: 1 there"
+    told = r"gradient_accumulation_steps: 1 in the run, 2 requested.*learning_rate: 0.003 in the run, 0.0001 requested|learning_rate.*gradient_accumulation_steps: 1 in the run"
     with pytest.raises(UserError, match=told) as refused:
         distill(other, pairs, out)
-    assert "allow it: --allow-change gradient_accumulation_steps." in str(refused.value)
-    with pytest.raises(UserError, match=r"learning_rate: 0.003 there, 0.0001 asked\)") as refused:
+    assert "can be allowed: --allow-change gradient_accumulation_steps." in str(refused.value)
+    with pytest.raises(
+        UserError, match=r"learning_rate: 0.003 in the run, 0.0001 requested\)"
+    ) as refused:
         distill(other, pairs, out, ["gradient_accumulation_steps"])
     assert "gradient_accumulation_steps" not in str(refused.value)
     with pytest.raises(

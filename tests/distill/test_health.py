@@ -72,15 +72,15 @@ def test_each_band_has_its_name_and_remedy(change: dict[str, float], name: str) 
 def test_a_warning_comes_once_after_the_start_and_again_after_recovery() -> None:
     told = Health()
     drifted = WELL | {"latent_shift": 0.4}
-    said = [told.record(drifted, False) for _ in range(health.SETTLED + 50)]
-    assert [i + 1 for i, warnings in enumerate(said) if warnings] == [health.SETTLED]
+    said = [told.record(drifted, False) for _ in range(health.MIN_VALUES + 50)]
+    assert [i + 1 for i, warnings in enumerate(said) if warnings] == [health.MIN_VALUES]
     assert (
-        said[health.SETTLED - 1][0].startswith("saturation drift: ")
-        and "saturation drift" in told.line()
+        said[health.MIN_VALUES - 1][0].startswith("saturation drift: ")
+        and "saturation drift" in told.status()
     )
     for _ in range(300):
         assert not told.record(WELL, False)
-    assert told.told == [] and "drift" not in told.line()
+    assert told.active_warnings == [] and "drift" not in told.status()
     again = [told.record(drifted, False) for _ in range(300)]
     assert sum(map(len, again)) == 1
 
@@ -90,10 +90,10 @@ def test_a_discriminator_that_begins_late_is_judged_after_as_many_steps_of_its_o
     told, alone = Health(), {"loss": 0.1, "latent_shift": 0.0, "latent_std_ratio": 1.0}
     chance = alone | {"accuracy": 0.5, "accuracy_real": 0.5, "accuracy_fake": 0.5}
     young = alone | {"accuracy": 0.61, "accuracy_real": 0.92, "accuracy_fake": 0.1}
-    assert not any(told.record(alone, False) for _ in range(2 * health.SETTLED))
+    assert not any(told.record(alone, False) for _ in range(2 * health.MIN_VALUES))
     assert not any(told.record(chance, False) for _ in range(20))
-    assert not any(told.record(young, False) for _ in range(2 * health.SETTLED))
-    said = [warning for _ in range(2 * health.SETTLED) for warning in told.record(chance, False)]
+    assert not any(told.record(young, False) for _ in range(2 * health.MIN_VALUES))
+    said = [warning for _ in range(2 * health.MIN_VALUES) for warning in told.record(chance, False)]
     assert len(said) == 1 and said[0].startswith(health.D_AT_CHANCE)
 
 
@@ -105,12 +105,12 @@ def test_running_averages_leave_out_what_is_not_finite_and_count_skips() -> None
         told.skipped,
         told.skipped_in_a_row,
     ) == (2, 0)
-    assert told.line() == "loss 2.0000 · R1 2 · 2 skipped"
+    assert told.status() == "loss 2.0000 · R1 2 · 2 skipped"
 
 
 def test_its_state_comes_back_from_json_as_it_was() -> None:
     told = Health()
-    for number in range(health.SETTLED + 3):
+    for number in range(health.MIN_VALUES + 3):
         told.record(WELL | {"loss": 0.1 + number / 777, "latent_shift": 0.4}, number == 2)
     for state in (told, Health()):
         back = Health.from_state(json.loads(json.dumps(state.state(), allow_nan=False)))

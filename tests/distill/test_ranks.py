@@ -294,7 +294,7 @@ def test_a_batch_that_cannot_be_cut_is_refused() -> None:
     for world in (1, 2, 3, 4, 6, 12):
         check_ranks(recipe, world)
     with pytest.raises(
-        UserError, match=r"cannot be cut over 5 ranks.*would do: 1, 2, 3, 4, 6, 12;"
+        UserError, match=r"cannot be divided over 5 ranks.*numbers of ranks: 1, 2, 3, 4, 6, 12;"
     ):
         check_ranks(recipe, 5)
 

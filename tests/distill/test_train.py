@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.cost.distill import dry_run
-from diffusion2gan.distill import checkpoints, train
+from diffusion2gan.distill import checkpoints, steps, train
 from diffusion2gan.distill.run import CHECKPOINT, Run, initial_weights, load_student, open_run
 from diffusion2gan.distill.student import Student
-from diffusion2gan.distill.train import distill, learning_rate, step_seed
+from diffusion2gan.distill.steps import learning_rate, step_seed
+from diffusion2gan.distill.train import distill
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pairs.make import make_pairs
@@ -84,14 +85,14 @@ def assert_same(a: Path, b: Path) -> None:
 
 def stop_before(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
     """Ctrl-C just before the step that would start at `stop` pairs."""
-    real = train.student_step
+    real = steps.student_step
 
     def step(run: Run, *rest: Any) -> dict[str, Any]:
         if run.pairs_seen == stop:
             raise KeyboardInterrupt
         return real(run, *rest)
 
-    monkeypatch.setattr(train, "student_step", step)
+    monkeypatch.setattr(steps, "student_step", step)
 
 
 def test_the_student_is_born_as_the_teacher_at_t(
@@ -172,7 +173,7 @@ def test_a_signal_in_mid_step_saves_after_it_and_resumes_exactly(
     number: signal.Signals,
 ) -> None:
     out, slow = tmp_path / "run", recipe.model_copy(update={"checkpoint_every_s": 1e6})
-    real, write = train.learning_rate, checkpoints.write
+    real, write = steps.learning_rate, checkpoints.write
 
     def preempted_again(*args: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -184,7 +185,7 @@ def test_a_signal_in_mid_step_saves_after_it_and_resumes_exactly(
         return real(recipe, pairs_seen)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "learning_rate", signalled)
+        patch.setattr(steps, "learning_rate", signalled)
         patch.setattr(checkpoints, "write", preempted_again)
         with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as end:
             distill(slow, pairs, out)
@@ -232,12 +233,12 @@ def test_the_learning_rate_rises_then_falls() -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"learning_rate": 1e-3}, r"learning_rate: 0\.0003 there, 0\.001 asked"),
+        ({"learning_rate": 1e-3}, r"learning_rate: 0\.0003 in the run, 0\.001 requested"),
         (
             {"loss": "mse", "seed": 4},
-            "loss: 'e_latent_lpips' there, 'mse' asked; seed: 0 there, 4 asked",
+            "loss: 'e_latent_lpips' in the run, 'mse' requested; seed: 0 in the run, 4 requested",
         ),
-        ({"total_pairs": 22}, "total_pairs: 20 there, 22 asked"),
+        ({"total_pairs": 22}, "total_pairs: 20 in the run, 22 requested"),
     ],
 )
 def test_a_folder_of_another_recipe_is_refused(
@@ -258,7 +259,7 @@ def test_pairs_of_another_teacher_or_size_are_refused(
             {"revision": "0123", "teacher": "another"},
             r"'another' \(weights 0123\).*" + teacher.revision,
         ),
-        ({"latent_shape": (4, 8, 8)}, r"\(4, 8, 8\), the teacher's are \(4, 16, 16\)"),
+        ({"latent_shape": (4, 8, 8)}, r"\(4, 8, 8\), the teacher's have \(4, 16, 16\)"),
     ]:
         folder = tmp_path / next(iter(changes))
         values: dict[str, Any] = {
@@ -389,7 +390,7 @@ def test_a_start_that_is_no_run_or_anothers_teachers_is_refused(
     whole_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path, sd_style_teacher: Path
 ) -> None:
     later = recipe.model_copy(update={"init_from": str(tmp_path / "none")})
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(UserError, match="contains no run"):
         distill(later, pairs, tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.json").exists()
     with pytest.raises(UserError, match=r"init_from = .* was distilled from weights"):
@@ -418,8 +419,8 @@ def test_the_average_is_lent_and_given_back(recipe: Recipe) -> None:
     run.ema.shadow = {key: torch.zeros_like(value) for key, value in run.ema.shadow.items()}
     before = {key: value.clone() for key, value in run.student.network.state_dict().items()}
     noise, cond = noise_from_seeds([0], (4, 16, 16)), run.teacher.encode(["a"])
-    with torch.no_grad():
-        lent = run.with_ema(lambda: run.student(noise, cond))
+    with torch.no_grad(), run.ema_weights():
+        lent = run.student(noise, cond)
     assert torch.allclose(
         lent, run.teacher.alpha_bar(999) ** 0.5 * noise
     )  # a network of zeros: v = 0

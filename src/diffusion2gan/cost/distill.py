@@ -11,7 +11,7 @@ from torch import nn
 from diffusion2gan.distill.checks import check_discriminator, check_pairs
 from diffusion2gan.distill.losses import build_distance
 from diffusion2gan.distill.run import Run, load_recipe_teacher
-from diffusion2gan.distill.train import step
+from diffusion2gan.distill.steps import step
 from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime.distributed import resolve_device

@@ -1,12 +1,12 @@
-"""The checkpoints of a run's folder: the newest, some before it, the best. Each is one whole file, enough by itself.
+"""The checkpoints in a run's folder: the newest, some earlier ones, the best.
 
-Of a state that is cut over ranks the file names a folder beside it, `parts-…`, with each rank's part (`runtime/parts`).
-Parts count from the moment a file names them, and go when none does.
+Each is one file, complete by itself. If the state is sharded over ranks, the file names a folder
+beside it, `parts-…`, with the shards of each rank (`runtime/sharded_checkpoint`). Such a folder
+belongs to the run once a checkpoint names it, and is removed when none does any more.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import shutil
@@ -20,73 +20,100 @@ from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import atomic_write
 
-CHECKPOINT = "checkpoint.safetensors"  # the newest: where the run goes on
+CHECKPOINT = "checkpoint.safetensors"  # the newest, from which the run resumes
 BEST = "checkpoint-best.safetensors"
 NUMBERED = "checkpoint-[0-9]*.safetensors"
-PARTS = "parts-[0-9]*"
+SHARD_FOLDERS = "parts-[0-9]*"
 
 
 def write(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], recipe: Recipe) -> None:
-    """Makes it the newest, whole or not at all, and keeps what the recipe says."""
+    """Writes the newest checkpoint, atomically, and keeps earlier ones as the recipe says."""
     checkpoint.save(folder / CHECKPOINT, tensors, meta)
     keep(folder, recipe)
 
 
-def unfinished(folder: Path, pairs_seen: int) -> Path:
-    """Where ranks write their parts: swept, like every temporary of CHECKPOINT, by who next claims that."""
+def unfinished_shards(folder: Path, pairs_seen: int) -> Path:
+    """Where ranks write their shards.
+
+    The name is that of a temporary file of CHECKPOINT, so that the next process that locks
+    CHECKPOINT removes what a killed one left behind.
+    """
     return folder / f".{CHECKPOINT}.{pairs_seen:09d}.tmp"
 
 
-def write_parts(folder: Path, files: dict[str, int], meta: dict[str, Any], recipe: Recipe) -> None:
-    """As `write`, of the parts that all ranks have written in `unfinished`."""
-    seen = meta["pairs_seen"]
-    names = (f"parts-{seen:09d}-{number}" for number in itertools.count())
-    name = next(name for name in names if not (folder / name).exists())
-    os.replace(unfinished(folder, seen), folder / name)
-    write(folder, {}, meta | {"parts": {"folder": name, "files": files}}, recipe)
+def write_sharded(
+    folder: Path, files: dict[str, int], meta: dict[str, Any], recipe: Recipe
+) -> None:
+    """As `write`, for shards that all ranks have written to `unfinished_shards`.
+
+    `files`: the names and sizes in bytes of the shard files.
+    """
+    # A resumed run may save at the same progress again, while the folder of before is still named
+    pairs_seen = meta["pairs_seen"]
+    number = 0
+    while (folder / f"parts-{pairs_seen:09d}-{number}").exists():
+        number += 1
+    name = f"parts-{pairs_seen:09d}-{number}"
+
+    os.replace(unfinished_shards(folder, pairs_seen), folder / name)
+    write(folder, {}, {**meta, "parts": {"folder": name, "files": files}}, recipe)
 
 
 def keep(folder: Path, recipe: Recipe) -> None:
-    """Gives the newest its further names, and removes what is too old. Once more changes nothing.
+    """Links the newest checkpoint to its other names, and removes old ones. Idempotent.
 
-    Names are links: they take no room. The best has the lowest running average of `loss`, the distance to the teacher.
+    The names are hard links, which need no space. The best checkpoint is the one with the lowest
+    running average of `loss`, the distance to the teacher.
     """
-    newest, meta = folder / CHECKPOINT, checkpoint.meta(folder / CHECKPOINT)
+    newest = folder / CHECKPOINT
+    meta = checkpoint.meta(newest)
+
+    # 1. By number of pairs
     if recipe.keep_checkpoints > 1:
         link(newest, folder / f"checkpoint-{meta['pairs_seen']:09d}.safetensors")
+
+    # 2. The best
     best = folder / BEST
-    if recipe.keep_best and loss_of(meta) < (
-        loss_of(checkpoint.meta(best)) if best.exists() else math.inf
-    ):
-        link(newest, best)
-    kept = recipe.keep_checkpoints if recipe.keep_checkpoints > 1 else 0
-    before = [
-        path for path in sorted(folder.glob(NUMBERED)) if number_of(path) <= meta["pairs_seen"]
-    ]
-    for path in before[: max(0, len(before) - kept)]:
+    if recipe.keep_best:
+        best_loss = average_loss(checkpoint.meta(best)) if best.exists() else math.inf
+        if average_loss(meta) < best_loss:
+            link(newest, best)
+
+    # 3. Remove old ones. Those with more pairs than the newest are kept: the run was set back to
+    # an earlier checkpoint, and will overwrite them.
+    num_kept = recipe.keep_checkpoints if recipe.keep_checkpoints > 1 else 0
+    numbered = []
+    for path in sorted(folder.glob(NUMBERED)):
+        if pairs_seen_from_name(path) <= meta["pairs_seen"]:
+            numbered.append(path)
+    num_removed = max(0, len(numbered) - num_kept)
+    for path in numbered[:num_removed]:
         path.unlink()
-    if there := list(folder.glob(PARTS)):
-        named = {
-            checkpoint.meta(path).get("parts", {}).get("folder")
-            for path in folder.glob("*.safetensors")
-        }
-        for path in there:
-            if path.name not in named:
-                shutil.rmtree(path)
+
+    # 4. Remove shards that no checkpoint names any more
+    shard_folders = list(folder.glob(SHARD_FOLDERS))
+    if not shard_folders:
+        return
+    named = set()
+    for path in folder.glob("*.safetensors"):
+        named.add(checkpoint.meta(path).get("parts", {}).get("folder"))
+    for path in shard_folders:
+        if path.name not in named:
+            shutil.rmtree(path)
 
 
-def loss_of(meta: dict[str, Any]) -> float:
-    """The running average of the distance when it was written; infinite where none is known."""
+def average_loss(meta: dict[str, Any]) -> float:
+    """The running average of the distance when the checkpoint was written; infinite if unknown."""
     return float(meta.get("health", {}).get("average", {}).get("loss", math.inf))
 
 
-def number_of(path: Path) -> int:
-    """Pairs seen, by the name of one that is kept."""
+def pairs_seen_from_name(path: Path) -> int:
+    """`checkpoint-000000012.safetensors` → 12."""
     return int(path.stem.removeprefix("checkpoint-"))
 
 
 def link(newest: Path, path: Path) -> None:
-    """The same file under another name, which names the old one until then; a copy where the disk has no links."""
+    """Makes `path` another name of `newest`, atomically; a copy if the disk has no hard links."""
     if path.exists() and path.samefile(newest):
         return
     with atomic_write(path) as temporary:
@@ -96,37 +123,51 @@ def link(newest: Path, path: Path) -> None:
             shutil.copyfile(newest, temporary)
 
 
-def find(run: Path) -> tuple[Path, Path]:
-    """(run folder, checkpoint file) of a run's folder, which means its newest, or of one of its checkpoints.
+def names(folder: Path) -> list[str]:
+    """The names of all checkpoints in a run's folder."""
+    return sorted(path.name for path in folder.glob("checkpoint*.safetensors"))
 
-    Raises UserError where there is no run or no such checkpoint.
+
+def find(run: Path) -> tuple[Path, Path]:
+    """(run folder, checkpoint file) of a run's folder or of one of its checkpoints.
+
+    A folder means its newest checkpoint. Raises UserError if there is no run or no such checkpoint.
     """
-    folder, file = (run.parent, run) if run.suffix == ".safetensors" else (run, run / CHECKPOINT)
+    if run.suffix == ".safetensors":
+        folder, file = run.parent, run
+    else:
+        folder, file = run, run / CHECKPOINT
+
     if not (folder / "recipe.json").is_file():
         raise UserError(
-            f"{folder} holds no run (recipe.json is missing); make one with diffusion2gan distill"
+            f"{folder} contains no run (recipe.json is missing); create one with diffusion2gan "
+            "distill."
         )
     if not file.is_file():
-        there = ", ".join(sorted(path.name for path in folder.glob("checkpoint*.safetensors")))
-        if there:
-            raise UserError(f"{folder} has no {file.name}; it has {there}")
+        existing = names(folder)
+        if existing:
+            raise UserError(f"{folder} has no {file.name}; it has {', '.join(existing)}")
         raise UserError(
-            f"{folder} has no checkpoint yet; run its distill command until the first one is written"
+            f"{folder} has no checkpoint yet; run its distill command until the first one is "
+            "written."
         )
     return folder, file
 
 
-def check_lost(folder: Path) -> None:
-    """Raises UserError where a file of the run is missing that its checkpoints say was there."""
-    there = sorted(path.name for path in folder.glob("checkpoint*.safetensors"))
-    if there and not (folder / "recipe.json").is_file():
+def check_missing_files(folder: Path) -> None:
+    """Raises UserError if the folder has checkpoints, but lacks recipe.json or the newest one."""
+    existing = names(folder)
+    if not existing:
+        return
+    if not (folder / "recipe.json").is_file():
         raise UserError(
-            f"{folder} has {', '.join(there)} but no recipe.json, so nobody knows of which run they are. Put it "
-            "back, or choose another --out."
+            f"{folder} has {', '.join(existing)} but no recipe.json, so the settings of their run "
+            "are unknown. Put recipe.json back, or choose another --out."
         )
-    if there and CHECKPOINT not in there:
-        last = sorted(folder.glob(NUMBERED))[-1:] or [folder / BEST]
+    if CHECKPOINT not in existing:
+        numbered = sorted(folder.glob(NUMBERED))
+        last = numbered[-1] if numbered else folder / BEST
         raise UserError(
-            f"{folder} has lost {CHECKPOINT}, its newest. To go on from an earlier one: mv {last[0]} "
-            f"{folder / CHECKPOINT}; to begin anew, choose another --out."
+            f"{folder} has lost {CHECKPOINT}, its newest checkpoint. To resume from an earlier "
+            f"one: mv {last} {folder / CHECKPOINT}; to start a new run, choose another --out."
         )

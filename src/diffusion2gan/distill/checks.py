@@ -1,4 +1,4 @@
-"""What must fit together before a run starts: device, ranks, teacher, pairs."""
+"""Checks before a run starts: do ranks, teacher, pairs and recipe fit together?"""
 
 from __future__ import annotations
 
@@ -10,79 +10,100 @@ from diffusion2gan.runtime.progress import console
 from diffusion2gan.runtime.storage import Location
 from diffusion2gan.teacher.pipeline import Teacher
 
-LOOKED_AT = 16  # pairs whose prompts are looked at
+NUM_CHECKED_PROMPTS = 16
 
 
-def check_ranks(recipe: Recipe, world: int) -> None:
-    """Raises UserError where the batch cannot be cut evenly over the ranks and their parts, or fsdp cannot be."""
-    if recipe.strategy == "fsdp" and world == 1:
+def check_ranks(recipe: Recipe, world_size: int) -> None:
+    """Raises UserError if the batch cannot be divided evenly over ranks and micro-batches.
+
+    Also if strategy=fsdp is not possible.
+    """
+    if recipe.strategy == "fsdp" and world_size == 1:
         raise UserError(
-            "strategy=fsdp cuts both players over several ranks, and this is one process. Start it under torchrun "
-            "--nproc-per-node N, or set strategy=ddp (to go on with a run: and --allow-change strategy)."
+            "strategy=fsdp shards student and discriminator over several ranks, and this is one "
+            "process. Start it under torchrun --nproc-per-node N, or set strategy=ddp (to resume a "
+            "run, also pass --allow-change strategy)."
         )
     if recipe.strategy == "fsdp" and recipe.optimizer != "adamw":
         raise UserError(
-            f"strategy=fsdp with optimizer={recipe.optimizer}: averages of 8 bits are not cut over ranks. Set "
-            "optimizer=adamw, or strategy=ddp."
+            f"strategy=fsdp with optimizer={recipe.optimizer}: 8-bit optimiser states cannot be "
+            "sharded. Set optimizer=adamw, or strategy=ddp."
         )
-    share = recipe.batch_size // recipe.gradient_accumulation_steps
-    if share % world:
-        fit = [str(n) for n in range(1, share + 1) if share % n == 0]
+
+    micro_batch_size = recipe.batch_size // recipe.gradient_accumulation_steps
+    if micro_batch_size % world_size:
+        possible = []
+        for count in range(1, micro_batch_size + 1):
+            if micro_batch_size % count == 0:
+                possible.append(str(count))
         raise UserError(
-            f"batch_size {recipe.batch_size} in gradient_accumulation_steps = {recipe.gradient_accumulation_steps} parts a rank cannot be cut over "
-            f"{world} ranks. Numbers of ranks that would do: {', '.join(fit)}; or change batch_size or gradient_accumulation_steps in a "
-            "new run."
+            f"batch_size {recipe.batch_size} with gradient_accumulation_steps = "
+            f"{recipe.gradient_accumulation_steps} cannot be divided over {world_size} ranks. "
+            f"Possible numbers of ranks: {', '.join(possible)}; or start a new run with another "
+            "batch_size or gradient_accumulation_steps."
         )
 
 
 def check_pairs(spec: PairsSpec, teacher: Teacher, folder: Location) -> None:
-    """Raises UserError where the pairs are another teacher's or another resolution's."""
+    """Raises UserError if the pairs were made by another teacher, or at another resolution."""
     if spec.revision != teacher.revision:
         raise UserError(
-            f"the pairs in {folder} were made by teacher {spec.teacher!r} (weights {spec.revision}), the recipe's is "
-            f"{teacher.name!r} (weights {teacher.revision}). Make pairs with this teacher, or set teacher=… to theirs."
+            f"the pairs in {folder} were made by teacher {spec.teacher!r} (weights "
+            f"{spec.revision}), but the recipe's teacher is {teacher.name!r} (weights "
+            f"{teacher.revision}). Make pairs with this teacher, or set teacher=… to the one that "
+            "made them."
         )
     if tuple(spec.latent_shape) != teacher.latent_shape:
         raise UserError(
-            f"the pairs in {folder} have latents of {tuple(spec.latent_shape)}, the teacher's are "
-            f"{teacher.latent_shape}; make pairs at this resolution."
+            f"the pairs in {folder} have latents of shape {tuple(spec.latent_shape)}, the "
+            f"teacher's have {teacher.latent_shape}; make pairs at this resolution, or set "
+            "resolution to theirs."
         )
 
 
 def check_discriminator(
     recipe: Recipe, teacher: Teacher, reader: PairReader, folder: Location
 ) -> None:
-    """Raises UserError where a discriminator shall read prompts and the first pairs have none, or its timestep is none.
+    """Checks the discriminator's settings against the teacher and the pairs.
 
-    Says where some have none, and where the run ends before the student meets the discriminator.
+    Raises UserError if its timestep does not exist, or if it reads prompts and the first pairs have
+    none. Warns if some of them have none, and if the run ends before the GAN loss begins.
     """
     if recipe.adversarial_weight == 0:
         return
+
+    # Timestep
     if recipe.discriminator_timestep > teacher.last_timestep:
         raise UserError(
-            f"discriminator_timestep = {recipe.discriminator_timestep}, and the teacher's are 0 to "
-            f"{teacher.last_timestep}; its latents are clean, 0 is the natural choice."
+            f"discriminator_timestep = {recipe.discriminator_timestep} is too large: the teacher's "
+            f"timesteps are 0 to {teacher.last_timestep}. The discriminator's latents are clean, "
+            "so 0 is the natural choice."
         )
-    felt_from = recipe.gan_start_pairs + recipe.discriminator_warmup
-    if felt_from >= recipe.total_pairs:
+
+    # Length of the run
+    gan_loss_start = recipe.gan_start_pairs + recipe.discriminator_warmup
+    if gan_loss_start >= recipe.total_pairs:
         console.print(
-            f"warning: the student would feel the discriminator from pair {felt_from} on (gan_start_pairs "
-            f"{recipe.gan_start_pairs} + discriminator_warmup {recipe.discriminator_warmup}), and the run ends at "
-            f"total_pairs = {recipe.total_pairs}: this is regression alone. Lower them, or set adversarial_weight=0.",
+            f"warning: the GAN loss would begin at pair {gan_loss_start} (gan_start_pairs "
+            f"{recipe.gan_start_pairs} + discriminator_warmup {recipe.discriminator_warmup}), but "
+            f"the run ends at total_pairs = {recipe.total_pairs}: the student is trained by "
+            "regression alone. Lower them, or set adversarial_weight=0.",
             soft_wrap=True,
         )
-    prompts = reader.first(LOOKED_AT).prompts
-    blank = sum(not prompt.strip() for prompt in prompts)
-    if recipe.discriminator == "patch" or blank == 0:
+
+    # Prompts
+    if recipe.discriminator == "patch":
         return
-    if blank < len(prompts):
-        console.print(
-            f"warning: {blank} of the first {len(prompts)} pairs in {folder} have no prompt, which the discriminator "
-            "reads",
-            soft_wrap=True,
-        )
-    else:
+    prompts = reader.first(NUM_CHECKED_PROMPTS).prompts
+    num_empty = sum(not prompt.strip() for prompt in prompts)
+    if num_empty == len(prompts):
         raise UserError(
-            f"the pairs in {folder} have no prompts, and the discriminator is to read them. Make pairs with prompts, "
-            "or set adversarial_weight=0."
+            f"the pairs in {folder} have no prompts, and the discriminator reads them. Make pairs "
+            "with prompts, or set adversarial_weight=0."
+        )
+    if num_empty > 0:
+        console.print(
+            f"warning: {num_empty} of the first {len(prompts)} pairs in {folder} have no prompt, "
+            "and the discriminator reads them",
+            soft_wrap=True,
         )

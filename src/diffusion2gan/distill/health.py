@@ -1,84 +1,131 @@
-"""Is this curve normal? What a run tells of itself at every step, and the warnings when it leaves its bands."""
+"""The health of a run: running averages of what is logged, and warnings with their remedies."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-SPAN = 100  # steps that a running average remembers
-SETTLED = 2 * SPAN  # values of a kind before any warning: the first ones are forgotten by then
+AVERAGE_STEPS = 100  # number of steps that a running average covers
+MIN_VALUES = (
+    2 * AVERAGE_STEPS
+)  # values before a quantity may warn: the first ones have faded by then
 MAX_SKIPPED_IN_A_ROW = 10
 
-D_TOO_STRONG, D_AT_CHANCE, DRIFT, DIVERGES, SKIPS = (
-    "the discriminator wins outright",
-    "the discriminator cannot tell",
-    "saturation drift",
-    "divergence",
-    "many skipped steps",
-)
+D_TOO_STRONG = "the discriminator is too strong"
+D_AT_CHANCE = "the discriminator is at chance"
+DRIFT = "saturation drift"
+DIVERGES = "divergence"
+SKIPS = "many skipped steps"
+
 REMEDIES = {
-    D_TOO_STRONG: "it tells nearly every fake: the student learns little from it. Raise r1_weight or mix_share, or lower "
-    "discriminator_learning_rate.",
-    D_AT_CHANCE: "real and fake look alike to it: the student is done, or it is too weak. Raise "
-    "discriminator_learning_rate, or lower r1_weight.",
-    DRIFT: "the student's latents have another mean or spread than the teacher's: colours shift or saturate. Lower "
-    "adversarial_weight, or raise r1_weight.",
-    DIVERGES: "the distance to the teacher has doubled since its best. Lower learning_rate or adversarial_weight and "
-    "start anew, or resume an earlier checkpoint.",
-    SKIPS: "gradients are often not finite. Lower the learning rates, or use precision=float32.",
+    D_TOO_STRONG: (
+        "it classifies nearly all latents correctly, so the student learns little from it. "
+        "Raise r1_weight or mix_share, or lower discriminator_learning_rate."
+    ),
+    D_AT_CHANCE: (
+        "it cannot distinguish real and fake latents: either the student has converged, or the "
+        "discriminator is too weak. Raise discriminator_learning_rate, or lower r1_weight."
+    ),
+    DRIFT: (
+        "the student's latents have another mean or standard deviation than the teacher's, so "
+        "colours shift or saturate. Lower adversarial_weight, or raise r1_weight."
+    ),
+    DIVERGES: (
+        "the distance to the teacher has doubled since its lowest value. Lower learning_rate or "
+        "adversarial_weight and start a new run, or resume from an earlier checkpoint."
+    ),
+    SKIPS: ("gradients are often not finite. Lower the learning rates, or use precision=float32."),
 }
 
 
 def latent_statistics(student: Tensor, teacher: Tensor) -> dict[str, float]:
-    """How the student's latents [B, C, h, w] lie beside the teacher's.
+    """Compares the distributions of the student's and the teacher's latents, both [B, C, h, w].
 
-    `latent_shift`: the largest difference of a channel's means, in the teacher's standard deviations of that channel
-    (colour drift). `latent_std_ratio`: student's over teacher's standard deviation, the mean over channels
-    (saturation; 1 is right, below is washed out).
+    `latent_shift`: the largest difference between the means of a channel, in units of the teacher's
+    standard deviation of that channel; it shows colour drift. `latent_std_ratio`: the student's
+    standard deviation divided by the teacher's, averaged over channels; it shows saturation
+    (1 is right, below 1 is washed out).
     """
-    ours, theirs = (
-        x.detach().double().transpose(0, 1).flatten(1) for x in (student, teacher)
-    )  # [C, B·h·w]
-    std = theirs.std(1).clamp_min(1e-12)
-    shift = ((ours.mean(1) - theirs.mean(1)).abs() / std).max()
-    return {"latent_shift": float(shift), "latent_std_ratio": float((ours.std(1) / std).mean())}
+    student_values = student.detach().double().transpose(0, 1).flatten(1)  # [C, B·h·w]
+    teacher_values = teacher.detach().double().transpose(0, 1).flatten(1)
+
+    std = teacher_values.std(1).clamp_min(1e-12)
+    shift = (student_values.mean(1) - teacher_values.mean(1)).abs() / std
+    std_ratio = student_values.std(1) / std
+    return {"latent_shift": float(shift.max()), "latent_std_ratio": float(std_ratio.mean())}
 
 
-def accuracy(logits: list[Tensor], real: bool, rows: Tensor | None = None) -> float | None:
-    """The share of places that D gets right, the mean over heads; of `rows` [B] bool alone. None of no rows."""
-    chosen = logits if rows is None else [x[rows.to(x.device)] for x in logits]
-    if len(chosen[0]) == 0:
-        return None
-    right = [(x > 0 if real else x < 0).double().mean() for x in chosen]
-    return float(torch.stack(right).mean())
+def accuracy(logits: Sequence[Tensor], real: bool, rows: Tensor | None = None) -> float | None:
+    """The share of logits with the right sign, averaged over heads.
+
+    `logits` has one map [B, 1, h, w] per head; `rows` [B] bool selects samples. None if it selects
+    none.
+    """
+    shares = []
+    for head in logits:
+        selected = head if rows is None else head[rows.to(head.device)]
+        if len(selected) == 0:
+            return None
+        correct = selected > 0 if real else selected < 0
+        shares.append(correct.double().mean())
+    return float(torch.stack(shares).mean())
 
 
-def logit_means(logits: list[Tensor]) -> list[float]:
-    """One mean a head, in the heads' order."""
-    return [float(x.detach().double().mean()) for x in logits]
+def logit_means(logits: Sequence[Tensor]) -> list[float]:
+    """The mean logit of each head."""
+    return [float(head.detach().double().mean()) for head in logits]
+
+
+def discriminator_metrics(
+    real: Sequence[Tensor], fake: Sequence[Tensor], mixed: Tensor
+) -> dict[str, Any]:
+    """How well D classifies real and fake latents.
+
+    `mixed` [B] bool: which of the fakes are mismatched real latents.
+    """
+    accuracy_real = accuracy(real, True)
+    accuracy_all_fakes = accuracy(fake, False)
+    assert accuracy_real is not None and accuracy_all_fakes is not None
+
+    return {
+        "accuracy": (accuracy_real + accuracy_all_fakes) / 2,
+        "accuracy_real": accuracy_real,
+        "accuracy_fake": accuracy(fake, False, ~mixed),
+        "accuracy_mixed": accuracy(fake, False, mixed),
+        "logits_real": logit_means(real),
+        "logits_fake": logit_means(fake),
+    }
 
 
 def find_warnings(average: dict[str, float], lowest_loss: float) -> set[str]:
-    """The bands that these running averages have left. `lowest_loss`: the lowest running distance so far."""
+    """The warnings that these running averages give.
+
+    `lowest_loss`: the lowest running average of the distance so far.
+    """
     found = set()
-    if (
-        "accuracy_real" in average
-        and average["accuracy_real"] + average.get("accuracy_fake", 0.0) > 2 * 0.95
-    ):
-        found.add(D_TOO_STRONG)
+
+    # Discriminator
+    if "accuracy_real" in average:
+        accuracies = average["accuracy_real"] + average.get("accuracy_fake", 0.0)
+        if accuracies > 2 * 0.95:
+            found.add(D_TOO_STRONG)
     if average.get("accuracy", 1.0) < 0.52:
         found.add(D_AT_CHANCE)
-    if (
-        average.get("latent_shift", 0.0) > 0.25
-        or not 0.8 <= average.get("latent_std_ratio", 1.0) <= 1.2
-    ):
+
+    # Student
+    shift = average.get("latent_shift", 0.0)
+    std_ratio = average.get("latent_std_ratio", 1.0)
+    if shift > 0.25 or not 0.8 <= std_ratio <= 1.2:
         found.add(DRIFT)
     if average.get("loss", 0.0) > 2 * lowest_loss:
         found.add(DIVERGES)
+
+    # Either
     if average.get("skipped", 0.0) > 0.05:
         found.add(SKIPS)
     return found
@@ -86,7 +133,10 @@ def find_warnings(average: dict[str, float], lowest_loss: float) -> set[str]:
 
 @dataclass
 class Health:
-    """Running averages of what is logged; saved with the run, so that a resumed one warns alike."""
+    """Running averages of the logged values, and the warnings that are active.
+
+    It is saved with the run, so that a resumed run warns at the same steps.
+    """
 
     steps: int = 0
     skipped: int = 0
@@ -94,52 +144,66 @@ class Health:
     average: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     lowest_loss: float = math.inf
-    told: list[str] = field(default_factory=list)
+    active_warnings: list[str] = field(default_factory=list)
 
     def record(self, entry: dict[str, Any], skipped: bool) -> list[str]:
-        """Takes one step's numbers in; returns the warnings, name and remedy, that were not there before it."""
+        """Adds one step's log entry; returns the warnings (name and remedy) that are new."""
         self.steps += 1
-        self.skipped += skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        for key, value in (entry | {"skipped": float(skipped)}).items():
+        if skipped:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        else:
+            self.skipped_in_a_row = 0
+
+        # Running averages
+        for key, value in entry.items():
             if isinstance(value, float) and math.isfinite(value):
-                self._average(key, value)
-        settled = {key: value for key, value in self.average.items() if self.counts[key] >= SETTLED}
+                self._update_average(key, value)
+        self._update_average("skipped", float(skipped))
+
+        # Warnings: a quantity counts once it has enough values
+        settled = {
+            key: value for key, value in self.average.items() if self.counts[key] >= MIN_VALUES
+        }
         self.lowest_loss = min(self.lowest_loss, settled.get("loss", math.inf))
-        now = find_warnings(settled, self.lowest_loss)
-        new = sorted(now - set(self.told))
-        self.told = sorted(now)
+        active = find_warnings(settled, self.lowest_loss)
+        new = sorted(active - set(self.active_warnings))
+        self.active_warnings = sorted(active)
         return [f"{name}: {REMEDIES[name]}" for name in new]
 
-    def _average(self, key: str, value: float) -> None:
-        """The plain mean of the first SPAN values, an exponential one after them."""
-        self.counts[key] = min(self.counts.get(key, 0) + 1, SETTLED)
-        before = self.average.get(key, 0.0)
-        self.average[key] = before + (value - before) / min(self.counts[key], SPAN)
+    def _update_average(self, key: str, value: float) -> None:
+        """The plain mean of the first AVERAGE_STEPS values, an exponential average after them."""
+        count = min(self.counts.get(key, 0) + 1, MIN_VALUES)
+        previous = self.average.get(key, 0.0)
+        self.counts[key] = count
+        self.average[key] = previous + (value - previous) / min(count, AVERAGE_STEPS)
 
-    def line(self) -> str:
-        """The live status: what the progress bar says beside count, pace and time left."""
+    def status(self) -> str:
+        """The end of the progress bar's line: running averages and active warnings."""
         average = self.average
-        parts = [f"loss {average.get('loss', math.nan):.4f}"]
+        items = [f"loss {average.get('loss', math.nan):.4f}"]
         if "accuracy_real" in average:
-            parts.append(
-                f"D right on {average['accuracy_real']:.0%} real {average.get('accuracy_fake', 0):.0%} fake"
-            )
+            real = average["accuracy_real"]
+            fake = average.get("accuracy_fake", 0)
+            items.append(f"D accuracy {real:.0%} real {fake:.0%} fake")
         if "r1" in average:
-            parts.append(f"R1 {average['r1']:.3g}")
+            items.append(f"R1 {average['r1']:.3g}")
         if self.skipped:
-            parts.append(f"{self.skipped} skipped")
-        return " · ".join([*parts, *self.told])
+            items.append(f"{self.skipped} skipped")
+        return " · ".join([*items, *self.active_warnings])
 
     def state(self) -> dict[str, Any]:
-        """JSON; every number comes back as it was."""
-        return asdict(self) | {
-            "lowest_loss": None if math.isinf(self.lowest_loss) else self.lowest_loss
-        }
+        """As JSON (which has no infinity); every number is read back exactly."""
+        state = asdict(self)
+        if math.isinf(self.lowest_loss):
+            state["lowest_loss"] = None
+        return state
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Health:
-        return cls(
-            **state
-            | {"lowest_loss": math.inf if state["lowest_loss"] is None else state["lowest_loss"]}
-        )
+        state = dict(state)
+        if state["lowest_loss"] is None:
+            state["lowest_loss"] = math.inf
+        if "told" in state:  # the field's name in runs of version 0.1
+            state["active_warnings"] = state.pop("told")
+        return cls(**state)

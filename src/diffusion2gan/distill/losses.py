@@ -1,7 +1,11 @@
-"""Regression losses between the student's and the teacher's latents: pure functions `(a, b) → [B]`."""
+"""Regression losses between the student's and the teacher's latents.
+
+Every loss is a distance: an object called `distance(a, b, generator, rows)` → [B].
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,7 +21,12 @@ from diffusion2gan.teacher.pipeline import Teacher
 
 
 class Distance(Protocol):
-    """`distance(a, b, generator, rows)` → [B]. With `rows`, a and b are these rows of a larger batch."""
+    """The distance between each of the latents `a` and `b`, both [B, C, h, w]: [B].
+
+    Random transforms are drawn from `generator`. With `rows`, `a` and `b` are these rows of a
+    larger batch, and get the transforms that they would get in it. Deterministic distances ignore
+    both.
+    """
 
     def __call__(
         self,
@@ -34,44 +43,77 @@ def mse(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """[B] √(‖a−b‖² + c²·n) − c·√n, divided by √n, n numbers a sample (Song & Dhariwal 2023, section 3.3)."""
+    """[B] (√(‖a−b‖² + c²·n) − c·√n) / √n, with n elements per sample.
+
+    Song & Dhariwal 2023, section 3.3, divided by √n.
+    """
     return (mse(a, b) + c**2).sqrt() - c
+
+
+class MSE:
+    """`mse` as a distance."""
+
+    def __call__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        generator: torch.Generator | None = None,
+        rows: BatchRows | None = None,
+    ) -> Tensor:
+        return mse(a, b)
+
+
+@dataclass(frozen=True)
+class PseudoHuber:
+    """`pseudo_huber` as a distance."""
+
+    c: float
+
+    def __call__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        generator: torch.Generator | None = None,
+        rows: BatchRows | None = None,
+    ) -> Tensor:
+        return pseudo_huber(a, b, self.c)
 
 
 def build_distance(
     recipe: Recipe, device: torch.device, teacher: Teacher | None = None
 ) -> Distance:
-    """The recipe's loss as one function of (student's latents, teacher's latents, generator).
+    """The recipe's regression loss.
 
-    The `teacher` decodes for pixel_lpips and lends its features to perceptual = "teacher"; the others do without.
-    Raises UserError where there is no such network, or it reads other latents than the teacher's.
+    The `teacher` decodes latents for pixel_lpips and provides the features of perceptual =
+    "teacher"; the other losses do not need it. Raises UserError if there is no such perceptual
+    network, or if it reads other latents than the teacher's.
     """
-    if recipe.perceptual == "teacher" and recipe.loss in ("latent_lpips", "e_latent_lpips"):
-        assert teacher is not None, "its features are asked for: give the teacher"
-        return _of_teacher(recipe, teacher)
-    if teacher is not None and "lpips" in recipe.loss:
-        factor = 1 if recipe.loss == "pixel_lpips" else spatial_factor(teacher.vae)
-        check_fits(
-            recipe.perceptual, 3 if factor == 1 else teacher.latent_shape[0], factor, teacher.name
-        )
-    match recipe.loss:
-        case "mse":
-            return lambda a, b, generator=None, rows=None: mse(a, b)
-        case "pseudo_huber":
-            return lambda a, b, generator=None, rows=None: pseudo_huber(a, b, recipe.pseudo_huber_c)
-        case "latent_lpips":
-            return LatentLPIPS.from_pretrained(recipe.perceptual).to(device)
-        case "e_latent_lpips":
-            return ELatentLPIPS.from_pretrained(
-                recipe.perceptual, transforms=recipe.transforms, num_draws=recipe.num_draws
-            ).to(device)
-        case "pixel_lpips":
-            assert teacher is not None, "pixel_lpips decodes: give the teacher"
-            return PixelLPIPS.from_pretrained(recipe.perceptual, vae=teacher.vae).to(device)
+    # Losses without a network
+    if recipe.loss == "mse":
+        return MSE()
+    if recipe.loss == "pseudo_huber":
+        return PseudoHuber(recipe.pseudo_huber_c)
 
+    # LPIPS on the teacher's features
+    if recipe.perceptual == "teacher" and recipe.loss != "pixel_lpips":
+        assert teacher is not None, 'perceptual = "teacher" needs the teacher'
+        bfloat16 = recipe.precision == "bfloat16"
+        if recipe.loss == "latent_lpips":
+            return plain_distance(teacher, bfloat16=bfloat16)
+        return ensembled_distance(teacher, recipe.transforms, recipe.num_draws, bfloat16=bfloat16)
 
-def _of_teacher(recipe: Recipe, teacher: Teacher) -> Distance:
-    bfloat16 = recipe.precision == "bfloat16"
+    # LPIPS on the decoded images
+    if recipe.loss == "pixel_lpips":
+        assert teacher is not None, "pixel_lpips needs the teacher's VAE"
+        check_fits(recipe.perceptual, 3, 1, teacher.name)
+        return PixelLPIPS.from_pretrained(recipe.perceptual, vae=teacher.vae).to(device)
+
+    # LPIPS on latents
+    if teacher is not None:
+        factor = spatial_factor(teacher.vae)
+        check_fits(recipe.perceptual, teacher.latent_shape[0], factor, teacher.name)
     if recipe.loss == "latent_lpips":
-        return plain_distance(teacher, bfloat16=bfloat16)
-    return ensembled_distance(teacher, recipe.transforms, recipe.num_draws, bfloat16=bfloat16)
+        return LatentLPIPS.from_pretrained(recipe.perceptual).to(device)
+    return ELatentLPIPS.from_pretrained(
+        recipe.perceptual, transforms=recipe.transforms, num_draws=recipe.num_draws
+    ).to(device)

@@ -1,10 +1,10 @@
-"""A run: both players, their optimisers, the average; on disk a folder that says what it is and where it stands."""
+"""A run: student and discriminator, their optimisers, the EMA; on disk, a folder to resume from."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion2gan.adversarial.discriminator import build_discriminator
+from diffusion2gan.adversarial.discriminator import Discriminator, build_discriminator
 from diffusion2gan.distill import checkpoints
 from diffusion2gan.distill.checkpoints import CHECKPOINT
 from diffusion2gan.distill.health import Health
@@ -29,12 +29,13 @@ from diffusion2gan.runtime.files import atomic_write, read_json, write_json
 from diffusion2gan.teacher.loading import load_teacher
 from diffusion2gan.teacher.pipeline import Teacher
 
-# Settings that may change between stopping and going on: they do not alter a single update.
-FREE_ON_RESUME = {"checkpoint_every_s", "keep_best", "keep_checkpoints", "sample_every"}
-# Settings that change an update by rounding alone: allowed where they are named with --allow-change.
-HARMLESS = {
-    "gradient_accumulation_steps",
+# Settings that do not change any update: they may differ whenever a run is resumed.
+FREE_SETTINGS = {"checkpoint_every_s", "keep_best", "keep_checkpoints", "sample_every"}
+
+# Settings that change updates by rounding alone: they may differ if named with --allow-change.
+ROUNDING_SETTINGS = {
     "device",
+    "gradient_accumulation_steps",
     "gradient_checkpointing",
     "precision",
     "strategy",
@@ -42,187 +43,263 @@ HARMLESS = {
 
 
 class Run:
-    """Everything a run carries from step to step. Without an adversarial weight there is no discriminator.
+    """Everything that a run carries from step to step.
 
-    With strategy=fsdp both players, their optimisers and the average are cut over the ranks, but no LoRA.
+    Without an adversarial weight there is no discriminator. With strategy=fsdp on several ranks the
+    discriminator and the student are sharded over the ranks, with their optimisers and the average;
+    a LoRA student is not.
     """
 
     def __init__(self, recipe: Recipe, teacher: Teacher, group: Group | None = None) -> None:
-        self.recipe, self.teacher, self.group = recipe, teacher, group or Group(Ranks())
+        self.recipe = recipe
+        self.teacher = teacher
+        self.group = group or Group(Ranks())
+        self.is_sharded = recipe.strategy == "fsdp" and self.group.ranks.world_size > 1
+        self.pairs_seen = 0
+        self.health = Health()
+
+        # Student
         self.student = Student.from_recipe(recipe, teacher).train()
-        self.cut = recipe.strategy == "fsdp" and self.group.ranks.world_size > 1
-        if self.cut and recipe.lora_rank == 0:
+        if self.is_sharded and recipe.lora_rank == 0:
             fsdp.shard(self.student.trained, teacher.device)
         self.optimizer = student_optimizer(recipe, self.student.trained)
         self.ema = EMA(self.student.trained, recipe.ema_decay)
-        self.discriminator = (
-            build_discriminator(recipe, teacher).train() if recipe.adversarial_weight > 0 else None
-        )
-        if self.cut and self.discriminator is not None:
-            fsdp.shard(self.discriminator, teacher.device)
-        self.discriminator_optimizer = (
-            None
-            if self.discriminator is None
-            else discriminator_optimizer(recipe, self.discriminator)
-        )
-        self.health = Health()
-        self.pairs_seen = 0
-        self._saving, self._beside = Background(), self.group.new_gloo_group() if self.cut else None
 
-    def begin(self, weights: dict[str, Tensor]) -> None:
-        """Gives the student other weights than the teacher's; its average starts there too."""
+        # Discriminator
+        self.discriminator: Discriminator | None = None
+        self.discriminator_optimizer: torch.optim.Optimizer | None = None
+        if recipe.adversarial_weight > 0:
+            self.discriminator = build_discriminator(recipe, teacher).train()
+            if self.is_sharded:
+                fsdp.shard(self.discriminator, teacher.device)
+            self.discriminator_optimizer = discriminator_optimizer(recipe, self.discriminator)
+
+        # Checkpoints are written in a thread, while training continues; sharded ones exchange
+        # messages between the ranks meanwhile, over a group that nothing else uses.
+        self._background = Background()
+        self._background_group = self.group.new_gloo_group() if self.is_sharded else None
+
+    def set_initial_weights(self, weights: dict[str, Tensor]) -> None:
+        """Starts the student, and its average, from these weights instead of the teacher's."""
         fsdp.load_full_state(self.student.trained, weights)
         self.ema = EMA(self.student.trained, self.recipe.ema_decay)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """bfloat16 where the recipe asks for it; the student's output layer, distances and losses stay in float32."""
-        return torch.autocast(
-            self.teacher.device.type, torch.bfloat16, enabled=self.recipe.precision == "bfloat16"
-        )
+        """bfloat16 if the recipe sets it.
+
+        The student's output layer, distances and losses stay in float32 in any case.
+        """
+        enabled = self.recipe.precision == "bfloat16"
+        return torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=enabled)
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """The student has its averaged weights inside the block, and its own again after it."""
+        trained = self.student.trained
+        weights = {key: value.detach().clone() for key, value in trained.state_dict().items()}
+        trained.load_state_dict(self.ema.shadow)
+        try:
+            yield
+        finally:
+            trained.load_state_dict(weights)
 
     def save(self, folder: Path) -> None:
-        """Writes a checkpoint, whole or not at all, while the caller goes on; `saved` waits for it.
+        """Starts writing a checkpoint in the background, atomically.
 
-        All ranks must call. The first writes; what is cut, each rank writes its part of.
+        `wait_until_saved` waits for it. All ranks must call this. The first rank writes; a sharded
+        state is written by all ranks, each its shards.
         """
-        if not (self.group.ranks.is_main or self.cut):
+        if not (self.group.ranks.is_main or self.is_sharded):
             return
-        tensors = checkpoint.pack("student", self.student.trained) | checkpoint.pack_optimizer(
-            "adam", self.optimizer
-        )
-        tensors |= checkpoint.pack("ema", self.ema)
-        if self.discriminator is not None and self.discriminator_optimizer is not None:
-            tensors |= checkpoint.pack("discriminator", self.discriminator)
-            tensors |= checkpoint.pack_optimizer("discriminator_adam", self.discriminator_optimizer)
+
+        tensors = self._state()
         meta = {
             "pairs_seen": self.pairs_seen,
             "num_updates": self.ema.num_updates,
             "health": self.health.state(),
         }
-        if self._beside is None:
-            copied = {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
-            self._saving.start(lambda: checkpoints.write(folder, copied, meta, self.recipe))
+        if self._background_group is not None:
+            self._save_shards(folder, tensors, meta)
             return
-        unfinished = checkpoints.unfinished(folder, self.pairs_seen)
-        write = sharded_checkpoint.prepare_write(unfinished, tensors, self._beside)
+
+        # A copy, because training goes on while it is written
+        copies = {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
+        self._background.start(lambda: checkpoints.write(folder, copies, meta, self.recipe))
+
+    def _state(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint."""
+        tensors = checkpoint.pack("student", self.student.trained)
+        tensors.update(checkpoint.pack_optimizer("adam", self.optimizer))
+        tensors.update(checkpoint.pack("ema", self.ema))
+        if self.discriminator is not None and self.discriminator_optimizer is not None:
+            tensors.update(checkpoint.pack("discriminator", self.discriminator))
+            optimizer = self.discriminator_optimizer
+            tensors.update(checkpoint.pack_optimizer("discriminator_adam", optimizer))
+        return tensors
+
+    def _save_shards(self, folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        """Every rank writes its shards; the first one then writes the file that names them."""
+        assert self._background_group is not None
+        shards_folder = checkpoints.unfinished_shards(folder, self.pairs_seen)
+        write_shards = sharded_checkpoint.prepare_write(
+            shards_folder, tensors, self._background_group
+        )
         numels = {key: value.numel() for key, value in tensors.items()}
 
-        def write_parts() -> None:
-            write()
+        def write() -> None:
+            write_shards()
             if self.group.ranks.is_main:
-                checkpoints.write_parts(
-                    folder, sharded_checkpoint.check_written(unfinished, numels), meta, self.recipe
-                )
+                files = sharded_checkpoint.check_written(shards_folder, numels)
+                checkpoints.write_sharded(folder, files, meta, self.recipe)
 
-        self._saving.start(write_parts)
+        self._background.start(write)
 
-    def saved(self) -> None:
-        """Waits until the last checkpoint is written; raises what went wrong with it."""
-        self._saving.wait()
+    def wait_until_saved(self) -> None:
+        """Waits until the last checkpoint is written; raises the error if writing failed."""
+        self._background.wait()
 
     def load(self, folder: Path) -> None:
+        """Restores the state of the newest checkpoint in `folder`."""
         tensors, meta = checkpoint.load(folder / CHECKPOINT)
+
+        # Student
         fsdp.load_full_state(self.student.trained, checkpoint.unpack("student", tensors))
         checkpoint.unpack_optimizer("adam", self.optimizer, tensors)
         self.ema.load_state_dict(checkpoint.unpack("ema", tensors), meta["num_updates"])
+
+        # Discriminator
         if self.discriminator is not None and self.discriminator_optimizer is not None:
             fsdp.load_full_state(self.discriminator, checkpoint.unpack("discriminator", tensors))
             checkpoint.unpack_optimizer("discriminator_adam", self.discriminator_optimizer, tensors)
-        self.pairs_seen = meta["pairs_seen"]
-        if "health" in meta:  # runs of before it was kept have none
-            self.health = Health.from_state(meta["health"])
 
-    def with_ema(self, call: Callable[[], Tensor]) -> Tensor:
-        """`call()` while the student carries its averaged weights."""
-        trained = self.student.trained
-        weights = {key: value.detach().clone() for key, value in trained.state_dict().items()}
-        trained.load_state_dict(self.ema.shadow)
-        try:
-            return call()
-        finally:
-            trained.load_state_dict(weights)
+        # Progress
+        self.pairs_seen = meta["pairs_seen"]
+        if "health" in meta:  # missing in runs from before it was saved
+            self.health = Health.from_state(meta["health"])
 
 
 def open_run(run: Run, out: Path, spec: PairsSpec, allow_change: Sequence[str] = ()) -> None:
-    """Starts a run folder, or resumes the one there. Raises UserError where it holds another recipe's run.
+    """Starts a run folder, or resumes the run in it. All ranks must call this.
 
-    So also where the ranks find it at different places; all must call.
-
-    `allow_change`: settings, of the harmless ones, that may differ from the run's.
+    `allow_change`: settings, of ROUNDING_SETTINGS, that may differ from those of the run in `out`.
+    Raises UserError if the folder contains a run with other settings or pairs, or if the ranks find
+    it at different progress.
     """
-    if wrong := [key for key in allow_change if key not in HARMLESS]:
-        raise UserError(
-            f"--allow-change {wrong[0]}: only {', '.join(sorted(HARMLESS))} may change in a run"
-        )
-    path = out / "recipe.json"
-    checkpoints.check_lost(out)
-    file = out / CHECKPOINT
-    run.group.check_same(out, checkpoint.meta(file)["pairs_seen"] if file.exists() else 0, "pairs")
-    if run.recipe.init_from != "teacher" and not file.exists():
-        run.begin(initial_weights(run.recipe, run.teacher))
-    described = {
-        "recipe": run.recipe.model_dump(),
-        "pairs": asdict(spec) | {"latent_shape": list(spec.latent_shape)},
-    }
-    if path.exists():
-        there = read_json(path)
-        changed = run.recipe.changed(parse_recipe(there["recipe"], str(path)))
-        free = FREE_ON_RESUME | set(allow_change)
-        differ = [
-            f"{k}: {b!r} there, {a!r} asked" for k, (a, b) in changed.items() if k not in free
-        ]
-        if there["pairs"] != described["pairs"]:
-            differ.append("other pairs")
-        if differ:
-            harmless = ", ".join(
-                f"--allow-change {key}" for key in changed if key in HARMLESS - free
-            )
+    for key in allow_change:
+        if key not in ROUNDING_SETTINGS:
             raise UserError(
-                f"{out} holds a run of another recipe ({'; '.join(differ)}). Repeat its settings to resume it, or "
-                f"choose another --out{f', or allow it: {harmless}' if harmless else ''}."
+                f"--allow-change {key}: only {', '.join(sorted(ROUNDING_SETTINGS))} may change in "
+                "a run; start a new run to change other settings."
             )
+
+    # What is in the folder
+    checkpoints.check_missing_files(out)
+    recipe_file = out / "recipe.json"
+    checkpoint_file = out / CHECKPOINT
+    pairs_seen = 0
+    if checkpoint_file.exists():
+        pairs_seen = checkpoint.meta(checkpoint_file)["pairs_seen"]
+    run.group.check_same(out, pairs_seen, "pairs")
+
+    # Initial weights: once the run has a checkpoint, it no longer needs them
+    if run.recipe.init_from != "teacher" and not checkpoint_file.exists():
+        run.set_initial_weights(initial_weights(run.recipe, run.teacher))
+
+    # Settings: written by a new run, compared when it is resumed
+    pairs_description = asdict(spec)
+    pairs_description["latent_shape"] = list(spec.latent_shape)
+    if recipe_file.exists():
+        check_settings(run.recipe, pairs_description, out, allow_change)
     elif run.group.ranks.is_main:
-        write_json(path, described)
-    if file.exists():
+        write_json(recipe_file, {"recipe": run.recipe.model_dump(), "pairs": pairs_description})
+
+    # State
+    if checkpoint_file.exists():
         run.load(out)
     if run.group.ranks.is_main:
-        if run.pairs_seen:
-            checkpoints.keep(
-                out, run.recipe
-            )  # a kill may have come between the file and its other names
-        _cut_log(out, run.pairs_seen)
+        if run.pairs_seen > 0:
+            # The run may have been killed between writing a checkpoint and linking its other names
+            checkpoints.keep(out, run.recipe)
+        truncate_log(out, run.pairs_seen)
 
 
-def _cut_log(out: Path, pairs_seen: int) -> None:
-    """Drops lines of steps after the checkpoint: they are made again."""
+def check_settings(
+    recipe: Recipe, pairs_description: dict[str, Any], out: Path, allow_change: Sequence[str]
+) -> None:
+    """Raises UserError if the run in `out` has other settings than `recipe`, or other pairs."""
+    existing = read_json(out / "recipe.json")
+    existing_recipe = parse_recipe(existing["recipe"], str(out / "recipe.json"))
+    allowed = FREE_SETTINGS | set(allow_change)
+
+    # Differences
+    differences = []
+    allowable = []
+    for key, (requested, in_run) in recipe.changed(existing_recipe).items():
+        if key in allowed:
+            continue
+        differences.append(f"{key}: {in_run!r} in the run, {requested!r} requested")
+        if key in ROUNDING_SETTINGS:
+            allowable.append(f"--allow-change {key}")
+    if existing["pairs"] != pairs_description:
+        differences.append("other pairs")
+    if not differences:
+        return
+
+    message = (
+        f"{out} contains a run with different settings ({'; '.join(differences)}). To resume it, "
+        "use its settings; to start a new run, choose another --out"
+    )
+    if allowable:
+        message += (
+            f". Changes that alter the run by rounding alone can be allowed: {', '.join(allowable)}"
+        )
+    raise UserError(f"{message}.")
+
+
+def truncate_log(out: Path, pairs_seen: int) -> None:
+    """Removes the lines of steps after the checkpoint, which are about to be repeated."""
     path = out / "log.jsonl"
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["pairs_seen"] <= pairs_seen]
-        with atomic_write(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept))
+    if not path.exists():
+        return
+
+    kept = []
+    for line in path.read_text().splitlines():
+        is_complete = line.endswith("}")
+        if is_complete and json.loads(line)["pairs_seen"] <= pairs_seen:
+            kept.append(f"{line}\n")
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(kept))
 
 
 def initial_weights(recipe: Recipe, teacher: Teacher) -> dict[str, Tensor]:
-    """The averaged weights of `recipe.init_from`'s student. Raises UserError where that run's are of another kind."""
-    own, weights, described = load_student(Path(recipe.init_from))
-    theirs = parse_recipe(described["recipe"], recipe.init_from)
-    if own.revision != teacher.revision:
+    """The averaged weights of the student of the run `recipe.init_from`.
+
+    Raises UserError if that run has another teacher, or other LoRA settings.
+    """
+    run_teacher, weights, described = load_student(Path(recipe.init_from))
+    run_recipe = parse_recipe(described["recipe"], recipe.init_from)
+
+    if run_teacher.revision != teacher.revision:
         raise UserError(
-            f"init_from = {recipe.init_from!r} was distilled from weights {own.revision}, but this recipe's teacher "
-            f"{teacher.name!r} has {teacher.revision}. Name a run of the same teacher, or init_from=teacher."
+            f"init_from = {recipe.init_from!r} was distilled from weights {run_teacher.revision}, "
+            f"but this recipe's teacher {teacher.name!r} has {teacher.revision}. Name a run of the "
+            "same teacher, or set init_from=teacher."
         )
-    for key in ("lora_rank", "lora_targets") if recipe.lora_rank or theirs.lora_rank else ():
-        if getattr(theirs, key) != getattr(recipe, key):
-            raise UserError(
-                f"init_from = {recipe.init_from!r} has {key} = {getattr(theirs, key)!r}, this recipe {getattr(recipe, key)!r}; "
-                "set them equal, or init_from=teacher."
-            )
+
+    if recipe.lora_rank > 0 or run_recipe.lora_rank > 0:
+        for key in ("lora_rank", "lora_targets"):
+            in_run = getattr(run_recipe, key)
+            requested = getattr(recipe, key)
+            if in_run != requested:
+                raise UserError(
+                    f"init_from = {recipe.init_from!r} has {key} = {in_run!r}, this recipe "
+                    f"{requested!r}; set them equal, or set init_from=teacher."
+                )
     return weights
 
 
 def load_recipe_teacher(recipe: Recipe, device: str | torch.device = "cpu") -> Teacher:
-    """The recipe's teacher, with all that the recipe says of it."""
+    """The recipe's teacher, with its LoRAs, VAE and resolution."""
     return load_teacher(
         recipe.teacher,
         device,
@@ -234,21 +311,25 @@ def load_recipe_teacher(recipe: Recipe, device: str | torch.device = "cpu") -> T
 
 
 def load_student(run: Path) -> tuple[Teacher, dict[str, Tensor], dict[str, Any]]:
-    """The teacher, the student's averaged weights and the run's description, of a run's folder or one checkpoint in it.
+    """Loads a run's student: its teacher, the averaged weights, and the run's description.
 
-    Raises UserError where there is no run.
+    `run` is a run's folder, or one of the checkpoints in it. The description has the keys `recipe`,
+    `pairs` and `pairs_seen`. Raises UserError if there is no run, or if its teacher has changed.
     """
-    run_folder, file = checkpoints.find(run)
-    described = read_json(run_folder / "recipe.json")
+    folder, file = checkpoints.find(run)
+    described = read_json(folder / "recipe.json")
     tensors, meta = checkpoint.load(file)
-    recipe = parse_recipe(
-        described["recipe"], str(run_folder)
-    )  # settings newer than the run have their defaults
+
+    # Settings that are newer than the run have their defaults
+    recipe = parse_recipe(described["recipe"], str(folder))
     teacher = load_recipe_teacher(recipe)
-    if teacher.revision != described["pairs"]["revision"]:
+    revision = described["pairs"]["revision"]
+    if teacher.revision != revision:
         raise UserError(
-            f"the run in {run_folder} was distilled from weights {described['pairs']['revision']}, but its teacher "
-            f"{described['recipe']['teacher']!r} now has weights {teacher.revision}; put the old ones back."
+            f"the run in {folder} was distilled from weights {revision}, but its teacher "
+            f"{recipe.teacher!r} now has weights {teacher.revision}; put the old weights back."
         )
-    described |= {"recipe": recipe.model_dump(), "pairs_seen": meta["pairs_seen"]}
+
+    described["recipe"] = recipe.model_dump()
+    described["pairs_seen"] = meta["pairs_seen"]
     return teacher, checkpoint.unpack("ema", tensors), described

@@ -1,4 +1,4 @@
-"""The one-step student: the teacher's network with the teacher's weights, run once at the last timestep."""
+"""The one-step student: the teacher's network and weights, evaluated once at the last timestep."""
 
 from __future__ import annotations
 
@@ -14,18 +14,24 @@ from diffusion2gan.recipe import Recipe
 from diffusion2gan.teacher.conditioning import Conditioning
 from diffusion2gan.teacher.pipeline import Teacher, sharing_weights
 
-OUTPUT_LAYERS = ("conv_out", "proj_out")  # a UNet's and a transformer's last
+OUTPUT_LAYERS = ("conv_out", "proj_out")  # the last layer of a UNet, and of a transformer
 
 
 class Student(nn.Module):
-    """`student(noise, cond)` → latents [B, C, h, w] float32, differentiable in the weights of `trained`.
+    """`student(noise, cond)` → latents [B, C, h, w] float32, differentiable in `trained`.
 
-    x̂ = x0(z, network(z, T, c)) with T the teacher's last timestep; the teacher's own meaning of the output (ε, v or a
-    flow's v) is kept, in float32, so that the exported network is an ordinary one. ε at T multiplies errors by 14.6,
-    so the output layer and all after it stay in float32 under autocast too. With `lora_rank` the teacher's own weights
-    are the base, shared with it and frozen, and only a low-rank addition to the layers whose names end in one of
-    `lora_targets` is trained (Hu et al. 2022, section 4.1), born zero.
+    x̂ = x0(z, network(z, T, c)) with T the teacher's last timestep. The network's output keeps the
+    teacher's meaning (ε, v or a flow's v), so that the exported network is an ordinary one. It is
+    computed in float32: ε at T multiplies errors by 14.6, so the output layer and everything after
+    it stay in float32 under autocast too.
+
+    With `lora_rank`, the teacher's weights are the base, shared with it and frozen. Trained is only
+    a low-rank addition to the layers whose names end in one of `lora_targets` (Hu et al. 2022,
+    section 4.1), initialised to zero.
     """
+
+    network: Any
+    trained: nn.Module  # what is trained and saved: the network, or the LoRA's weights alone
 
     def __init__(
         self,
@@ -35,49 +41,43 @@ class Student(nn.Module):
         lora_targets: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if lora_rank:
-            self.network = with_lora(sharing_weights(teacher.network), lora_rank, lora_targets)
+        self.teacher = teacher
+
+        # Network
+        if lora_rank > 0:
+            self.network = add_lora(sharing_weights(teacher.network), lora_rank, lora_targets)
         else:
             self.network = copy.deepcopy(teacher.network).requires_grad_(True)
         keep_output_in_float32(self.network)
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
-        lora = nn.ParameterDict(
-            {n.replace(".", "/"): p for n, p in self.network.named_parameters() if p.requires_grad}
-        )
-        self._trained = (
-            lora if lora_rank else self.network,
-        )  # in tuples: not parts of this module
-        self._teacher = (teacher,)
+
+        # Its parameters are the network's. Written to __dict__, it is not registered as a
+        # submodule, and parameters() and state_dict() list them once.
+        self.__dict__["trained"] = self.network if lora_rank == 0 else lora_parameters(self.network)
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, teacher: Teacher) -> Student:
-        """The recipe's; what of a LoRA is born random is born of the recipe's seed alone."""
+        """The recipe's student; a LoRA's random weights depend on the recipe's seed alone."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             targets = recipe.lora_targets.split("+")
-            return cls(teacher, recipe.gradient_checkpointing, recipe.lora_rank, targets).to(
-                teacher.device
-            )
-
-    @property
-    def trained(self) -> nn.Module:
-        """What learns and is kept: the whole network, or the LoRA's weights alone."""
-        return self._trained[0]
+            student = cls(teacher, recipe.gradient_checkpointing, recipe.lora_rank, targets)
+        return student.to(teacher.device)
 
     def forward(self, noise: Tensor, cond: Conditioning) -> Tensor:
-        teacher = self._teacher[0]
-        return teacher.denoise(noise, teacher.last_timestep, cond, self.network)
+        return self.teacher.denoise(noise, self.teacher.last_timestep, cond, self.network)
 
     def fused(self) -> dict[str, Tensor]:
-        """The weights of an ordinary network: the trained one's, or the teacher's with the LoRA added."""
+        """The weights of an ordinary network: the trained one's, or the teacher's plus the LoRA."""
         if self.trained is self.network:
-            return self.network.state_dict()
-        weights = dict(self._teacher[0].network.state_dict())
+            weights: dict[str, Tensor] = self.network.state_dict()
+            return weights
+
+        weights = dict(self.teacher.network.state_dict())
         for name, layer in lora_layers(self.network).items():
-            weights[f"{name}.weight"] = (
-                weights[f"{name}.weight"] + layer.get_delta_weight("default").detach()
-            )
+            delta = layer.get_delta_weight("default").detach()
+            weights[f"{name}.weight"] = weights[f"{name}.weight"] + delta
         return weights
 
     def lora(self) -> dict[str, Tensor] | None:
@@ -89,53 +89,79 @@ class Student(nn.Module):
         return dict(get_peft_model_state_dict(self.network))
 
 
-def with_lora(network: Any, rank: int, targets: Sequence[str]) -> Any:
-    """Adds a LoRA of `rank`, scaled by one. Raises UserError without peft, or at a target that no layer is called."""
+def add_lora(network: Any, rank: int, targets: Sequence[str]) -> Any:
+    """Adds a LoRA of `rank` with scale 1 to the layers whose names end in one of `targets`.
+
+    Raises UserError if peft is not installed, or if no layer has such a name.
+    """
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise UserError(
             "a LoRA student needs peft: pip install 'diffusion2gan[lora]', or set lora_rank=0"
         ) from error
-    linear = [
-        name for name, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
-    ]
+
+    names = []
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            names.append(name)
+
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
-            known = {name.rpartition(".")[2] for name in linear} - set("0123456789")
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            last_words = {name.rpartition(".")[2] for name in names}
+            known = last_words - set("0123456789")
             raise UserError(
-                f"lora_targets: no layer of the teacher is called {target!r}{nearest(target, known)}"
+                f"lora_targets: the teacher has no layer named {target!r}{nearest(target, known)}"
             )
+
     network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
     return network
 
 
+def lora_parameters(network: nn.Module) -> nn.ParameterDict:
+    """The network's trainable parameters, by their names with / for the dots."""
+    parameters = nn.ParameterDict()
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            parameters[name.replace(".", "/")] = parameter
+    return parameters
+
+
 def lora_layers(network: nn.Module) -> dict[str, Any]:
+    """The layers that a LoRA was added to, by name."""
     from peft.tuners.lora import LoraLayer
 
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
 
 
 def keep_output_in_float32(network: Any) -> None:
-    """Replaces the output layer by one that autocast does not touch, with the same parameters and names."""
+    """Replaces the output layer by one that autocast does not affect; parameters and names stay."""
     name = next(name for name in OUTPUT_LAYERS if hasattr(network, name))
     layer = getattr(network, name)
-    setattr(
-        network,
-        name,
-        Float32Conv2d.of(layer) if isinstance(layer, nn.Conv2d) else Float32Linear.of(layer),
-    )
+    replacement: nn.Module
+    if isinstance(layer, nn.Conv2d):
+        replacement = Float32Conv2d.from_layer(layer)
+    else:
+        replacement = Float32Linear.from_layer(layer)
+    setattr(network, name, replacement)
 
 
 class Float32Conv2d(nn.Conv2d):
-    """A convolution that autocast does not touch."""
+    """A convolution that computes in float32 under autocast too."""
 
     @classmethod
-    def of(cls, conv: nn.Conv2d) -> Float32Conv2d:
-        """The same layer, with the same parameters under the same names."""
-        same = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)  # type: ignore[arg-type]
-        same.weight, same.bias = conv.weight, conv.bias
-        return same
+    def from_layer(cls, layer: nn.Conv2d) -> Float32Conv2d:
+        """The same layer, sharing its parameters."""
+        new = cls(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+        )
+        new.weight = layer.weight
+        new.bias = layer.bias
+        return new
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -143,14 +169,15 @@ class Float32Conv2d(nn.Conv2d):
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that autocast does not touch."""
+    """A linear layer that computes in float32 under autocast too."""
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> Float32Linear:
-        """The same layer, with the same parameters under the same names."""
-        same = cls(linear.in_features, linear.out_features)
-        same.weight, same.bias = linear.weight, linear.bias
-        return same
+    def from_layer(cls, layer: nn.Linear) -> Float32Linear:
+        """The same layer, sharing its parameters."""
+        new = cls(layer.in_features, layer.out_features)
+        new.weight = layer.weight
+        new.bias = layer.bias
+        return new
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):

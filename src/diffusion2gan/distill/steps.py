@@ -1,0 +1,353 @@
+"""The two updates of Diffusion2GAN (Kang et al. 2024, section 3): discriminator, then student.
+
+Both use the same pairs. All randomness is a function of (seed, pairs seen), so that a resumed run
+repeats it. Both updates work through a batch in micro-batches; each loss is weighted by its
+micro-batch's share of the batch, so the update does not depend on how the batch was divided.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from diffusion2gan.adversarial.heads import set_spectral_norm_update
+from diffusion2gan.adversarial.losses import (
+    discriminator_loss,
+    mix_and_match,
+    plain_attention,
+    r1_penalty,
+    student_loss,
+)
+from diffusion2gan.distill.health import discriminator_metrics, latent_statistics
+from diffusion2gan.distill.losses import Distance
+from diffusion2gan.distill.run import Run
+from diffusion2gan.noise import noise_from_seeds
+from diffusion2gan.pairs.store import Pairs
+from diffusion2gan.perceptual.augment import BatchRows
+from diffusion2gan.recipe import Recipe
+from diffusion2gan.runtime import fsdp
+from diffusion2gan.runtime.distributed import Flags
+from diffusion2gan.runtime.schedule import cosine_decay
+from diffusion2gan.teacher.conditioning import Conditioning
+
+# A step has two independent streams of random numbers
+STUDENT = 0
+DISCRIMINATOR = 1
+
+
+def step(
+    run: Run, pairs: Pairs, distance: Distance, get_flags: Callable[[], Flags] = Flags
+) -> tuple[dict[str, Any], Flags]:
+    """Updates the discriminator, then the student, on one global batch of pairs.
+
+    `get_flags` returns what this rank requests at the end of the step. Returns the step's log
+    entry, and what any rank requested.
+    """
+    batches = micro_batches(run, pairs)
+
+    discriminator_entry = {}
+    if run.discriminator is not None and run.pairs_seen >= run.recipe.gan_start_pairs:
+        discriminator_entry = discriminator_step(run, batches)
+    student_entry, flags = student_step(run, batches, distance, get_flags)
+
+    run.pairs_seen += len(pairs)
+    return {"pairs_seen": run.pairs_seen, **discriminator_entry, **student_entry}, flags
+
+
+def discriminator_step(run: Run, batches: Sequence[MicroBatch]) -> dict[str, Any]:
+    """One update of D on softplus(−D(real)) + softplus(D(fake)), and R1 every `r1_every` steps.
+
+    Some of the fakes are mismatched (mix-and-match). Returns the step's log entry.
+    """
+    recipe = run.recipe
+    discriminator = run.discriminator
+    optimizer = run.discriminator_optimizer
+    assert discriminator is not None and optimizer is not None
+
+    seed = step_seed(recipe.seed, run.pairs_seen, DISCRIMINATOR)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    run.group.unshard(run.student.trained, discriminator)
+    optimizer.zero_grad(set_to_none=True)
+
+    # 1. Fakes, without gradient
+    fake, mixed = make_fakes(run, batches, generator)
+
+    # 2. GAN loss: real and fake latents in one forward pass, with the same noise and prompts
+    gan_loss = torch.zeros(())
+    real_logits: list[list[Tensor]] = []
+    fake_logits: list[list[Tensor]] = []
+    for batch in batches:
+        # Spectral norms take one power iteration per update, whatever the number of micro-batches
+        set_spectral_norm_update(discriminator, batch is batches[0])
+
+        latents = torch.cat([batch.latents, fake[batch.rows]])  # [2b, C, h, w]
+        noise = torch.cat([batch.noise, batch.noise])
+        cond = Conditioning.concat(batch.cond, batch.cond)
+        with run.autocast():
+            logits = discriminator(noise, cond, latents)
+
+        halves = [head.chunk(2) for head in logits]
+        on_real = [real for real, _ in halves]
+        on_fake = [fake for _, fake in halves]
+        loss = discriminator_loss(on_real, on_fake) * batch.weight
+        loss.backward()
+
+        gan_loss += loss.detach().cpu()
+        real_logits.append(on_real)
+        fake_logits.append(on_fake)
+    set_spectral_norm_update(discriminator, False)
+
+    # 3. R1 penalty, lazily (Karras et al. 2020, appendix B)
+    with_r1 = r1_is_due(recipe, run.pairs_seen)
+    r1 = r1_step(run, batches, generator) if with_r1 else torch.zeros(())
+
+    # 4. Sum of the gradients and of what is logged over the ranks
+    real = scatter_heads(batches, real_logits)
+    fakes = scatter_heads(batches, fake_logits)
+    (gan_loss, r1, *heads), _ = run.group.sum(discriminator, [gan_loss, r1, *real, *fakes])
+    real, fakes = heads[: len(real)], heads[len(real) :]
+
+    # 5. Update: D's learning rate follows the student's schedule
+    rate = (
+        learning_rate(recipe, run.pairs_seen)
+        * recipe.discriminator_learning_rate
+        / recipe.learning_rate
+    )
+    grad_norm = clip_and_step(optimizer, discriminator.parameters(), rate, recipe.max_grad_norm)
+
+    entry = {"d_loss": float(gan_loss), "d_grad_norm": grad_norm}
+    if with_r1:
+        entry["r1"] = float(r1)
+    return entry | discriminator_metrics(real, fakes, mixed)
+
+
+def student_step(
+    run: Run,
+    batches: Sequence[MicroBatch],
+    distance: Distance,
+    get_flags: Callable[[], Flags] = Flags,
+) -> tuple[dict[str, Any], Flags]:
+    """One update of the student and of its average on distance + λ·softplus(−D), with D frozen.
+
+    λ is zero until D has been trained on `discriminator_warmup` pairs. Returns the step's log
+    entry, and what any rank requested.
+    """
+    recipe = run.recipe
+    rate = learning_rate(recipe, run.pairs_seen)
+    gan_weight = adversarial_weight(recipe, run.pairs_seen)
+    discriminator = run.discriminator if gan_weight > 0 else None
+
+    run.group.unshard(run.student.trained, discriminator)
+    run.optimizer.zero_grad(set_to_none=True)
+
+    # 1. Gradients of the regression loss and of the GAN loss
+    regression_loss = torch.zeros(())
+    gan_loss = torch.zeros(())
+    outputs = []
+    with frozen(discriminator):
+        for batch in batches:
+            with run.autocast():
+                latents = run.student(batch.noise, batch.cond)  # [b, C, h, w]
+
+            # The same seed for every micro-batch: `BatchRows` selects its transforms
+            generator = torch.Generator("cpu").manual_seed(step_seed(recipe.seed, run.pairs_seen))
+            distances = distance(latents, batch.latents, generator, batch.batch_rows)  # [b]
+            regression = distances.mean() * batch.weight
+            loss = regression
+
+            if discriminator is not None:
+                with run.autocast():
+                    logits = discriminator(batch.noise, batch.cond, latents)
+                adversarial = student_loss(logits) * batch.weight
+                loss = regression + gan_weight * adversarial
+                gan_loss += adversarial.detach().cpu()
+
+            loss.backward()
+            regression_loss += regression.detach().cpu()
+            outputs.append(latents)
+
+    # 2. Sum of the gradients and of what is logged over the ranks
+    extras = [regression_loss, gan_loss, scatter_rows(batches, outputs)]
+    sums, flags = run.group.sum(run.student.trained, extras, get_flags())
+    regression_loss, gan_loss, output = sums
+
+    # 3. Update of the weights and of their average
+    parameters = run.student.trained.parameters()
+    grad_norm = clip_and_step(run.optimizer, parameters, rate, recipe.max_grad_norm)
+    if math.isfinite(grad_norm):
+        run.ema.update(run.student.trained)
+
+    entry = {"loss": float(regression_loss), "grad_norm": grad_norm}
+    if discriminator is not None:
+        entry["gan_loss"] = float(gan_loss)
+    target = batches[0].pairs.latents.to(output.device)
+    return entry | latent_statistics(output, target), flags
+
+
+@torch.no_grad()
+def make_fakes(
+    run: Run, batches: Sequence[MicroBatch], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The student's latents [B, C, h, w], a share of them mismatched, and which ones, [B] bool.
+
+    The mismatched rows are drawn for the global batch; rows of other ranks are zero and not used.
+    """
+    with run.autocast():
+        outputs = [run.student(batch.noise, batch.cond) for batch in batches]
+        fake = scatter_rows(batches, outputs)
+
+    pairs = batches[0].pairs
+    real = pairs.latents.to(fake.device)
+    return mix_and_match(fake, real, pairs.prompts, run.recipe.mix_share, generator)
+
+
+def r1_step(run: Run, batches: Sequence[MicroBatch], generator: torch.Generator) -> Tensor:
+    """Adds the gradient of γ/2·‖∇_x ΣD‖² × `r1_every`, at one real sample of the batch, to D's.
+
+    Returns ‖∇_x ΣD‖² on the rank that has the sample, zero on the others.
+    """
+    assert run.discriminator is not None
+    row = int(torch.randint(len(batches[0].pairs), (), generator=generator))
+
+    for batch in batches:
+        if batch.rows.start <= row < batch.rows.stop:
+            index = row - batch.rows.start
+            sample = slice(index, index + 1)
+            noise, cond, latents = (
+                batch.noise[sample],
+                batch.cond.rows(sample),
+                batch.latents[sample],
+            )
+
+            # With gradient checkpointing `backward` recomputes the forward pass, attention included
+            with plain_attention():
+                penalty = r1_penalty(run.discriminator, noise, cond, latents)
+                (run.recipe.r1_weight / 2 * run.recipe.r1_every * penalty).backward()
+            return penalty.detach().cpu()
+    return torch.zeros(())
+
+
+@contextmanager
+def frozen(module: nn.Module | None) -> Iterator[None]:
+    """Gradients pass through `module` but not into its parameters.
+
+    The backward pass belongs inside too: gradient checkpointing runs the forward pass again there.
+    """
+    if module is None:
+        yield
+        return
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The rows `rows` of a global batch `pairs`, on the device: the input of one forward pass."""
+
+    rows: slice
+    pairs: Pairs
+    noise: Tensor  # [b, C, h, w]
+    cond: Conditioning
+    latents: Tensor  # [b, C, h, w], the teacher's
+
+    @property
+    def weight(self) -> float:
+        """Its share of the global batch."""
+        return len(self.latents) / len(self.pairs)
+
+    @property
+    def batch_rows(self) -> BatchRows:
+        return BatchRows(self.rows, len(self.pairs))
+
+
+def micro_batches(run: Run, pairs: Pairs) -> list[MicroBatch]:
+    """This rank's rows of the global batch, in `gradient_accumulation_steps` micro-batches."""
+    teacher = run.teacher
+    ranks = run.group.ranks
+    num_batches = run.recipe.gradient_accumulation_steps
+    size = len(pairs) // (num_batches * ranks.world_size)
+
+    batches = []
+    for number in range(ranks.rank * num_batches, (ranks.rank + 1) * num_batches):
+        rows = slice(number * size, (number + 1) * size)
+        noise = noise_from_seeds(pairs.seed[rows], teacher.latent_shape).to(teacher.device)
+        latents = pairs.latents[rows].to(teacher.device)
+        cond = teacher.encode(pairs.prompts[rows])
+        batches.append(MicroBatch(rows, pairs, noise, cond, latents))
+    return batches
+
+
+def scatter_rows(batches: Sequence[MicroBatch], values: Sequence[Tensor]) -> Tensor:
+    """One tensor [b, …] per micro-batch → [B, …] float32, without graph.
+
+    The rows of other ranks are zero.
+    """
+    first = values[0]
+    scattered = torch.zeros(len(batches[0].pairs), *first.shape[1:], device=first.device)
+    for batch, value in zip(batches, values, strict=True):
+        scattered[batch.rows] = value.detach().float()
+    return scattered
+
+
+def scatter_heads(batches: Sequence[MicroBatch], logits: Sequence[list[Tensor]]) -> list[Tensor]:
+    """The logits of each micro-batch, one tensor per head → one tensor [B, 1, h, w] per head."""
+    return [scatter_rows(batches, head) for head in zip(*logits, strict=True)]
+
+
+def clip_and_step(
+    optimizer: Optimizer,
+    parameters: Iterable[nn.Parameter],
+    rate: float,
+    max_grad_norm: float,
+) -> float:
+    """Clips the gradients and updates the parameters, with learning rate `rate`.
+
+    A gradient that is not finite is skipped: nothing changes. Returns the norm before clipping.
+    """
+    for param_group in optimizer.param_groups:
+        param_group["lr"] = rate
+    grad_norm = float(fsdp.full_tensor(nn.utils.clip_grad_norm_(parameters, max_grad_norm)))
+    if math.isfinite(grad_norm):
+        optimizer.step()
+    return grad_norm
+
+
+def adversarial_weight(recipe: Recipe, pairs_seen: int) -> float:
+    """λ at this point of the run: zero until D has been trained on `discriminator_warmup` pairs."""
+    if pairs_seen < recipe.gan_start_pairs + recipe.discriminator_warmup:
+        return 0.0
+    return recipe.adversarial_weight
+
+
+def r1_is_due(recipe: Recipe, pairs_seen: int) -> bool:
+    """Whether this step has the R1 penalty: every `r1_every`-th, counted from the run's start."""
+    return recipe.r1_weight > 0 and pairs_seen // recipe.batch_size % recipe.r1_every == 0
+
+
+def step_seed(seed: int, pairs_seen: int, stream: int = STUDENT) -> int:
+    """The seed of one of a step's random streams: 32 bits, all that torch's CPU generator uses.
+
+    It is mixed from all of its arguments, and differs from the seeds of the pairs' noise.
+    """
+    return int(np.random.SeedSequence([seed, pairs_seen]).generate_state(stream + 1)[stream])
+
+
+def learning_rate(recipe: Recipe, pairs_seen: int) -> float:
+    """Linear warm-up over the first `warmup` share of the run, then a cosine to a twentieth."""
+    progress = pairs_seen / recipe.total_pairs
+    if progress < recipe.warmup:
+        warmup_pairs = recipe.warmup * recipe.total_pairs
+        return recipe.learning_rate * (pairs_seen + recipe.batch_size) / warmup_pairs
+
+    return cosine_decay(progress, recipe.learning_rate, recipe.warmup, floor=0.05)

@@ -1,9 +1,9 @@
-"""Every setting of a training run: typed, frozen, checked at birth, printed, saved."""
+"""The settings of a training run: typed, immutable, validated when created."""
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,9 @@ LossName = Literal["mse", "pseudo_huber", "latent_lpips", "e_latent_lpips", "pix
 OptimizerName = Literal["adamw", "adamw8bit"]
 DiscriminatorName = Literal["diffusion", "random", "patch"]
 SHIPPED = Path(__file__).parent / "recipes"
-RENAMED = {  # settings of version 0.1 and what they are called now
+
+# Settings of version 0.1 that have new names
+RENAMED = {
     "pairs_seen": "total_pairs",
     "accumulate": "gradient_accumulation_steps",
     "start": "init_from",
@@ -25,202 +27,330 @@ RENAMED = {  # settings of version 0.1 and what they are called now
 
 
 class Recipe(BaseModel):
-    """What `distill` does. Units: pictures are counted in pairs seen, times in seconds."""
+    """All settings of `diffusion2gan distill`.
+
+    The length of a run and positions in it are counted in pairs seen, times in seconds.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    # Teacher
     teacher: str = Field(
-        "pocket", description="`pocket`, the folder of a diffusers pipeline, or a .safetensors"
+        "pocket",
+        description="The teacher: `pocket`, the folder of a diffusers pipeline, or a .safetensors "
+        "file.",
     )
     teacher_config: str | None = Field(
-        None, description="a single-file teacher's pipeline folder: configs, tokenizers"
+        None,
+        description="For a teacher in one file: the folder of its pipeline, with its configuration "
+        "files and tokenizers.",
     )
     teacher_lora: str | None = Field(
-        None, description="LoRAs merged into the teacher: PATH[@SCALE], commas between"
+        None,
+        description="LoRAs merged into the teacher: PATH[@SCALE], separated by commas.",
     )
-    vae: str | None = Field(None, description="another VAE for the same latents: its folder")
+    vae: str | None = Field(None, description="The folder of another VAE for the same latents.")
     resolution: int | None = Field(
-        None, ge=1, description="the pictures' side in pixels; the teacher's own if not set"
+        None,
+        ge=1,
+        description="Side of the images in pixels; the teacher's default if not set.",
     )
+
+    # Student
     lora_rank: int = Field(
-        0, ge=0, description="trains a LoRA of this rank on the frozen teacher; 0: all weights"
+        0,
+        ge=0,
+        description="Trains a LoRA of this rank on the frozen teacher; 0 trains all weights.",
     )
     lora_targets: str = Field(
         "to_q+to_k+to_v+to_out.0",
-        description="layers that a LoRA adds to, by the end of their names",
+        description="The layers that a LoRA is added to: the ends of their names, joined by +.",
     )
     init_from: str = Field(
-        "teacher", description="the student's weights at birth: the teacher's, or a run's"
+        "teacher",
+        description="Initial weights of the student: `teacher`, or the folder of another run.",
     )
+
+    # Regression loss
     perceptual: str = Field(
         "pocket",
-        description="the perceptual distance's network: `pocket`, a folder, or `teacher`, its own features",
+        description="The network of an LPIPS loss: `pocket`, a folder made by `perceptual fit`, or "
+        "`teacher` for the teacher's features.",
     )
     loss: LossName = Field(
-        "e_latent_lpips", description="the regression loss between student and teacher latents"
+        "e_latent_lpips",
+        description="The regression loss between the student's and the teacher's latents.",
     )
     pseudo_huber_c: float = Field(
-        0.03, gt=0, description="pseudo_huber's c, per latent number (iCT: 0.00054·√dims)"
+        0.03,
+        gt=0,
+        description="c of pseudo_huber, per element of the latents (iCT: 0.00054·√dims).",
     )
     transforms: str = Field(
-        "geometric+cutout", description="e_latent_lpips's families of random transforms"
+        "geometric+cutout",
+        description="Random transforms of e_latent_lpips: blit, geometric, color, cutout, joined "
+        "by +.",
     )
-    num_draws: int = Field(1, ge=1, description="transforms averaged per pair and step")
-    total_pairs: int = Field(60_000, ge=1, description="when to stop")
-    batch_size: int = Field(32, ge=1, description="pairs an update")
+    num_draws: int = Field(
+        1,
+        ge=1,
+        description="Transforms of e_latent_lpips averaged per pair and step.",
+    )
+
+    # Length and batch
+    total_pairs: int = Field(
+        60_000,
+        ge=1,
+        description="Length of the run, in pairs; every epoch counts again.",
+    )
+    batch_size: int = Field(32, ge=1, description="Pairs per update, over all ranks.")
     gradient_accumulation_steps: int = Field(
-        1, ge=1, description="parts a batch is worked in; memory falls, the update stays the same"
+        1,
+        ge=1,
+        description="Micro-batches per update: more of them need less memory, and the update stays "
+        "the same.",
     )
+
+    # Optimiser
     learning_rate: float = Field(
-        3e-4, gt=0, description="AdamW's peak; linear warm-up, cosine to a twentieth"
+        3e-4,
+        gt=0,
+        description="Peak learning rate of the student's AdamW; linear warm-up, then a cosine to a "
+        "twentieth.",
     )
-    warmup: float = Field(0.03, ge=0, lt=1, description="share of the run that warms up")
+    warmup: float = Field(
+        0.03,
+        ge=0,
+        lt=1,
+        description="Share of the run in which the learning rate rises.",
+    )
     optimizer: OptimizerName = Field(
-        "adamw", description="or its averages in 8 bits (the extra adam8bit), both players"
+        "adamw",
+        description="adamw8bit stores the averages of both optimisers in 8 bits (needs the extra "
+        "adam8bit).",
     )
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    ema_decay: float = Field(0.999, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay of the student's AdamW.")
+    max_grad_norm: float = Field(
+        1.0,
+        gt=0,
+        description="Gradients of the student and of the discriminator are clipped to this norm.",
+    )
+    ema_decay: float = Field(
+        0.999,
+        ge=0,
+        lt=1,
+        description="Decay per update of the student's average (EMA), which is what is exported.",
+    )
+
+    # Discriminator and GAN loss
     adversarial_weight: float = Field(
         0.5,
         ge=0,
         allow_inf_nan=False,
-        description="λ: the GAN loss beside the regression; 0 builds no D",
+        description="λ: weight of the GAN loss beside the regression loss; 0 trains without a "
+        "discriminator.",
     )
     discriminator: DiscriminatorName = Field(
         "diffusion",
-        description="grown from the teacher; the same from random weights; plain convolutions",
+        description="`diffusion` starts from the teacher's network and weights, `random` from its "
+        "network with random weights; `patch` is a small convolutional network.",
     )
     discriminator_learning_rate: float = Field(
-        1e-4, gt=0, description="Adam's peak; the student's schedule"
+        1e-4,
+        gt=0,
+        description="Peak learning rate of the discriminator's Adam; the student's schedule.",
     )
     gan_start_pairs: int = Field(
-        0, ge=0, description="pairs of regression alone before D begins: cheaper by far"
+        0,
+        ge=0,
+        description="Pairs of regression alone before the discriminator is trained; these steps "
+        "are much cheaper.",
     )
     discriminator_warmup: int = Field(
-        2_000, ge=0, description="pairs that D learns from before the student feels it"
+        2_000,
+        ge=0,
+        description="Pairs that the discriminator is trained on before the GAN loss reaches the "
+        "student.",
     )
     discriminator_timestep: int = Field(
-        0, ge=0, description="where a diffusion D believes to be; latents are clean"
+        0,
+        ge=0,
+        description="Timestep given to the discriminator's network; its latents are clean, so 0.",
     )
-    noise_input: bool = Field(True, description="D reads the noise")
-    multi_scale_input: bool = Field(True, description="D reads the latents on every grid")
+    noise_input: bool = Field(True, description="The discriminator reads the noise.")
+    multi_scale_input: bool = Field(
+        True,
+        description="The discriminator reads the latents at every resolution of its encoder (UNets "
+        "only).",
+    )
     multi_scale_output: bool = Field(
-        True, description="D answers at every decoder scale, three times each"
+        True,
+        description="The discriminator has heads at every scale, instead of one on its last "
+        "features.",
     )
-    spectral_norm: bool = Field(False, description="of D's heads; of every layer of a patch D")
-    patch_width: int = Field(64, ge=1, description="channels of a patch D's first layer")
+    spectral_norm: bool = Field(
+        False,
+        description="Spectral norm in the discriminator's heads; in every layer of `patch`.",
+    )
+    patch_width: int = Field(64, ge=1, description="Channels of the first layer of `patch`.")
     r1_weight: float = Field(
         1e-7,
         ge=0,
         allow_inf_nan=False,
-        description="γ of γ/2·‖∇ΣD‖², one real sample; Σ grows with the logits",
+        description="γ of the R1 penalty γ/2·‖∇ΣD‖² at one real sample per step; the sum over all "
+        "logits grows with their number.",
     )
     r1_every: int = Field(
-        16, ge=1, description="D's steps between penalties, each multiplied by this"
+        16,
+        ge=1,
+        description="Steps of the discriminator between R1 penalties, which are multiplied by it.",
     )
     mix_share: float = Field(
-        0.25, ge=0, lt=1, description="share of D's fakes that are other pairs' real latents"
+        0.25,
+        ge=0,
+        lt=1,
+        description="Share of the discriminator's fakes that are replaced by other pairs' real "
+        "latents.",
     )
+
+    # Memory, device and ranks
     prompt_embeds: Literal["encoded", "kept"] = Field(
         "encoded",
-        description="each batch's prompts by the text encoders, or all once, kept beside the pairs",
+        description="`encoded` runs the text encoders on each batch; `kept` runs them once, and "
+        "keeps the embeddings on disk beside the pairs.",
     )
     gradient_checkpointing: bool = Field(
-        False, description="recompute activations: less memory, slower"
+        False,
+        description="Recomputes activations in the backward pass: less memory, slower.",
     )
     device: str = Field("cpu", description="cpu, cuda, cuda:1, …")
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16: autocast, on cuda alone"
+        "float32",
+        description="bfloat16: autocast, on cuda only; weights stay in float32.",
     )
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of all random numbers of the run.")
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp",
-        description="every rank holds all of both players; or, to save memory, its part of all weights",
+        description="With several ranks: `ddp` has all weights on every rank; `fsdp` shards them, "
+        "to save memory.",
     )
-    checkpoint_every_s: float = Field(60.0, gt=0)
-    keep_checkpoints: int = Field(1, ge=1, description="the newest, and so many less one before it")
+
+    # Checkpoints and samples
+    checkpoint_every_s: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds between checkpoints.",
+    )
+    keep_checkpoints: int = Field(
+        1,
+        ge=1,
+        description="Number of checkpoints kept: the newest and those before it.",
+    )
     keep_best: bool = Field(
-        False, description="the checkpoint of the lowest running average of `loss` too"
+        False,
+        description="Also keeps the checkpoint with the lowest running average of `loss`.",
     )
-    sample_every: int = Field(10_000, ge=1, description="pairs seen between sample sheets")
+    sample_every: int = Field(10_000, ge=1, description="Pairs between sample sheets.")
 
     @model_validator(mode="after")
-    def _fit_together(self) -> Recipe:
+    def _check_combinations(self) -> Recipe:
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"batch_size {self.batch_size} cannot be worked in gradient_accumulation_steps = {self.gradient_accumulation_steps} parts"
+                f"batch_size {self.batch_size} cannot be divided into gradient_accumulation_steps "
+                f"= {self.gradient_accumulation_steps} micro-batches; set batch_size to a multiple "
+                "of it"
             )
         if self.adversarial_weight > 0 and self.mix_share > 0 and self.batch_size == 1:
             raise ValueError(
-                f"mix_share {self.mix_share} takes fakes from other pairs of the batch, but batch_size is 1; raise "
-                "batch_size or set mix_share=0"
+                f"mix_share {self.mix_share} takes fakes from other pairs of the batch, but "
+                "batch_size is 1; raise batch_size or set mix_share=0"
             )
         if self.perceptual == "teacher" and self.loss == "pixel_lpips":
             raise ValueError(
-                "perceptual = 'teacher' are features of latents; for pixel_lpips name a pixel network"
+                "perceptual = 'teacher' are features of latents, but pixel_lpips compares images; "
+                "set perceptual to a network of images, or another loss"
             )
         if self.precision != "float32" and not self.device.startswith("cuda"):
             raise ValueError(
-                f"precision {self.precision!r} is for cuda, device is {self.device!r}; set one of them"
+                f"precision {self.precision!r} is for cuda, but device is {self.device!r}; set "
+                "precision=float32 or device=cuda"
             )
         return self
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the teacher's network works while the student trains."""
-        perceptual = (
-            self.loss in ("latent_lpips", "e_latent_lpips") and self.perceptual == "teacher"
-        )
-        return self.lora_rank > 0 or perceptual
+        """Whether training evaluates the teacher's network: for a LoRA, or for its features."""
+        if self.lora_rank > 0:
+            return True
+        return self.perceptual == "teacher" and self.loss in ("latent_lpips", "e_latent_lpips")
 
     def changed(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
-        """Settings that differ: name → (ours, theirs)."""
-        mine, theirs = self.model_dump(), other.model_dump()
-        return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
+        """The settings that differ: name → (value in this recipe, value in the other one)."""
+        differences = {}
+        for key in Recipe.model_fields:
+            value, other_value = getattr(self, key), getattr(other, key)
+            if value != other_value:
+                differences[key] = (value, other_value)
+        return differences
 
 
 def load_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
-    """A shipped recipe's name or a .toml file, with `key=value` settings laid over it.
+    """A shipped recipe or a .toml file, changed by `key=value` settings.
 
-    Raises UserError at an unknown name, file, setting (the nearest is named) or value.
+    Raises UserError if the name, the file, a setting (the message names the nearest) or a value is
+    not valid.
     """
+    # File
     path = SHIPPED / f"{name}.toml"
     if not path.is_file():
         path = Path(name)
     if not path.is_file():
-        shipped = [recipe.stem for recipe in SHIPPED.glob("*.toml")]
-        raise UserError(f"no recipe {name!r}: neither a file nor shipped{nearest(name, shipped)}")
+        raise UserError(
+            f"no recipe {name!r}: neither a file nor a shipped recipe"
+            f"{nearest(name, shipped_recipes())}"
+        )
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not TOML: {error}") from error
+
+    # Settings of the command line
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting!r}: write it as key=value")
+        check_names([key.strip()], f"--set {setting}")
         values[key.strip()] = value.strip()
+
     return parse_recipe(values, str(path))
 
 
-def parse_recipe(values: dict[str, Any], where: str) -> Recipe:
-    for key in values:
-        if key in RENAMED:
-            raise UserError(
-                f"{where}: the setting {key!r} is now called {RENAMED[key]!r}; rename it there"
-            )
-        if key not in Recipe.model_fields:
-            raise UserError(f"{where}: unknown setting {key!r}{nearest(key, Recipe.model_fields)}")
+def parse_recipe(values: dict[str, Any], source: str) -> Recipe:
+    """A recipe from its settings. Raises UserError, naming `source`, if one is not valid."""
+    check_names(values, source)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        told = "; ".join(
-            f"{e['loc'][0]} = {e['input']!r}: {e['msg']}"
-            if e["loc"]
-            else e["msg"].removeprefix("Value error, ")
-            for e in error.errors()
-        )
-        raise UserError(f"{where}: {told}") from error
+        messages = []
+        for details in error.errors():
+            if details["loc"]:
+                messages.append(f"{details['loc'][0]} = {details['input']!r}: {details['msg']}")
+            else:
+                messages.append(details["msg"].removeprefix("Value error, "))
+        raise UserError(f"{source}: {'; '.join(messages)}") from error
+
+
+def check_names(names: Iterable[str], source: str) -> None:
+    """Raises UserError, naming `source`, at an unknown setting, or one by its former name."""
+    for name in names:
+        if name in RENAMED:
+            raise UserError(
+                f"{source}: the setting {name!r} is now called {RENAMED[name]!r}; use the new name"
+            )
+        if name not in Recipe.model_fields:
+            raise UserError(
+                f"{source}: unknown setting {name!r}{nearest(name, Recipe.model_fields)}"
+            )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusion2gan.cost.distill import adam_size, dry_run
+from diffusion2gan.cost.distill import adam_bytes, dry_run
 from diffusion2gan.distill import train
 from diffusion2gan.distill.optimizer import discriminator_optimizer, student_optimizer
 from diffusion2gan.distill.run import CHECKPOINT
@@ -65,7 +65,7 @@ def test_its_steps_are_nearly_adams(make: Callable[[Recipe, nn.Module], Any]) ->
             for k, t in tensors.items()
             if "qmap" not in k and "step" not in k
         )
-        assert states[name] == adam_size(recipe, net)  # what a dry run counts
+        assert states[name] == adam_bytes(recipe, net)  # what a dry run counts
     assert not torch.equal(weights["adamw8bit"], weights["adamw"])
     assert (
         float(

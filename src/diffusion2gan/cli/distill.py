@@ -24,7 +24,8 @@ def distill(
     allow_change: Annotated[
         list[str] | None,
         typer.Option(
-            help="A harmless setting that may differ from the run's, as gradient_accumulation_steps."
+            help="A setting that may differ from the run's, because it changes the result by "
+            "rounding alone: gradient_accumulation_steps, device, …; repeatable."
         ),
     ] = None,
     dry_run: Annotated[
@@ -33,24 +34,31 @@ def distill(
     price_per_gpu_hour: PriceOption = None,
 ) -> None:
     """Train a one-step student; run again to resume exactly."""
-    from diffusion2gan.recipe import load_recipe
+    from diffusion2gan.recipe import Recipe, load_recipe
 
+    # Wrong settings are reported before the slow imports
     loaded = load_recipe(recipe, set_ or [])
+
+    from diffusion2gan.cost.distill import dry_run as estimate_cost
     from diffusion2gan.distill import train
     from diffusion2gan.runtime.distributed import get_ranks
     from diffusion2gan.runtime.storage import parse_location
 
-    for key, value in loaded.model_dump().items() if get_ranks().is_main else ():
-        typer.echo(f"{key} = {value!r}")
+    # Settings that differ from the defaults; `recipe show` prints all of them
+    is_main = get_ranks().is_main
+    if is_main:
+        for key, (value, _) in loaded.changed(Recipe()).items():
+            typer.echo(f"{key} = {value!r}")
 
+    location = parse_location(pairs)
     if dry_run:
-        from diffusion2gan.cost.distill import dry_run as dry_run_cost
-
-        for key, value in dry_run_cost(loaded, parse_location(pairs), price_per_gpu_hour).items():
+        for key, value in estimate_cost(loaded, location, price_per_gpu_hour).items():
             typer.echo(f"{key}: {value}")
         return
-    train.distill(loaded, parse_location(pairs), out, allow_change or [])
-    if get_ranks().is_main:
+
+    train.distill(loaded, location, out, allow_change or [])
+    if is_main:
         typer.echo(
-            f"{out}: {loaded.total_pairs} pairs seen. Next: diffusion2gan export {out} --out export/NAME"
+            f"{out}: {loaded.total_pairs} pairs seen. "
+            f"Next: diffusion2gan export {out} --out export/NAME"
         )

@@ -1,4 +1,4 @@
-"""What a run would take, before it starts: parameters, memory by part, disk, hours, money."""
+"""The cost of a run before it starts: parameters, memory per component, disk, hours, money."""
 
 from __future__ import annotations
 
@@ -22,112 +22,171 @@ Cost = dict[str, float | int | str]
 MIB = 2**20
 
 
-def size_of(*modules: nn.Module | None) -> int:
-    """Bytes of all different tensors."""
-    tensors = [t for m in modules if m is not None for t in (*m.parameters(), *m.buffers())]
-    return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+def dry_run(recipe: Recipe, pairs: Location, price_per_gpu_hour: float | None = None) -> Cost:
+    """Estimates the cost of a run (`estimate_cost`) by taking a few steps of it; writes nothing."""
+    # Teacher and pairs, checked as `distill` does
+    teacher = load_recipe_teacher(recipe, resolve_device(recipe.device))
+    reader = PairReader(pairs, recipe.seed)
+    check_pairs(reader.spec, teacher, pairs)
+    check_discriminator(recipe, teacher, reader, pairs)
+
+    # Run
+    run = Run(recipe, teacher)
+    distance = build_distance(recipe, teacher.device, teacher)
+    teacher.offload(network=not recipe.needs_teacher, vae=recipe.loss != "pixel_lpips")
+
+    batches = reader.batches(recipe.batch_size)
+
+    def take_step() -> None:
+        step(run, next(batches), distance)
+
+    return estimate_cost(run, take_step, reader.spec.count, price_per_gpu_hour)
 
 
-def count_of(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def adam_size(recipe: Recipe, module: nn.Module | None) -> int:
-    """Bytes of Adam's two averages. In 8 bits: of tensors of 4 096 numbers or more, a scale for every 256."""
-    if module is None or recipe.optimizer == "adamw":
-        return 2 * size_of(module)
-    sizes = [p.numel() for p in module.parameters() if p.requires_grad]
-    return sum(2 * (n + 4 * -(-n // 256)) if n >= 4096 else 8 * n for n in sizes)
-
-
-def memory_of(run: Run) -> dict[str, int]:
-    """Bytes on the device while training, by part; activations come on top and are measured, not counted."""
-    teacher, recipe = run.teacher, run.recipe
-    student, discriminator = size_of(run.student.trained), size_of(run.discriminator)
-    texts = [
-        part
-        for name, part in teacher.pipeline.components.items()
-        if name.startswith("text_encoder")
-    ]
-    return {
-        "student_weights": student,
-        "student_gradients_adam_average": 2 * student + adam_size(run.recipe, run.student.trained),
-        "teacher_weights": size_of(teacher.network)
-        if recipe.needs_teacher or teacher.device.type == "cpu"
-        else 0,
-        "discriminator_weights_gradients_adam": 2 * discriminator
-        + adam_size(run.recipe, run.discriminator),
-        "text_encoders": 0 if recipe.prompt_embeds == "kept" else size_of(*texts),
-        "vae": size_of(teacher.vae)
-        if recipe.loss == "pixel_lpips" or teacher.device.type == "cpu"
-        else 0,
-    }
-
-
-def cost_of(
-    run: Run, step: Callable[[], object], num_prompts: int, price_per_gpu_hour: float | None
+def estimate_cost(
+    run: Run,
+    take_step: Callable[[], None],
+    num_prompts: int,
+    price_per_gpu_hour: float | None,
 ) -> Cost:
-    """Takes two steps of each kind, the second timed. What is kept of prompts on disk: `num_prompts` of them."""
+    """Parameters, memory, disk, time and money of a run.
+
+    It takes two steps of each kind (regression alone, with the discriminator) and times the second.
+    `num_prompts`: prompts whose embeddings are kept on disk with prompt_embeds=kept.
+    """
     recipe = run.recipe
-    memory = memory_of(run)
-    alone = min(recipe.gan_start_pairs, recipe.total_pairs) if run.discriminator is not None else 0
-    step_s = seconds_of(run, step, alone)
-    alone_s = seconds_of(run, step, 0) if alone else 0.0
-    steps = -(-recipe.total_pairs // recipe.batch_size)
-    hours = (alone * alone_s + (recipe.total_pairs - alone) * step_s) / recipe.batch_size / 3600
-    checkpoints = (
-        1 + recipe.keep_checkpoints + recipe.keep_best
-    )  # the new one is written before an old one goes
-    checkpoint = 2 * size_of(run.student.trained) + adam_size(recipe, run.student.trained)
-    checkpoint += size_of(run.discriminator) + adam_size(recipe, run.discriminator)
+    teacher = run.teacher
+    trained = run.student.trained
+    memory = memory_bytes(run)
+
+    # Time: steps of regression alone, before `gan_start_pairs`, are faster
+    regression_pairs = 0
+    regression_step_s = 0.0
+    if run.discriminator is not None:
+        regression_pairs = min(recipe.gan_start_pairs, recipe.total_pairs)
+    step_s = measure_step(run, take_step, regression_pairs)
+    if regression_pairs > 0:
+        regression_step_s = measure_step(run, take_step, 0)
+    gan_pairs = recipe.total_pairs - regression_pairs
+    seconds = (regression_pairs * regression_step_s + gan_pairs * step_s) / recipe.batch_size
+    hours = seconds / 3600
+
+    # Disk: a new checkpoint is written before an old one is removed
+    num_checkpoints = 1 + recipe.keep_checkpoints + recipe.keep_best
+    checkpoint_size = 2 * num_bytes(trained) + adam_bytes(recipe, trained)
+    checkpoint_size += num_bytes(run.discriminator) + adam_bytes(recipe, run.discriminator)
+
     cost: Cost = {
-        "student_parameters": count_of(run.student.trained),
-        "discriminator_parameters": count_of(run.discriminator),
-        **{f"{part}_mib": round(bytes_ / MIB, 1) for part, bytes_ in memory.items()},
-        "memory_without_activations_mib": round(sum(memory.values()) / MIB, 1),
-        "checkpoint_disk_mib": round(checkpoints * checkpoint / MIB, 1),
-        "prompts_disk_mib": round(prompts_disk(run.teacher, num_prompts, recipe) / MIB, 2),
-        "steps": steps,
-        "seconds_per_step": round(step_s, 3),
-        "pairs_per_second": round(recipe.batch_size / step_s, 2),
-        "hours": round(hours, 2),
+        "student_parameters": num_trainable(trained),
+        "discriminator_parameters": num_trainable(run.discriminator),
     }
-    if run.teacher.device.type == "cuda":
-        cost["peak_memory_mib"] = round(
-            torch.cuda.max_memory_allocated(run.teacher.device) / MIB, 1
-        )
+    for component, size in memory.items():
+        cost[f"{component}_mib"] = round(size / MIB, 1)
+    cost["memory_without_activations_mib"] = round(sum(memory.values()) / MIB, 1)
+    cost["checkpoint_disk_mib"] = round(num_checkpoints * checkpoint_size / MIB, 1)
+    cost["prompts_disk_mib"] = round(prompts_bytes(teacher, num_prompts, recipe) / MIB, 2)
+    cost["steps"] = -(-recipe.total_pairs // recipe.batch_size)
+    cost["seconds_per_step"] = round(step_s, 3)
+    cost["pairs_per_second"] = round(recipe.batch_size / step_s, 2)
+    cost["hours"] = round(hours, 2)
+    if teacher.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(teacher.device)
+        cost["peak_memory_mib"] = round(peak / MIB, 1)
     if price_per_gpu_hour is not None:
         cost["money"] = round(hours * price_per_gpu_hour, 2)
     return cost
 
 
-def seconds_of(run: Run, step: Callable[[], object], pairs_seen: int) -> float:
-    """Of the second of two steps taken as if at `pairs_seen`."""
+def memory_bytes(run: Run) -> dict[str, int]:
+    """Bytes on the device during training, by component, without activations.
+
+    Activations come on top; they are measured (`peak_memory_mib`), not counted.
+    """
+    recipe = run.recipe
+    teacher = run.teacher
+    trained = run.student.trained
+    student = num_bytes(trained)
+    discriminator = num_bytes(run.discriminator)
+
+    # What is offloaded on a GPU stays in memory on a CPU
+    is_cpu = teacher.device.type == "cpu"
+    teacher_weights = 0
+    if recipe.needs_teacher or is_cpu:
+        teacher_weights = num_bytes(teacher.network)
+    vae = 0
+    if recipe.loss == "pixel_lpips" or is_cpu:
+        vae = num_bytes(teacher.vae)
+
+    text_encoders = 0
+    if recipe.prompt_embeds == "encoded":
+        components = teacher.pipeline.components.items()
+        encoders = [module for name, module in components if name.startswith("text_encoder")]
+        text_encoders = num_bytes(*encoders)
+
+    return {
+        "student_weights": student,
+        "student_gradients_adam_average": 2 * student + adam_bytes(recipe, trained),
+        "teacher_weights": teacher_weights,
+        "discriminator_weights_gradients_adam": (
+            2 * discriminator + adam_bytes(recipe, run.discriminator)
+        ),
+        "text_encoders": text_encoders,
+        "vae": vae,
+    }
+
+
+def num_bytes(*modules: nn.Module | None) -> int:
+    """Bytes of all parameters and buffers; shared tensors count once."""
+    sizes: dict[int, int] = {}
+    for module in modules:
+        if module is None:
+            continue
+        for tensor in (*module.parameters(), *module.buffers()):
+            sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    return sum(sizes.values())
+
+
+def num_trainable(module: nn.Module | None) -> int:
+    """The number of trainable parameters."""
+    if module is None:
+        return 0
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def adam_bytes(recipe: Recipe, module: nn.Module | None) -> int:
+    """Bytes of Adam's two averages.
+
+    With 8 bits, tensors of 4 096 elements or more have a byte per element and a float32 scale per
+    256 elements; smaller ones stay in float32.
+    """
+    if module is None or recipe.optimizer == "adamw":
+        return 2 * num_bytes(module)
+
+    total = 0
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        numel = parameter.numel()
+        if numel >= 4096:
+            num_blocks = -(-numel // 256)
+            total += 2 * (numel + 4 * num_blocks)
+        else:
+            total += 2 * 4 * numel
+    return total
+
+
+def measure_step(run: Run, take_step: Callable[[], None], pairs_seen: int) -> float:
+    """Seconds of the second of two steps, taken as if at `pairs_seen`."""
     run.pairs_seen = pairs_seen
-    step()
+    take_step()
     start = time.monotonic()
-    step()
+    take_step()
     return time.monotonic() - start
 
 
-def prompts_disk(teacher: Teacher, num_prompts: int, recipe: Recipe) -> int:
-    """Bytes that kept embeddings take: half precision."""
+def prompts_bytes(teacher: Teacher, num_prompts: int, recipe: Recipe) -> int:
+    """Bytes on disk of the kept embeddings, which are in half precision."""
     if recipe.prompt_embeds != "kept":
         return 0
-    return num_prompts * sum(
-        tensor.numel() * 2 for tensor in teacher.encode([""]).tensors().values()
-    )
-
-
-def dry_run(recipe: Recipe, pairs: Location, price_per_gpu_hour: float | None = None) -> Cost:
-    """What the run would cost (`cost.cost_of`), by some steps of it; nothing is written."""
-    teacher = load_recipe_teacher(recipe, resolve_device(recipe.device))
-    reader = PairReader(pairs, recipe.seed)
-    check_pairs(reader.spec, teacher, pairs)
-    check_discriminator(recipe, teacher, reader, pairs)
-    run, distance = Run(recipe, teacher), build_distance(recipe, teacher.device, teacher)
-    teacher.offload(network=not recipe.needs_teacher, vae=recipe.loss != "pixel_lpips")
-    batches = reader.batches(recipe.batch_size)
-    return cost_of(
-        run, lambda: step(run, next(batches), distance), reader.spec.count, price_per_gpu_hour
-    )
+    embeddings = teacher.encode([""]).tensors().values()
+    return num_prompts * sum(tensor.numel() * 2 for tensor in embeddings)

@@ -321,7 +321,7 @@ def load_student(run: Path) -> tuple[Teacher, dict[str, Tensor], dict[str, Any]]
     tensors, meta = checkpoint.load(file)
 
     # Settings that are newer than the run have their defaults
-    recipe = parse_recipe(described["recipe"], str(folder))
+    recipe = parse_recipe(described["recipe"], str(folder / "recipe.json"))
     teacher = load_recipe_teacher(recipe)
     revision = described["pairs"]["revision"]
     if teacher.revision != revision:

@@ -105,7 +105,7 @@ def discriminator_step(run: Run, batches: Sequence[MicroBatch]) -> dict[str, Any
         fake_logits.append(on_fake)
     set_spectral_norm_update(discriminator, False)
 
-    # 3. R1 penalty, lazily (Karras et al. 2020, appendix B)
+    # 3. R1 penalty, at every `r1_every`-th step
     with_r1 = r1_is_due(recipe, run.pairs_seen)
     r1 = r1_step(run, batches, generator) if with_r1 else torch.zeros(())
 

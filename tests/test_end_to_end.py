@@ -63,7 +63,7 @@ def test_a_tiny_teacher_becomes_a_student_and_a_report(tiny_teacher: Path, tmp_p
     options = ["--count", 24, "--shard-size", 10, "--num-inference-steps", 4]
     out = run("pairs", "--teacher", tiny_teacher, *options, "--out", pairs)
     assert "24 pairs" in out
-    assert "all 24 pairs are well" in run("pairs", "verify", pairs)
+    assert "all 24 pairs are valid" in run("pairs", "verify", pairs)
     assert "made: 24 of 24 pairs, 3 of 3 shards" in run("pairs", "info", pairs)
 
     # Distill

@@ -84,8 +84,7 @@ def complete_shipped_pairs(folder: Path) -> None:
             shutil.copytree(assets.folder("pairs"), temporary)
 
     spec = open_set(folder)
-    world = assets.pairs_world(spec.seed)
-    make_pairs(load_teacher(), lambda indices: scenes.captions(indices, world), spec, folder)
+    make_pairs(load_teacher(), scenes.pairs_captions(spec.seed), spec, folder)
 
 
 def print_stage(number: int, text: str) -> None:

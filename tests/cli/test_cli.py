@@ -335,10 +335,10 @@ def test_a_complete_set_is_not_written_again(copied_pairs: Path, tiny_teacher: P
 @pytest.mark.parametrize(
     ("more", "difference"),
     [
-        (("--num-inference-steps", 3), "num_inference_steps: 2 there, 3 asked"),
-        (("--seed", 1), "seed: 0 there, 1 asked"),
-        (("--count", 13), "count: 12 there, 13 asked"),
-        (("--keep-noise",), "keep_noise: False there, True asked"),
+        (("--num-inference-steps", 3), "num_inference_steps: 2 there, 3 requested"),
+        (("--seed", 1), "seed: 0 there, 1 requested"),
+        (("--count", 13), "count: 12 there, 13 requested"),
+        (("--keep-noise",), "keep_noise: False there, True requested"),
     ],
 )
 def test_pairs_with_other_settings_are_refused(
@@ -465,7 +465,7 @@ def test_shard_ranges_merge_into_the_same_set(
     for name, shard_range in (("a", "0:1"), ("b", "1:3")):
         command = pairs_command(tiny_teacher, tmp_path / name, "--shard-range", shard_range)
         result = run(*command)
-        assert result.code == 0 and f"shards {shard_range} are there" in result.out
+        assert result.code == 0 and f"shards {shard_range} are finished" in result.out
     info = run("pairs", "info", tmp_path / "b").out
     assert "made: 8 of 12 pairs, 2 of 3 shards" in info
     assert "missing: 0" in info and "pace: " in info
@@ -476,7 +476,7 @@ def test_shard_ranges_merge_into_the_same_set(
     assert result.code == 0 and "3 of 3 shards" in result.out
     torch.testing.assert_close(read_latents(merged), read_latents(shared_pairs))
     verified = run("pairs", "verify", merged, "--deep", 2, "--teacher", tiny_teacher)
-    assert verified.code == 0 and "all 12 pairs are well" in verified.out
+    assert verified.code == 0 and "all 12 pairs are valid" in verified.out
 
     for shard_range, phrases in (
         ("2", ("--shard-range '2'", "A:B")),
@@ -494,7 +494,7 @@ def test_pairs_survive_export_and_import(shared_pairs: Path, tmp_path: Path) -> 
     assert torch.equal(read_latents(tmp_path / "imported"), read_latents(shared_pairs))
 
     result = run("pairs", "export", shared_pairs, "--out", tmp_path / "x", "--format", "tar")
-    assert_refused(result, 2, "only webdataset is known")
+    assert_refused(result, 2, "only webdataset is supported")
     assert_refused(run("pairs", "info", "nowhere://x"), 2, "Protocol not known")
 
 
@@ -511,13 +511,13 @@ def test_deep_verification_needs_the_vae_and_resolution_of_the_set(
 
     verify = ["pairs", "verify", tmp_path / "set", "--deep", 2, "--teacher", tiny_teacher]
     verified = run(*verify, *options)
-    assert verified.code == 0 and "all 12 pairs are well" in verified.out, verified
+    assert verified.code == 0 and "all 12 pairs are valid" in verified.out, verified
     assert_refused(run(*verify), 2, "was made by teacher", "--vae")
     assert_refused(
         run(*verify, "--vae", tmp_path / "vae"),
         2,
-        "has latents of (4, 8, 8)",
-        "the teacher's are",
+        "has latents of shape (4, 8, 8)",
+        "the teacher's have",
         "--resolution",
     )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusion2gan.cost.distill import dry_run
-from diffusion2gan.cost.pairs import cost_of
+from diffusion2gan.cost.pairs import estimate_pairs_cost
 from diffusion2gan.distill import train
 from diffusion2gan.distill.run import CHECKPOINT
 from diffusion2gan.errors import UserError
@@ -107,7 +107,7 @@ def test_a_run_on_kept_prompts_is_nearly_the_other(sdxl: Path, pairs: Path, tmp_
 
 def test_a_set_costs_what_its_file_takes(sdxl: Path, pairs: Path) -> None:
     teacher = load_teacher(str(sdxl))
-    told = cost_of(teacher, spec_of(teacher, 1000), PROMPTS, 3.0)
+    told = estimate_pairs_cost(teacher, spec_of(teacher, 1000), PROMPTS, 3.0)
     per_pair = sum(path.stat().st_size for path in pairs.glob("*.parquet")) / 4
     latents = 4 * 8 * 8 * 2
     assert (

@@ -76,8 +76,8 @@ def test_one_noise_for_two_pairs_is_told(tmp_path: Path) -> None:
         same,
     )
     told = verify(tmp_path)
-    assert any("stored noise that is not its seed's" in line for line in told)
-    assert any("3 noises that another pair has too" in line for line in told)
+    assert any("stored noise that does not match its seed" in line for line in told)
+    assert any("3 noises are also those of another pair" in line for line in told)
     twice = noise_from_seeds([pair_seed(3, 0)] * 4, spec.latent_shape)
     store.write_shard(
         tmp_path,
@@ -86,7 +86,7 @@ def test_one_noise_for_two_pairs_is_told(tmp_path: Path) -> None:
         Pairs([4, 5, 6, 7], seeds, list("abcd"), -twice),
         noise_from_seeds(seeds, spec.latent_shape),
     )
-    assert [line for line in verify(tmp_path) if "4 latents that another pair has too" in line]
+    assert [line for line in verify(tmp_path) if "4 latents are also those of another pair" in line]
 
 
 def test_a_duplicated_shard_is_told(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_duplicated_shard_is_told(tmp_path: Path) -> None:
     write(tmp_path, 0, spec)
     shutil.copy(shard_path(tmp_path, 0), shard_path(tmp_path, 1))
     told = "\n".join(verify(tmp_path))
-    assert "its pairs are not 4…7" in told and "4 seeds that" in told and "4 noises that" in told
+    assert "its pairs are not 4…7" in told and "4 seeds are" in told and "4 noises are" in told
 
 
 def test_digests_are_the_contents() -> None:
@@ -143,5 +143,5 @@ def test_every_familys_guided_pairs_are_solved_anew(
 
 def test_another_teacher_is_refused(teacher: Teacher, tmp_path: Path) -> None:
     store.start_set(tmp_path, SPEC)
-    with pytest.raises(UserError, match=r"was made by teacher 't' \(weights r\), --teacher is"):
+    with pytest.raises(UserError, match=r"was made by teacher 't' \(weights r\), but --teacher is"):
         verify_deep(tmp_path, teacher, 1)

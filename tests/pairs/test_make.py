@@ -129,7 +129,7 @@ def test_after_an_interruption_only_the_rest_is_made(
 
 
 def test_another_guidance_is_another_set(teacher: Teacher, made: Path) -> None:
-    with pytest.raises(UserError, match=r"guidance_scale: 3\.0 there, 1\.0 asked"):
+    with pytest.raises(UserError, match=r"guidance_scale: 3\.0 there, 1\.0 requested"):
         make_pairs(teacher, prompts_of, spec_of(teacher, guidance_scale=1.0), made)
 
 

@@ -141,7 +141,7 @@ def test_a_shard_finished_meanwhile_is_left(
     before = shard_path(tmp_path, 0).stat().st_mtime_ns
     looks = iter([[], [0]])
     monkeypatch.setattr(make, "present_shards", lambda *_: next(looks, [0]))
-    monkeypatch.setattr(make, "made", lambda *_: 0)
+    monkeypatch.setattr(make, "count_finished", lambda *_: 0)
     make_pairs(teacher, prompts_of, spec, tmp_path, shards=range(0, 1))
     assert shard_path(tmp_path, 0).stat().st_mtime_ns == before
 

@@ -1,4 +1,4 @@
-"""What making a set would take, before it starts."""
+"""The cost of making a set of pairs, estimated before it starts."""
 
 from __future__ import annotations
 
@@ -11,35 +11,50 @@ from diffusion2gan.teacher.ode import solve_ode
 from diffusion2gan.teacher.pipeline import Teacher
 
 MIB = 2**20
-BYTES_PER_PROMPT = 60  # a caption's text, compressed, its index and seed
-STEPS_MEASURED = 2
+BYTES_PER_PROMPT = 60  # a compressed caption, its index and seed
+NUM_MEASURED_STEPS = 2
 
 
-def cost_of(
+def estimate_pairs_cost(
     teacher: Teacher, spec: PairsSpec, prompts: list[str], price_per_gpu_hour: float | None = None
 ) -> dict[str, float | int]:
-    """Parameters, memory of the weights, disk, and hours: measured on two ODE steps of one batch, after one unmeasured.
+    """Parameters, memory of the weights, disk, hours and, given a price, money.
 
-    `prompts` are as many as the batch; money is hours · `price_per_gpu_hour`.
+    The hours are measured: `NUM_MEASURED_STEPS` ODE steps of one batch, after a warm-up step.
+    `prompts` are those of the batch.
     """
-    noise = noise_from_seeds(range(len(prompts)), spec.latent_shape).to(teacher.device)
-    uncond = teacher.unconditional().expand(len(prompts))
+    batch_size = len(prompts)
+    noise = noise_from_seeds(range(batch_size), spec.latent_shape).to(teacher.device)
+    uncond = teacher.unconditional().expand(batch_size)
+
+    # Warm-up
     solve_ode(teacher, noise, teacher.encode(prompts), uncond, 1, spec.guidance_scale)
+
+    # Measure encoding and ODE steps
     start = time.monotonic()
     cond = teacher.encode(prompts)
-    encoded_s = time.monotonic() - start
-    solve_ode(teacher, noise, cond, uncond, STEPS_MEASURED, spec.guidance_scale).cpu()
-    ode_s = time.monotonic() - start - encoded_s
-    batch_s = encoded_s + ode_s / STEPS_MEASURED * spec.num_inference_steps
-    hours = spec.count / len(prompts) * batch_s / 3600
-    latents = math.prod(spec.latent_shape) * 2 * (2 if spec.keep_noise else 1)
-    parts = [part for part in teacher.pipeline.components.values() if hasattr(part, "parameters")]
-    weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
+    encoded = time.monotonic()
+    solve_ode(teacher, noise, cond, uncond, NUM_MEASURED_STEPS, spec.guidance_scale).cpu()
+    solved = time.monotonic()
+    step_s = (solved - encoded) / NUM_MEASURED_STEPS
+    batch_s = encoded - start + step_s * spec.num_inference_steps
+    hours = spec.count / batch_size * batch_s / 3600
+
+    # Memory and disk
+    weight_bytes = 0
+    for component in teacher.pipeline.components.values():
+        if hasattr(component, "parameters"):
+            weight_bytes += sum(p.numel() * p.element_size() for p in component.parameters())
+    latent_bytes = math.prod(spec.latent_shape) * 2
+    pair_bytes = latent_bytes + BYTES_PER_PROMPT
+    if spec.keep_noise:
+        pair_bytes += latent_bytes
+
     cost: dict[str, float | int] = {
         "network_parameters": sum(p.numel() for p in teacher.network.parameters()),
-        "weights_mib": round(weights / MIB, 1),
-        "disk_mib": round(spec.count * (latents + BYTES_PER_PROMPT) / MIB, 1),
-        "pairs_per_second": round(len(prompts) / batch_s, 3),
+        "weights_mib": round(weight_bytes / MIB, 1),
+        "disk_mib": round(spec.count * pair_bytes / MIB, 1),
+        "pairs_per_second": round(batch_size / batch_s, 3),
         "hours": round(hours, 2),
     }
     if price_per_gpu_hour is not None:

@@ -1,4 +1,4 @@
-"""What a set of pairs holds, told from the disk alone, and whether it is right."""
+"""The progress of a set of pairs, from the disk alone, and its verification."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.noise import noise_from_seeds, pair_seed
-from diffusion2gan.pairs.make import solver
+from diffusion2gan.pairs.make import solve_pairs
 from diffusion2gan.pairs.store import (
     Pairs,
     PairsSpec,
@@ -26,171 +26,221 @@ from diffusion2gan.pairs.store import (
 )
 from diffusion2gan.runtime.progress import Bar, clock
 from diffusion2gan.runtime.storage import Entry, Location, list_files
+from diffusion2gan.teacher.conditioning import Conditioning
 from diffusion2gan.teacher.pipeline import Teacher
 
-RECENT = 64  # shards that the pace is taken from
-DEEP_TOLERANCE = 0.01  # relative: float16 on disk is 5e-4, batches and devices less; another seed's pair is about 1
+NUM_RECENT = 64  # shards that the speed is computed from
+# A set counts as idle if its newest shard is older than 10 shards took, plus a minute.
+IDLE_FACTOR = 10
+IDLE_MARGIN_S = 60
+# Relative error of a pair that is solved again: float16 on disk causes 5e-4, another batch size or
+# device less; the pair of another seed is about 1 away.
+DEEP_TOLERANCE = 0.01
 
 
 def info(folder: Location, now_s: float) -> dict[str, Any]:
-    """How much of the set is there, at what pace it grows and when it will be done. `now_s`: seconds since 1970."""
-    spec, files = open_set(folder), list_files(folder)
-    there = {
-        shard: files[shard_name(shard)]
-        for shard in range(spec.num_shards)
-        if shard_name(shard) in files
+    """How much of the set exists, how fast it grows and when it will be complete.
+
+    `now_s`: seconds since 1970.
+    """
+    spec = open_set(folder)
+    files = list_files(folder)
+    present: dict[int, Entry] = {}
+    missing: list[int] = []
+    for shard in range(spec.num_shards):
+        if shard_name(shard) in files:
+            present[shard] = files[shard_name(shard)]
+        else:
+            missing.append(shard)
+
+    num_pairs = sum(len(spec.shard_indices(shard)) for shard in present)
+    num_bytes = sum(entry.num_bytes for entry in present.values())
+    kib_per_pair = num_bytes / 1024 / max(1, num_pairs)
+    report = {
+        "made": f"{num_pairs} of {spec.count} pairs, {len(present)} of {spec.num_shards} shards",
+        "size": f"{num_bytes / 2**20:.1f} MiB, {kib_per_pair:.2f} KiB per pair",
     }
-    made = sum(len(spec.shard_indices(shard)) for shard in there)
-    size = sum(entry.num_bytes for entry in there.values())
-    told = {
-        "made": f"{made} of {spec.count} pairs, {len(there)} of {spec.num_shards} shards",
-        "size": f"{size / 2**20:.1f} MiB, {size / 1024 / max(1, made):.2f} KiB a pair",
-    }
-    if made == spec.count:
-        return told
-    told["missing"] = spans([shard for shard in range(spec.num_shards) if shard not in there])
-    return told | _pace(spec, there, spec.count - made, now_s)
+    if missing:
+        report["missing"] = spans(missing)
+        report |= _speed(spec, present, spec.count - num_pairs, now_s)
+    return report
 
 
-def _pace(spec: PairsSpec, there: dict[int, Entry], missing: int, now_s: float) -> dict[str, str]:
-    """Pace and time left by the last shards' times of writing; a clock that was set back makes them unknown."""
-    newest = sorted(there.items(), key=lambda item: item[1].modified_s)[-RECENT:]
+def _speed(
+    spec: PairsSpec, present: dict[int, Entry], num_missing: int, now_s: float
+) -> dict[str, str]:
+    """Speed and time left, from the modification times of the newest shards.
+
+    They are unknown if the times are inconsistent, for example after a clock was set back.
+    """
+    newest = sorted(present.items(), key=lambda item: item[1].modified_s)[-NUM_RECENT:]
     if len(newest) < 2:
         return {"pace": "unknown yet"}
-    took_s = newest[-1][1].modified_s - newest[0][1].modified_s
-    pairs = sum(len(spec.shard_indices(shard)) for shard, _ in newest[1:])
-    idle_s = now_s - newest[-1][1].modified_s
+    first_s = newest[0][1].modified_s
+    last_s = newest[-1][1].modified_s
+    took_s = last_s - first_s
+    idle_s = now_s - last_s
     if took_s <= 0 or idle_s < 0:
         return {
-            "pace": "unknown: the shards' times make no sense (was a clock set back, or the set copied?)"
+            "pace": "unknown: the modification times of the shards are inconsistent (was a clock "
+            "set back, or the set copied?)"
         }
-    if idle_s > 10 * took_s / (len(newest) - 1) + 60:
+    if idle_s > IDLE_FACTOR * took_s / (len(newest) - 1) + IDLE_MARGIN_S:
         return {
-            "pace": f"none: the newest shard is {clock(idle_s)} old; run the same command to continue"
+            "pace": f"none: the newest shard is {clock(idle_s)} old; run the same command to "
+            "continue"
         }
-    return {"pace": f"{pairs / took_s:.2f} pairs/s", "ETA": clock(missing * took_s / pairs)}
+
+    # The first of them marks the start: its pairs were made before
+    num_pairs = sum(len(spec.shard_indices(shard)) for shard, _ in newest[1:])
+    return {
+        "pace": f"{num_pairs / took_s:.2f} pairs/s",
+        "ETA": clock(num_missing * took_s / num_pairs),
+    }
 
 
 def spans(shards: Sequence[int], most: int = 8) -> str:
-    """`0, 3-5, 9`: half-open neighbours joined, cut after `most` spans."""
-    parts: list[list[int]] = []
+    """`0, 3-5, 9`: consecutive shards are joined; at most `most` spans are listed."""
+    found: list[tuple[int, int]] = []  # first and last shard of each span
     for shard in shards:
-        if parts and parts[-1][-1] == shard - 1:
-            parts[-1][1:] = [shard]
+        if found and found[-1][1] == shard - 1:
+            found[-1] = (found[-1][0], shard)
         else:
-            parts.append([shard])
-    told = ", ".join("-".join(map(str, part)) for part in parts[:most])
-    return told + (f" and {len(parts) - most} more spans" if len(parts) > most else "")
+            found.append((shard, shard))
+
+    texts = []
+    for first, last in found[:most]:
+        texts.append(f"{first}" if first == last else f"{first}-{last}")
+    text = ", ".join(texts)
+    if len(found) > most:
+        text += f" and {len(found) - most} more spans"
+    return text
 
 
 def verify(folder: Location) -> list[str]:
-    """Reads every shard whole; returns what is wrong with the set, in words. Empty: all is well.
+    """Reads every shard completely; returns the problems of the set, one message each.
 
-    Checked beside what reading a shard checks: the pairs' numbers and seeds, finite latents, stored noise being its
-    seed's bit for bit; over the whole set that no two pairs share a noise or have the same latents.
+    Checks what reading a shard checks, and: the indices and seeds of the pairs, finite latents,
+    that stored noise is its seed's bit for bit, and that no two pairs of the set share a noise or
+    have the same latents.
     """
-    spec, problems = open_set(folder), []
+    spec = open_set(folder)
+    problems: list[str] = []
     seeds: list[NDArray[Any]] = []
     noises: list[NDArray[Any]] = []
     latents: list[NDArray[Any]] = []
+
+    # Each shard by itself
     with Bar("verify", spec.num_shards) as bar:
         for shard in range(spec.num_shards):
             try:
-                pairs, noise = _shard_with_noise(folder, shard, spec)
+                pairs, noise = _read_with_noise(folder, shard, spec)
             except (Failure, UserError) as error:
                 problems.append(str(error))
                 continue
-            problems += [
-                f"{folder}/{shard_name(shard)}: {told}"
-                for told in _problems(pairs, noise, spec, shard)
-            ]
+            for problem in _check_shard(pairs, noise, spec, shard):
+                problems.append(f"{folder}/{shard_name(shard)}: {problem}")
             seeds.append(np.array(pairs.seed))
             noises.append(digests(noise))
             latents.append(digests(pairs.latents))
             bar.advance(1)
-    alike = {"seeds": seeds, "noises": noises, "latents": latents}
-    return problems + [
-        told for what, parts in alike.items() for told in _repeated(folder, what, parts)
-    ]
+
+    # Repetitions in the whole set
+    for what, values in {"seeds": seeds, "noises": noises, "latents": latents}.items():
+        num_repeated = _count_repeated(values)
+        if num_repeated:
+            problems.append(f"{folder}: {num_repeated} {what} are also those of another pair")
+    return problems
 
 
-def _shard_with_noise(folder: Location, shard: int, spec: PairsSpec) -> tuple[Pairs, Tensor]:
-    """The pairs and their noises [B, C, h, w] float16: the stored ones, or drawn from the seeds."""
+def _read_with_noise(folder: Location, shard: int, spec: PairsSpec) -> tuple[Pairs, Tensor]:
+    """The pairs and their noise [B, C, h, w] float16: stored, or generated from the seeds."""
     pairs = read_shard(folder, shard, spec=spec)
     if spec.keep_noise:
         return pairs, column_to_tensor(read_table(folder, shard, spec), "noise", spec)
     return pairs, noise_from_seeds(pairs.seed, spec.latent_shape).half()
 
 
-def _problems(pairs: Pairs, noise: Tensor, spec: PairsSpec, shard: int) -> list[str]:
-    indices, problems = spec.shard_indices(shard), []
-    if pairs.index != list(indices) or pairs.seed != [pair_seed(spec.seed, i) for i in indices]:
+def _check_shard(pairs: Pairs, noise: Tensor, spec: PairsSpec, shard: int) -> list[str]:
+    problems = []
+    indices = spec.shard_indices(shard)
+    seeds = [pair_seed(spec.seed, i) for i in indices]
+    if pairs.index != list(indices) or pairs.seed != seeds:
         problems.append(f"its pairs are not {indices.start}…{indices.stop - 1}")
     if not torch.isfinite(pairs.latents).all():
-        problems.append("latents that are not finite")
-    if spec.keep_noise and not torch.equal(
-        noise, noise_from_seeds(pairs.seed, spec.latent_shape).half()
-    ):
-        problems.append("stored noise that is not its seed's")
+        problems.append("some latents are not finite")
+    if spec.keep_noise:
+        expected = noise_from_seeds(pairs.seed, spec.latent_shape).half()
+        if not torch.equal(noise, expected):
+            problems.append("stored noise that does not match its seed")
     return problems
 
 
 def digests(tensor: Tensor) -> NDArray[np.uint64]:
-    """[B]: 64 bits of each row's content."""
+    """[B]: a 64-bit digest of each row."""
     rows = tensor.contiguous().numpy().reshape(len(tensor), -1)
-    return np.array(
-        [
-            int.from_bytes(hashlib.blake2b(row.tobytes(), digest_size=8).digest(), "little")
-            for row in rows
-        ],
-        np.uint64,
-    )
+    values = []
+    for row in rows:
+        digest = hashlib.blake2b(row.tobytes(), digest_size=8).digest()
+        values.append(int.from_bytes(digest, "little"))
+    return np.array(values, np.uint64)
 
 
-def _repeated(folder: Location, what: str, parts: Sequence[NDArray[Any]]) -> list[str]:
-    """Says how many of a set's values occur more than once."""
-    if not parts:
-        return []
-    values = np.concatenate(parts)
-    count = len(values) - len(np.unique(values))
-    return [f"{folder}: {count} {what} that another pair has too"] if count else []
+def _count_repeated(shards: Sequence[NDArray[Any]]) -> int:
+    """The number of values that occur before, over all shards."""
+    if not shards:
+        return 0
+    values = np.concatenate(shards)
+    return len(values) - len(np.unique(values))
 
 
 def verify_deep(folder: Location, teacher: Teacher, count: int, seed: int = 0) -> list[str]:
-    """Solves `count` random pairs of the shards that are there anew, by seed and prompt, and compares.
+    """Solves `count` random existing pairs again, from their seeds and prompts, and compares.
 
-    Returns one line a pair that differs by more than `DEEP_TOLERANCE`, relative. Raises UserError at another teacher or
-    resolution.
+    Returns one message per pair whose relative error is above `DEEP_TOLERANCE`. Raises UserError
+    if the set was made by another teacher or at another resolution.
     """
     spec = open_set(folder)
     if spec.revision != teacher.revision:
         raise UserError(
-            f"{folder} was made by teacher {spec.teacher!r} (weights {spec.revision}), --teacher is {teacher.name!r} "
-            f"(weights {teacher.revision}); name the one the set was made by, with the --teacher-lora, "
-            "--teacher-config and --vae that it had"
+            f"{folder} was made by teacher {spec.teacher!r} (weights {spec.revision}), but "
+            f"--teacher is {teacher.name!r} (weights {teacher.revision}). Give the teacher that "
+            "the set was made by, with the same --teacher-lora, --teacher-config and --vae."
         )
     if tuple(spec.latent_shape) != teacher.latent_shape:
         raise UserError(
-            f"{folder} has latents of {tuple(spec.latent_shape)}, the teacher's are {teacher.latent_shape}; give the "
-            "--resolution that the set was made at"
+            f"{folder} has latents of shape {tuple(spec.latent_shape)}, but the teacher's have "
+            f"{teacher.latent_shape}. Give the --resolution that the set was made at."
         )
-    there = [i for shard in present_shards(folder, spec) for i in spec.shard_indices(shard)]
-    chosen = np.random.default_rng(seed).permutation(there)[:count]
+
+    # Choose the pairs
+    existing: list[int] = []
+    for shard in present_shards(folder, spec):
+        existing += spec.shard_indices(shard)
+    chosen = np.random.default_rng(seed).permutation(existing)[:count]
+
+    # Solve and compare
+    uncond = teacher.unconditional()
     problems = []
-    with Bar("solved anew", len(chosen)) as bar:
+    with Bar("solved again", len(chosen)) as bar:
         for index in sorted(chosen.tolist()):
-            problems += _differs(folder, teacher, spec, index)
+            error = _solve_again(folder, teacher, spec, index, uncond)
+            if not error <= DEEP_TOLERANCE:  # NaN is a problem too
+                name = f"{folder}/{shard_name(index // spec.shard_size)}"
+                problems.append(
+                    f"{name}: pair {index} is not what the teacher computes (relative error "
+                    f"{error:.2%})"
+                )
             bar.advance(1)
     return problems
 
 
-def _differs(folder: Location, teacher: Teacher, spec: PairsSpec, index: int) -> list[str]:
+def _solve_again(
+    folder: Location, teacher: Teacher, spec: PairsSpec, index: int, uncond: Conditioning
+) -> float:
+    """The relative error of a stored pair against the teacher's solution."""
     shard = index // spec.shard_size
-    pair = read_shard(folder, shard, spec=spec).rows([index - spec.shard_indices(shard).start])
-    anew = solver(teacher, lambda _: pair.prompts, spec)(range(index, index + 1))
-    error = float((anew.latents - pair.latents).norm() / anew.latents.norm())
-    if error <= DEEP_TOLERANCE:  # not NaN either
-        return []
-    return [
-        f"{folder}/{shard_name(shard)}: pair {index} is not what the teacher makes of it (off by {error:.2%})"
-    ]
+    row = index - spec.shard_indices(shard).start
+    stored = read_shard(folder, shard, spec=spec).rows([row])
+    solved = solve_pairs(teacher, spec, range(index, index + 1), stored.prompts, uncond)
+    return float((solved.latents - stored.latents).norm() / solved.latents.norm())

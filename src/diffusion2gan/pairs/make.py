@@ -1,9 +1,10 @@
-"""`diffusion2gan pairs`: noise → latents by the teacher's ODE, shard by shard. Run it again to continue."""
+"""Making pairs: noise → latents by the teacher's ODE, shard by shard. Run again, it continues."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.noise import noise_from_seeds, pair_seed
@@ -15,70 +16,169 @@ from diffusion2gan.pairs.store import (
     start_set,
     write_shard,
 )
+from diffusion2gan.prompts import prompts_digest
 from diffusion2gan.runtime.distributed import get_ranks
 from diffusion2gan.runtime.progress import Bar
 from diffusion2gan.runtime.storage import Location
+from diffusion2gan.teacher.conditioning import Conditioning
 from diffusion2gan.teacher.ode import solve_ode
-from diffusion2gan.teacher.pipeline import Teacher
+from diffusion2gan.teacher.pipeline import Teacher, warn_truncated
 from diffusion2gan.teacher.sanity_check import warn_if_implausible
 
-WAIT_S = 0.5  # between looks at what other ranks have made
-PromptsOf = Callable[[Sequence[int]], list[str]]
-Solve = Callable[[range], Pairs]
+POLL_S = 0.5  # how often the main rank counts what the other ranks have finished
+
+PromptFunction = Callable[[Sequence[int]], list[str]]
+# Prompts of a set: a list, repeated from its start if the set has more pairs, or a function from
+# the indices of pairs to their prompts.
+Prompts = Sequence[str] | PromptFunction
+
+
+@dataclass(frozen=True)
+class PairsSettings:
+    """How a set is made, beside its teacher and prompts.
+
+    `seed`, 0 to 255: sets of different seeds share no noise. `shard_size`: pairs per file.
+    `keep_noise` stores each pair's noise beside its seed.
+    """
+
+    count: int
+    seed: int = 0
+    num_inference_steps: int = 50
+    guidance_scale: float = 3.0
+    shard_size: int = 128
+    keep_noise: bool = False
+
+
+def build_spec(
+    teacher: Teacher, prompts: Prompts, settings: PairsSettings, prompts_name: str = ""
+) -> PairsSpec:
+    """The description of the set that `make_pairs` makes with these arguments.
+
+    A list of prompts is identified by its digest, a function of indices by `prompts_name`.
+    """
+    return PairsSpec(
+        teacher=teacher.name,
+        revision=teacher.revision,
+        prompts=prompts_name if callable(prompts) else prompts_digest(prompts),
+        count=settings.count,
+        seed=settings.seed,
+        num_inference_steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        latent_shape=teacher.latent_shape,
+        shard_size=settings.shard_size,
+        keep_noise=settings.keep_noise,
+    )
+
+
+def prepare_prompts(teacher: Teacher, prompts: Prompts) -> PromptFunction:
+    """The prompts as a function of indices.
+
+    If prompts of a list are longer than the teacher's token limit, prints one warning for all.
+    """
+    if callable(prompts):
+        return prompts
+    lines = prompts
+    teacher.truncation_warned = warn_truncated(teacher.tokenizer, lines, teacher.num_tokens)
+
+    def get_prompts(indices: Sequence[int]) -> list[str]:
+        return [lines[i % len(lines)] for i in indices]
+
+    return get_prompts
 
 
 def make_pairs(
     teacher: Teacher,
-    prompts_of: PromptsOf,
+    prompts: Prompts,
     spec: PairsSpec,
     folder: Location,
     batch_size: int = 64,
     shards: range | None = None,
 ) -> None:
-    """Solves the ODE of every pair whose shard is not there yet; of `shards` alone where they are given.
+    """Makes the pairs of every shard of the set that is not in `folder` yet.
 
-    Under torchrun each rank takes every N-th of them. A pair depends neither on `batch_size` nor on who makes it.
+    `shards` restricts it to a range of shards. Under torchrun, rank r of N makes every N-th shard.
+    A pair depends neither on `batch_size` nor on the rank that makes it. Raises UserError if
+    `folder` has another set, or the range is not inside the set.
     """
-    wanted, here = list(check_range(shards, spec)), get_ranks()
+    requested = list(check_range(shards, spec))
+    num_requested = count_pairs(spec, requested)
+    ranks = get_ranks()
+    get_prompts = prepare_prompts(teacher, prompts)
     start_set(folder, spec)
-    if here.is_main and made(folder, spec, wanted) < pairs_in(spec, wanted):
-        first = noise_from_seeds([pair_seed(spec.seed, 0)], spec.latent_shape).to(teacher.device)
-        warn_if_implausible(teacher, first, teacher.unconditional())
-    solve = solver(teacher, prompts_of, spec)
-    with Bar("pairs", pairs_in(spec, wanted), made(folder, spec, wanted)) as bar:
-        for shard in wanted[here.rank :: here.world_size]:
+
+    # Check the teacher's output on the first noise, unless there is nothing to do
+    if ranks.is_main and count_finished(folder, spec, requested) < num_requested:
+        noise = noise_from_seeds([pair_seed(spec.seed, 0)], spec.latent_shape).to(teacher.device)
+        warn_if_implausible(teacher, noise, teacher.unconditional())
+
+    uncond = teacher.unconditional()
+
+    def solve(indices: range) -> Pairs:
+        return solve_pairs(teacher, spec, indices, get_prompts(indices), uncond)
+
+    with Bar("pairs", num_requested, count_finished(folder, spec, requested)) as bar:
+        # This rank's shards
+        for shard in requested[ranks.rank :: ranks.world_size]:
             if shard not in present_shards(folder, spec):
                 with lock_shard(folder, shard):
                     make_shard(solve, spec, folder, shard, batch_size, bar)
-            bar.reach(made(folder, spec, wanted))
-        while (
-            here.is_main
-            and here.world_size > 1
-            and (done := made(folder, spec, wanted)) < pairs_in(spec, wanted)
-        ):
-            bar.reach(done)
-            time.sleep(WAIT_S)
-        bar.reach(made(folder, spec, wanted))
+            bar.reach(count_finished(folder, spec, requested))
+
+        # The main rank shows the progress of the others until they have finished
+        num_finished = count_finished(folder, spec, requested)
+        while ranks.is_main and ranks.world_size > 1 and num_finished < num_requested:
+            bar.reach(num_finished)
+            time.sleep(POLL_S)
+            num_finished = count_finished(folder, spec, requested)
+        bar.reach(num_finished)
 
 
 def make_shard(
-    solve: Solve, spec: PairsSpec, folder: Location, shard: int, batch_size: int, bar: Bar
+    solve: Callable[[range], Pairs],
+    spec: PairsSpec,
+    folder: Location,
+    shard: int,
+    batch_size: int,
+    bar: Bar,
 ) -> None:
-    """One shard, unless another process has finished it since the look at the folder."""
+    """Makes and writes one shard, unless another process has finished it before it was locked."""
     if shard in present_shards(folder, spec):
         return
-    indices, batches = spec.shard_indices(shard), []
+    indices = spec.shard_indices(shard)
+    batches = []
     for start in range(indices.start, indices.stop, batch_size):
         batch = range(start, min(start + batch_size, indices.stop))
         batches.append(solve(batch))
         bar.advance(len(batch))
+
     pairs = Pairs.concat(batches)
     noise = noise_from_seeds(pairs.seed, spec.latent_shape) if spec.keep_noise else None
     write_shard(folder, shard, spec, pairs, noise)
 
 
+def solve_pairs(
+    teacher: Teacher, spec: PairsSpec, indices: range, prompts: list[str], uncond: Conditioning
+) -> Pairs:
+    """Solves the teacher's ODE for the pairs `indices` of a set, as one batch, on the CPU after.
+
+    `uncond` is the conditioning of guidance for no prompt, as the stock pipeline has it
+    (`Teacher.unconditional`).
+    """
+    seeds = [pair_seed(spec.seed, i) for i in indices]
+    noise = noise_from_seeds(seeds, spec.latent_shape).to(teacher.device)
+    latents = solve_ode(
+        teacher,
+        noise,
+        teacher.encode(prompts),
+        uncond.expand(len(indices)),
+        spec.num_inference_steps,
+        spec.guidance_scale,
+    )
+    return Pairs(list(indices), seeds, prompts, latents.cpu())
+
+
 def check_range(shards: range | None, spec: PairsSpec) -> range:
-    """All shards, or the range asked for. Raises UserError where that is empty or not inside the set."""
+    """`shards`, or all shards if it is None. Raises UserError if it is empty or not in the set."""
     if shards is None:
         return range(spec.num_shards)
     if not 0 <= shards.start < shards.stop <= spec.num_shards:
@@ -89,29 +189,10 @@ def check_range(shards: range | None, spec: PairsSpec) -> range:
     return shards
 
 
-def pairs_in(spec: PairsSpec, shards: Sequence[int]) -> int:
+def count_pairs(spec: PairsSpec, shards: Sequence[int]) -> int:
     return sum(len(spec.shard_indices(shard)) for shard in shards)
 
 
-def made(folder: Location, spec: PairsSpec, wanted: Sequence[int]) -> int:
-    """How many pairs of the wanted shards are there, whoever made them."""
-    return pairs_in(spec, sorted(set(wanted) & set(present_shards(folder, spec))))
-
-
-def solver(teacher: Teacher, prompts_of: PromptsOf, spec: PairsSpec) -> Solve:
-    """Solves pairs of a set, by their numbers, together; guided away from what the stock pipeline has for no prompt."""
-    uncond = teacher.unconditional()
-
-    def solve(indices: range) -> Pairs:
-        seeds, prompts = [pair_seed(spec.seed, i) for i in indices], prompts_of(indices)
-        noise, cond = (
-            noise_from_seeds(seeds, spec.latent_shape).to(teacher.device),
-            teacher.encode(prompts),
-        )
-        without = uncond.expand(len(indices))
-        latents = solve_ode(
-            teacher, noise, cond, without, spec.num_inference_steps, spec.guidance_scale
-        )
-        return Pairs(list(indices), seeds, prompts, latents.cpu())
-
-    return solve
+def count_finished(folder: Location, spec: PairsSpec, requested: Sequence[int]) -> int:
+    """The number of pairs in those of the requested shards that exist, of any process."""
+    return count_pairs(spec, sorted(set(requested) & set(present_shards(folder, spec))))

@@ -1,4 +1,4 @@
-"""Pairs on disk: Parquet shards that carry all that is needed to read, check and remake them."""
+"""Pairs on disk: Parquet shards, each with the description of its set."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ from diffusion2gan.runtime.lock import exclusive_lock
 from diffusion2gan.runtime.storage import Location, atomic_put, list_names, with_local_copy
 
 SPEC_FILE = "pairs.json"
+SPEC_KEY = b"diffusion2gan"  # of the description in a shard's metadata
 ROW_GROUP = 128
 
 
 @dataclass(frozen=True)
 class PairsSpec:
-    """What a set of pairs is made of; written into `pairs.json` and every shard."""
+    """The description of a set of pairs, in `pairs.json` and in the metadata of every shard.
+
+    `revision` identifies the teacher's weights, `prompts` the list of prompts. The latents are
+    [C, h, w] = `latent_shape`.
+    """
 
     teacher: str
     revision: str
@@ -47,10 +52,13 @@ class PairsSpec:
         return -(-self.count // self.shard_size)
 
     def shard_indices(self, shard: int) -> range:
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
+        """The indices of the pairs in a shard."""
+        start = shard * self.shard_size
+        return range(start, min(start + self.shard_size, self.count))
 
     @classmethod
     def parse(cls, text: str | dict[str, Any], where: Path) -> PairsSpec:
+        """From JSON. Raises UserError, naming the file `where`, if it is not a description."""
         try:
             values = json.loads(text) if isinstance(text, str) else text
             return cls(**{**values, "latent_shape": tuple(values["latent_shape"])})
@@ -60,7 +68,7 @@ class PairsSpec:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A batch: `index`, `seed` (ints), `prompts`, `latents` [B, C, h, w] float32 × scaling_factor."""
+    """A batch: `index` and `seed` (ints), `prompts`, `latents` [B, C, h, w] × scaling_factor."""
 
     index: list[int]
     seed: list[int]
@@ -71,7 +79,7 @@ class Pairs:
         return len(self.prompts)
 
     def rows(self, rows: Sequence[int]) -> Pairs:
-        """The pairs at these places of the batch."""
+        """The pairs in these rows of the batch."""
         return Pairs(
             [self.index[i] for i in rows],
             [self.seed[i] for i in rows],
@@ -80,13 +88,15 @@ class Pairs:
         )
 
     @classmethod
-    def concat(cls, parts: Sequence[Pairs]) -> Pairs:
-        return cls(
-            [i for part in parts for i in part.index],
-            [s for part in parts for s in part.seed],
-            [p for part in parts for p in part.prompts],
-            torch.cat([part.latents for part in parts]),
-        )
+    def concat(cls, batches: Sequence[Pairs]) -> Pairs:
+        index: list[int] = []
+        seed: list[int] = []
+        prompts: list[str] = []
+        for batch in batches:
+            index += batch.index
+            seed += batch.seed
+            prompts += batch.prompts
+        return cls(index, seed, prompts, torch.cat([batch.latents for batch in batches]))
 
 
 def shard_name(shard: int) -> str:
@@ -98,55 +108,64 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def open_set(folder: Location) -> PairsSpec:
-    """The description of the set in `folder`. Raises UserError where there is none."""
-    where = Path(f"{folder}/{SPEC_FILE}")
+    """The description of the set in `folder`. Raises UserError if there is none."""
     if SPEC_FILE not in list_names(folder):
         raise UserError(
-            f"{folder} holds no pairs ({SPEC_FILE} is missing); make some: diffusion2gan pairs --out {folder}"
+            f"{folder} holds no pairs ({SPEC_FILE} is missing); to make some: diffusion2gan pairs "
+            f"--out {folder}"
         )
-    return PairsSpec.parse(with_local_copy(folder, SPEC_FILE, read_json), where)
+    values = with_local_copy(folder, SPEC_FILE, read_json)
+    return PairsSpec.parse(values, Path(f"{folder}/{SPEC_FILE}"))
 
 
 def start_set(folder: Location, spec: PairsSpec) -> None:
-    """Creates the set, or checks that the one in `folder` is the same, so that it can be continued."""
+    """Creates the set, or checks that the existing set in `folder` is the same.
+
+    Raises UserError, naming the settings that differ, if it is not.
+    """
     if SPEC_FILE not in list_names(folder):
+        text = json.dumps(asdict(spec), indent=2, ensure_ascii=False) + "\n"
         with atomic_put(folder, SPEC_FILE) as temporary:
-            temporary.write_text(
-                json.dumps(asdict(spec), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            temporary.write_text(text, encoding="utf-8")
         return
-    there, wanted = asdict(open_set(folder)), asdict(spec)
-    differ = [
-        f"{key}: {there[key]!r} there, {wanted[key]!r} asked"
-        for key in wanted
-        if there[key] != wanted[key]
-    ]
-    if differ:
+
+    existing = asdict(open_set(folder))
+    differences = []
+    for key, requested in asdict(spec).items():
+        if existing[key] != requested:
+            differences.append(f"{key}: {existing[key]!r} there, {requested!r} requested")
+    if differences:
         raise UserError(
-            f"{folder} already holds other pairs ({'; '.join(differ)}). Repeat the settings it was made with to "
-            "continue it, or choose another --out."
+            f"{folder} already holds other pairs ({'; '.join(differences)}). To continue them, use "
+            "the settings they were made with; to make a new set, choose another --out."
         )
 
 
 def lock_shard(folder: Location, shard: int) -> AbstractContextManager[None]:
-    """Held while a shard is made: a second process that would make it is refused. Object stores know no locks."""
-    return exclusive_lock(shard_path(folder, shard)) if isinstance(folder, Path) else nullcontext()
+    """Locks a shard while it is made: a second process that would make it raises UserError.
+
+    Object stores have no locks: there both make it, and the shard that is uploaded last remains.
+    """
+    if isinstance(folder, Path):
+        return exclusive_lock(shard_path(folder, shard))
+    return nullcontext()
 
 
 def write_shard(
     folder: Location, shard: int, spec: PairsSpec, pairs: Pairs, noise: Tensor | None = None
 ) -> None:
-    """Writes one shard whole or not at all."""
-    size = int(np.prod(spec.latent_shape)) * 2
+    """Writes one shard atomically; latents and noise as float16."""
+    num_bytes = int(np.prod(spec.latent_shape)) * 2
     columns = {
         "index": pa.array(pairs.index, pa.int64()),
         "seed": pa.array(pairs.seed, pa.int64()),
         "prompt": pa.array(pairs.prompts, pa.string()),
-        "latents": _to_bytes(pairs.latents, size),
+        "latents": _to_bytes(pairs.latents, num_bytes),
     }
     if noise is not None:
-        columns["noise"] = _to_bytes(noise, size)
-    table = pa.table(columns).replace_schema_metadata({"diffusion2gan": json.dumps(asdict(spec))})
+        columns["noise"] = _to_bytes(noise, num_bytes)
+    table = pa.table(columns).replace_schema_metadata({SPEC_KEY: json.dumps(asdict(spec))})
+
     with atomic_put(folder, shard_name(shard)) as temporary:
         pq.write_table(
             table,
@@ -159,55 +178,60 @@ def write_shard(
         )
 
 
-def _to_bytes(tensor: Tensor, size: int) -> pa.Array:
+def _to_bytes(tensor: Tensor, num_bytes: int) -> pa.Array:
+    """[B, …] → B values of `num_bytes`, float16."""
     rows = tensor.to(torch.float16).contiguous().numpy().reshape(len(tensor), -1)
-    return pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(size), len(rows), [None, pa.py_buffer(rows.tobytes())]
-    )
+    buffers = [None, pa.py_buffer(rows.tobytes())]
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(num_bytes), len(rows), buffers)
 
 
 def read_shard(
     folder: Location,
     shard: int,
-    row_groups: Sequence[int] | None = None,
+    *,
     spec: PairsSpec | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Pairs:
-    """One shard, or some of its row groups. Raises Failure where it is cut off, altered or not of this set.
+    """One shard. Raises UserError if it is missing, Failure if it is damaged or of another set.
 
-    `spec` saves a look at the folder's description; `dtype` float16 is as stored.
+    `spec`, if given, saves reading the set's description; `dtype` float16 is as stored.
     """
     spec = spec or open_set(folder)
-    table = read_table(folder, shard, spec, row_groups)
-    with _told_damage(folder, shard):
-        return _from_table(table, spec, dtype)
+    table = read_table(folder, shard, spec)
+    with translate_read_errors(folder, shard):
+        return Pairs(
+            table["index"].to_pylist(),
+            table["seed"].to_pylist(),
+            table["prompt"].to_pylist(),
+            column_to_tensor(table, "latents", spec).to(dtype),
+        )
 
 
-def read_table(
-    folder: Location, shard: int, spec: PairsSpec, row_groups: Sequence[int] | None = None
-) -> pa.Table:
-    """A shard's columns as they are stored. Raises as `read_shard` does."""
+def read_table(folder: Location, shard: int, spec: PairsSpec) -> pa.Table:
+    """A shard's columns as they are stored, checksums verified. Raises as `read_shard` does."""
 
     def read(path: Path) -> pa.Table:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            return file.read() if row_groups is None else file.read_row_groups(list(row_groups))
+            return file.read()
 
-    with _told_damage(folder, shard):
+    with translate_read_errors(folder, shard):
         table = with_local_copy(folder, shard_name(shard), read)
-        described = (table.schema.metadata or {}).get(b"diffusion2gan")
-        if (
-            described is None
-            or PairsSpec.parse(described.decode(), Path(shard_name(shard))) != spec
-        ):
+        description = (table.schema.metadata or {}).get(SPEC_KEY)
+        stored_spec = None
+        if description is not None:
+            stored_spec = PairsSpec.parse(description.decode(), Path(shard_name(shard)))
+        if stored_spec != spec:
             raise Failure(
-                f"{folder}/{shard_name(shard)} belongs to another set than {folder}/{SPEC_FILE} describes; delete it "
-                "and continue."
+                f"{folder}/{shard_name(shard)} belongs to another set than the one that "
+                f"{folder}/{SPEC_FILE} describes; move it to its set, or delete it, and run the "
+                "same `pairs` command again."
             )
         return table
 
 
 @contextmanager
-def _told_damage(folder: Location, shard: int) -> Iterator[None]:
+def translate_read_errors(folder: Location, shard: int) -> Iterator[None]:
+    """Turns the errors of reading a shard into UserError (missing) or Failure (damaged)."""
     name = f"{folder}/{shard_name(shard)}"
     try:
         yield
@@ -215,38 +239,24 @@ def _told_damage(folder: Location, shard: int) -> Iterator[None]:
         raise UserError(
             f"{name} is missing: the set is not complete; run the same `pairs` command again."
         ) from None
-    except (
-        pa.ArrowException,
-        OSError,
-        KeyError,
-        ValueError,
-    ) as error:  # the last two: altered names or lengths
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        # KeyError and ValueError: altered column names or lengths
         raise Failure(
-            f"{name} is damaged ({str(error).splitlines()[0]}). Delete that file and run the same `pairs` command "
-            "again: it remakes only that shard."
+            f"{name} is damaged ({str(error).splitlines()[0]}). Delete that file and run the same "
+            "`pairs` command again: it remakes only that shard."
         ) from error
 
 
-def _from_table(table: pa.Table, spec: PairsSpec, dtype: torch.dtype) -> Pairs:
-    return Pairs(
-        table["index"].to_pylist(),
-        table["seed"].to_pylist(),
-        table["prompt"].to_pylist(),
-        column_to_tensor(table, "latents", spec).to(dtype),
-    )
-
-
 def column_to_tensor(table: pa.Table, column: str, spec: PairsSpec) -> Tensor:
-    """A column of latents or noise, [B, C, h, w] float16 as stored."""
-    parts = [
-        np.frombuffer(chunk.buffers()[1], np.float16).reshape(-1, *spec.latent_shape)[
-            chunk.offset :
-        ][: len(chunk)]
-        for chunk in table[column].chunks
-    ]
-    return torch.from_numpy(np.concatenate(parts))
+    """The column `latents` or `noise` as [B, C, h, w] float16, as stored."""
+    arrays = []
+    for chunk in table[column].chunks:
+        rows = np.frombuffer(chunk.buffers()[1], np.float16).reshape(-1, *spec.latent_shape)
+        arrays.append(rows[chunk.offset : chunk.offset + len(chunk)])
+    return torch.from_numpy(np.concatenate(arrays))
 
 
 def present_shards(folder: Location, spec: PairsSpec) -> list[int]:
-    there = list_names(folder)
-    return [shard for shard in range(spec.num_shards) if shard_name(shard) in there]
+    """The shards of the set that exist in `folder`."""
+    names = list_names(folder)
+    return [shard for shard in range(spec.num_shards) if shard_name(shard) in names]

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from diffusion2gan import assets
 
 SHAPES = ("disc", "square", "triangle", "star", "ring", "cross", "heart", "moon")
 COLOURS = {
@@ -167,6 +169,12 @@ def draw(indices: Sequence[int], seed: int, image_size: int = IMAGE_SIZE) -> Sce
 def captions(indices: Sequence[int], seed: int) -> list[str]:
     """The captions of `draw(indices, seed)`, without painting."""
     return _decide(_Draws(indices, seed)).captions
+
+
+def pairs_captions(seed: int) -> Callable[[Sequence[int]], list[str]]:
+    """The captions of a set of pairs with this seed, as a function of the pairs' indices."""
+    world = assets.pairs_world(seed)
+    return lambda indices: captions(indices, world)
 
 
 def _decide(draws: _Draws) -> _Decided:

@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help install demo test check fix bench faults
+.PHONY: help install demo test check fix docs bench faults
 
 help: ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into .venv (some minutes the first time; torch is the large one)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -qq -c constraints.txt torch==2.13.0
-	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,demo]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,demo,docs]'
 	@touch $@
 
 demo: $(STAMP) ## the whole corridor on the embedded teacher, with a report (OUT=demo)
@@ -39,6 +39,9 @@ check: $(STAMP) ## lint, format and types, changing nothing
 fix: $(STAMP) ## lint and format, mending what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP) ## the documentation site, into site/: open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(STAMP) ## every benchmark; each prints a table
 	@found=; for file in benchmarks/*.py; do \

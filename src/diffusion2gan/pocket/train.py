@@ -2,7 +2,7 @@
 
 Training pictures are world 0. More pictures (`--scale`) on a better machine (`--device cuda`, not tried yet) train
 better models by the same recipe. The shipped models saw as many pictures, but some of them from an earlier version of
-the world, and their learning rates were changed on the way (LOG.md).
+the world, and their learning rates were changed on the way (docs/notes).
 """
 
 from __future__ import annotations

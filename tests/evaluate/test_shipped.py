@@ -37,7 +37,7 @@ def test_the_probe_reads_real_pictures() -> None:
     prompts = scenes.captions(range(400), HELD_OUT_WORLD + 5)
     pictures = real_pictures(400, seed=5)
     right = attributes_right(load_probe(), pictures, prompts)
-    objects = sum(scenes.stated(prompt).count for prompt in prompts)
+    objects = sum(scenes.parse_caption(prompt).count for prompt in prompts)
     assert len(right["count"]) == 400 and len(right["shape"]) == objects
     assert share([answer for answers in right.values() for answer in answers]) >= 0.97
     others = attributes_right(load_probe(), np.roll(pictures, 1, axis=0), prompts)

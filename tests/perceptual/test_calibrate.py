@@ -1,4 +1,4 @@
-"""Two-alternative forced choices: reading BAPPS's layout, the score, and heads that learn whom to trust."""
+"""Two-alternative forced choices: the layout of BAPPS, the score, and the fit of the heads."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from diffusion2gan.perceptual.triplets import open_triplets, read_triplet
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.pocket.triplets import SUBSETS, write_triplets
 from diffusion2gan.runtime import cache
+from diffusion2gan.teacher.autoencoder import encode, load_vae
 
 COUNT = 6
 ONE_EPOCH = CalibrationSettings(epochs=1)
@@ -33,7 +34,7 @@ ONE_EPOCH = CalibrationSettings(epochs=1)
 
 @pytest.fixture(scope="module")
 def triplets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed, but by tests that undo it."""
+    """Shared by the tests: restore what you change."""
     folder = tmp_path_factory.mktemp("triplets")
     write_triplets(folder, COUNT, seed=0)
     return folder
@@ -47,14 +48,14 @@ def network(folder: Path, channels: int) -> Path:
     return folder
 
 
-def test_two_afc_by_hand() -> None:
+def test_two_afc_is_the_mean_agreement() -> None:
     d0, d1 = torch.tensor([1.0, 2.0, 3.0, 1.0]), torch.tensor([2.0, 1.0, 3.0, 5.0])
     judge = torch.tensor([0.25, 0.75, 0.9, 0.6])  # share who chose p1
-    # says p0: .75 agree; says p1: .75; a tie: half; says p0: .4
+    # The distance chooses p0: 0.75 agree; p1: 0.75; a tie: half; p0: 0.4
     assert two_afc(d0, d1, judge) == pytest.approx((0.75 + 0.75 + 0.5 + 0.4) / 4)
 
 
-def test_the_small_network_reads_what_lpips_reads() -> None:
+def test_ranker_has_the_inputs_and_layers_of_lpips() -> None:
     torch.manual_seed(0)
     ranker = Ranker(torch.rand(6))
     m0, m1 = torch.rand(2, 5, 6)
@@ -67,13 +68,13 @@ def test_the_small_network_reads_what_lpips_reads() -> None:
     torch.testing.assert_close(ranker(m0, m1).double(), x[:, 0], rtol=1e-5, atol=1e-5)
 
 
-def test_the_rate_is_flat_then_falls() -> None:
+def test_learning_rate_is_flat_then_linear_to_zero() -> None:
     rates = [flat_then_linear(p, 2.0) for p in (0.0, 0.5, 0.75, 1.0)]
     assert rates == pytest.approx([2.0, 2.0, 1.0, 0.0])
 
 
-def made_up(count: int = 200) -> tuple[Tensor, Tensor, Tensor]:
-    """People follow channel 0 alone; the other two say nothing, loudly."""
+def synthetic_differences(count: int = 200) -> tuple[Tensor, Tensor, Tensor]:
+    """Judgements follow channel 0 alone; the other two are larger and uninformative."""
     g = torch.Generator().manual_seed(0)
     d0, d1 = torch.rand(2, count, 3, generator=g)
     judge = (d1[:, 0] < d0[:, 0]).float()
@@ -81,8 +82,8 @@ def made_up(count: int = 200) -> tuple[Tensor, Tensor, Tensor]:
     return d0, d1, judge
 
 
-def test_heads_learn_whom_to_trust_and_stay_positive(tmp_path: Path) -> None:
-    d0, d1, judge = made_up()
+def test_heads_learn_the_informative_channel_and_stay_non_negative(tmp_path: Path) -> None:
+    d0, d1, judge = synthetic_differences()
     start = [torch.ones(1), torch.ones(2)]
     heads = calibrate_heads(
         JudgedDifferences(d0, d1, judge),
@@ -99,7 +100,7 @@ def test_heads_learn_whom_to_trust_and_stay_positive(tmp_path: Path) -> None:
     assert flat[1] < 0.5 * flat[0] and flat[2] < 0.5 * flat[0]
 
 
-def test_the_clamp_is_at_zero() -> None:
+def test_heads_are_clamped_at_zero() -> None:
     ranker = Ranker(torch.tensor([-1.0, 0.0, 2.0]))
     ranker.clamp()
     assert ranker.heads.tolist() == [0.0, 0.0, 2.0]
@@ -129,17 +130,17 @@ def test_a_folder_of_triplets_calibrates_a_network(
         triplets, str(source), tmp_path / "scored", vae, scored=triplets, settings=ONE_EPOCH
     )
     assert all(row["count"] == COUNT for row in scored.values())
-    expected = by_hand(triplets, old, vae, "blur")
+    expected = score_one_by_one(triplets, old, vae, "blur")
     assert scored["blur"]["before"] == pytest.approx(expected)
 
 
-def test_other_triplets_do_not_take_what_is_there(triplets: Path, tmp_path: Path) -> None:
+def test_other_triplets_are_refused_in_an_existing_folder(triplets: Path, tmp_path: Path) -> None:
     source, copy, out = str(network(tmp_path / "network", 3)), tmp_path / "copy", tmp_path / "out"
     shutil.copytree(triplets, copy)
     first = calibrate(copy, source, out, scored=copy, settings=ONE_EPOCH)
     assert (
         calibrate(triplets, source, out, scored=copy, settings=ONE_EPOCH) == first
-    )  # the same ones, elsewhere
+    )  # the same ones in another folder
     write_triplets(tmp_path / "others", COUNT, seed=1)
     assert {path.name for path in out.iterdir()} == {
         "config.json",
@@ -155,13 +156,15 @@ def test_other_triplets_do_not_take_what_is_there(triplets: Path, tmp_path: Path
     with pytest.raises(UserError, match=refusal):
         calibrate(tmp_path / "others", source, out, scored=copy, settings=ONE_EPOCH)
     judgement = copy / "blur" / "judge" / "000000.npy"
-    np.save(judgement, 1 - np.load(judgement))  # corrected, of the same size
-    for folder in (copy, triplets):  # those trained on, those scored on
+    np.save(judgement, 1 - np.load(judgement))  # another judgement, a file of the same size
+    for folder in (copy, triplets):  # changed in the training set, then in the scored set
         with pytest.raises(UserError, match=refusal):
             calibrate(folder, source, out, scored=copy, settings=ONE_EPOCH)
 
 
-def test_triplets_to_score_on_are_looked_for_first(triplets: Path, tmp_path: Path) -> None:
+def test_missing_scored_triplets_are_refused_before_anything_is_written(
+    triplets: Path, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"no folder of triplets: .*/mistyped"):
         calibrate(
             triplets,
@@ -172,7 +175,7 @@ def test_triplets_to_score_on_are_looked_for_first(triplets: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_ref_that_is_a_link_to_nowhere_is_skipped(
+def test_a_broken_link_as_reference_is_skipped_and_reported(
     triplets: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -184,41 +187,44 @@ def test_a_ref_that_is_a_link_to_nowhere_is_skipped(
     ref.symlink_to(tmp_path / "nowhere.png")
     monkeypatch.setattr(cache, "MAX_UNREADABLE", 0.05)
     calibrate(copy, str(network(tmp_path / "network", 3)), tmp_path / "out", settings=ONE_EPOCH)
-    told = " ".join(capsys.readouterr().err.split())
-    assert (
-        f"skipped 1 of {COUNT * len(SUBSETS)} triplets: blur/ref/000003.png (FileNotFoundError)"
-        in told
-    )
+    message = " ".join(capsys.readouterr().err.split())
+    skipped = f"skipped 1 of {COUNT * len(SUBSETS)} triplets"
+    assert f"{skipped}: blur/ref/000003.png (FileNotFoundError)" in message
 
 
-def test_patches_that_are_too_small(triplets: Path, tiny_teacher: Path, tmp_path: Path) -> None:
-    for channels, vae, told in ((3, None, "16"), (4, str(tiny_teacher), "a multiple of 4, 16")):
+def test_a_size_that_the_pools_cannot_halve_is_refused(
+    triplets: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    for channels, vae, expected in ((3, None, "16"), (4, str(tiny_teacher), "a multiple of 4, 16")):
         source = network(tmp_path / str(channels), channels)
-        with pytest.raises(UserError, match=f"--size 8: {told} or more, is needed"):
+        with pytest.raises(UserError, match=f"--size 8: {expected} or more, is needed"):
             calibrate(
                 triplets, str(source), tmp_path / "out", vae, settings=CalibrationSettings(size=8)
             )
     assert not (tmp_path / "out").exists()
 
 
-def by_hand(triplets: Path, distance: LatentLPIPS, vae: str | None, subset: str) -> float:
-    """The 2AFC score of the distance itself, triplet by triplet."""
-    from diffusion2gan.teacher.autoencoder import encode, load_vae
-
-    agreed, opened = [], open_triplets(triplets)
+def score_one_by_one(triplets: Path, distance: LatentLPIPS, vae: str | None, subset: str) -> float:
+    """The 2AFC score of `distance` itself, triplet by triplet."""
+    agreement = []
+    opened = open_triplets(triplets)
     for i, number in enumerate(opened.subset):
         if opened.subsets[number] != subset:
             continue
         rows = read_triplet(opened, i, 64)
-        ref, p0, p1 = (rows[name][None].float() / 127.5 - 1 for name in ("ref", "p0", "p1"))
-        if vae is not None:
-            ref, p0, p1 = (encode(load_vae(vae), images) for images in (ref, p0, p1))
-        says_p1 = bool(distance(p1, ref) < distance(p0, ref))
-        agreed.append(float(rows["judge"]) if says_p1 else 1 - float(rows["judge"]))
-    return math.fsum(agreed) / len(agreed)
+        inputs = {}
+        for name in ("ref", "p0", "p1"):
+            inputs[name] = rows[name][None].float() / 127.5 - 1
+            if vae is not None:
+                inputs[name] = encode(load_vae(vae), inputs[name])
+        ref = inputs["ref"]
+        chooses_p1 = bool(distance(inputs["p1"], ref) < distance(inputs["p0"], ref))
+        judge = float(rows["judge"])
+        agreement.append(judge if chooses_p1 else 1 - judge)
+    return math.fsum(agreement) / len(agreement)
 
 
-def test_a_latent_network_without_its_vae(triplets: Path, tmp_path: Path) -> None:
+def test_a_latent_network_without_its_vae_is_refused(triplets: Path, tmp_path: Path) -> None:
     source = network(tmp_path / "network", 4)
     with pytest.raises(
         UserError, match=r"reads 4 channels, but the inputs are images \(no --vae\) with 3 channels"
@@ -226,23 +232,23 @@ def test_a_latent_network_without_its_vae(triplets: Path, tmp_path: Path) -> Non
         calibrate(triplets, str(source), tmp_path / "out")
 
 
-def test_layouts_that_are_none(triplets: Path, tmp_path: Path) -> None:
+def test_missing_folders_subsets_and_files_are_refused(triplets: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder of triplets"):
         open_triplets(tmp_path / "nowhere")
     with pytest.raises(UserError, match="contains no triplets"):
         open_triplets(tmp_path)
-    for part, name in (("judge", "000001.npy"), ("p1", "000002.png")):
-        path, aside = triplets / "noise" / part / name, tmp_path / "aside"
+    for folder, name in (("judge", "000001.npy"), ("p1", "000002.png")):
+        path, aside = triplets / "noise" / folder / name, tmp_path / "aside"
         path.rename(aside)
         try:
-            with pytest.raises(UserError, match=rf"has no {part}: .*{name} is missing"):
+            with pytest.raises(UserError, match=rf"has no {folder}: .*{name} is missing"):
                 open_triplets(triplets)
         finally:
             aside.rename(path)
 
 
 @pytest.mark.parametrize(
-    ("value", "told"),
+    ("value", "message"),
     [
         (np.array([1.5]), "is 1.5; it must be the share"),
         (np.array([np.nan]), "is nan"),
@@ -251,15 +257,18 @@ def test_layouts_that_are_none(triplets: Path, tmp_path: Path) -> None:
         (b"no array", "is not one plain number"),
     ],
 )
-def test_judgements_that_are_none(value: np.ndarray | bytes, told: str, triplets: Path) -> None:
+def test_invalid_judgements_are_refused(
+    value: np.ndarray | bytes, message: str, triplets: Path
+) -> None:
     opened = open_triplets(triplets)
     path = triplets / opened.subsets[0] / "judge" / f"{opened.refs[0].stem}.npy"
     before = path.read_bytes()
     try:
-        path.write_bytes(value) if isinstance(value, bytes) else np.save(
-            path, value, allow_pickle=True
-        )
-        with pytest.raises(UserError, match=told):
+        if isinstance(value, bytes):
+            path.write_bytes(value)
+        else:
+            np.save(path, value, allow_pickle=True)
+        with pytest.raises(UserError, match=message):
             read_triplet(opened, 0, 16)
     finally:
         path.write_bytes(before)

@@ -125,7 +125,7 @@ def test_the_shipped_networks_tell_which_picture_was_distorted_further(network: 
     distance = LatentLPIPS(vgg, heads)
     vae = load_vae("pocket")
     for subset in triplets.FAMILIES:
-        made = [triplets.triplet(number, subset, 1) for number in range(12)]
+        made = [triplets.make_triplet(number, subset, 1) for number in range(12)]
         p0, p1, ref = (
             torch.stack([getattr(m, name) for m in made]) for name in ("p0", "p1", "ref")
         )

@@ -150,14 +150,14 @@ def test_probe_split_cuts_by_parts() -> None:
     torch.manual_seed(0)
     logits = models.Probe().eval()(torch.zeros(2, 3, 64, 64))
     assert logits.shape == (2, sum(sizes.values()))
-    parts = models.split(logits)
+    parts = models.split_logits(logits)
     assert {name: part.shape[1] for name, part in parts.items()} == sizes
     assert torch.equal(torch.cat(list(parts.values()), 1), logits)
 
 
 def test_attribute_targets_against_a_plain_loop(batch: scenes.Scenes) -> None:
     targets = attribute_targets(batch)
-    assert set(targets) == set(models.PARTS)
+    assert set(targets) == set(models.ATTRIBUTES)
     for i in range(200):
         objects = [
             tuple(int(label[i, k]) for label in (batch.shape, batch.colour, batch.pattern))
@@ -175,14 +175,14 @@ def test_attribute_targets_against_a_plain_loop(batch: scenes.Scenes) -> None:
         }
         for part, places in expected.items():
             row = targets[part][i]
-            assert len(row) == models.PARTS[part]
+            assert len(row) == models.ATTRIBUTES[part]
             assert set(row.nonzero()[:, 0].tolist()) == places and row.sum() == len(places), part
 
 
 def perfect_logits(targets: dict[str, Tensor], size: float) -> Tensor:
     """±`size` for every answer, all of them right."""
     parts = []
-    for part, width in models.PARTS.items():
+    for part, width in models.ATTRIBUTES.items():
         target = targets[part]
         table = torch.nn.functional.one_hot(target, width).float() if target.ndim == 1 else target
         parts.append(size * (2 * table - 1))
@@ -218,7 +218,7 @@ def test_attribute_loss_by_hand(batch: scenes.Scenes) -> None:
     targets = attribute_targets(batch)
     logits = torch.randn(200, 126, generator=torch.Generator().manual_seed(0))
     expected, start = 0.0, 0
-    for part, width in models.PARTS.items():
+    for part, width in models.ATTRIBUTES.items():
         z, t = logits[:, start : start + width].double(), targets[part]
         start += width
         if t.ndim == 1:

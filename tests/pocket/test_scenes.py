@@ -92,7 +92,7 @@ def test_labels_are_in_range(many: scenes.Scenes) -> None:
 def test_stated_agrees_with_the_labels(many: scenes.Scenes) -> None:
     silent = defaultdict(int)
     for i, caption in enumerate(many.captions):
-        said = scenes.stated(caption)
+        said = scenes.parse_caption(caption)
         assert said.count == int(many.count[i])
         for k in range(said.count):
             assert said.shape[k] == scenes.SHAPES[many.shape[i, k]]
@@ -115,7 +115,7 @@ def test_stated_agrees_with_the_labels(many: scenes.Scenes) -> None:
 
 def test_stated_agrees_with_an_independent_reading(many: scenes.Scenes) -> None:
     for i, caption in enumerate(many.captions):
-        said = scenes.stated(caption)
+        said = scenes.parse_caption(caption)
         read = phrases(caption)
         assert tuple(words[-1] for words in read) == said.shape
         assert (
@@ -136,7 +136,7 @@ def test_stated_agrees_with_an_independent_reading(many: scenes.Scenes) -> None:
 )
 def test_stated_rejects_what_it_does_not_know(caption: str) -> None:
     with pytest.raises(ValueError, match="not a caption of the pocket world") as error:
-        scenes.stated(caption)
+        scenes.parse_caption(caption)
     strange = [word for word in ("dragon", "teapot") if word in caption]
     assert all(word in str(error.value).split("unknown:")[1] for word in strange)
 
@@ -162,7 +162,7 @@ def test_the_longest_caption_fits_the_tokenizer(many: scenes.Scenes) -> None:
     lengths = [len(re.findall(r"[a-z]+|,", caption)) for caption in (*longest, *many.captions)]
     assert max(lengths) == max(lengths[: len(longest)]) <= models.MAX_LENGTH - 2
     for caption in longest:
-        assert scenes.stated(caption).ground == "lilac"
+        assert scenes.parse_caption(caption).ground == "lilac"
 
 
 def test_a_caption_does_not_fix_the_picture() -> None:

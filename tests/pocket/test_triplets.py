@@ -15,7 +15,7 @@ from diffusion2gan.pocket.triplets import (
     blur,
     displace,
     distort,
-    triplet,
+    make_triplet,
     write_triplets,
 )
 
@@ -39,7 +39,7 @@ def test_the_judgement_is_the_grades(subset: str) -> None:
     """Of two that go the same way the nearer in squared error is the less distorted, nearly always."""
     right, judges = 0, set()
     for number in range(20):
-        made = triplet(number, subset, 1)
+        made = make_triplet(number, subset, 1)
         e0, e1 = ((p - made.ref).square().mean() for p in (made.p0, made.p1))
         right += (e1 < e0) == bool(made.judge)
         judges.add(made.judge)
@@ -47,7 +47,11 @@ def test_the_judgement_is_the_grades(subset: str) -> None:
 
 
 def test_a_triplet_depends_on_its_number_alone() -> None:
-    one, again, other = triplet(5, "mixed", 0), triplet(5, "mixed", 0), triplet(5, "mixed", 1)
+    one, again, other = (
+        make_triplet(5, "mixed", 0),
+        make_triplet(5, "mixed", 0),
+        make_triplet(5, "mixed", 1),
+    )
     assert (
         torch.equal(one.p0, again.p0) and torch.equal(one.p1, again.p1) and one.judge == again.judge
     )
@@ -73,7 +77,10 @@ def test_files_hold_what_was_made(tmp_path: Path) -> None:
     opened = open_triplets(tmp_path)
     assert opened.subsets == sorted(SUBSETS) and len(opened.refs) == 2 * len(SUBSETS)
     for i, (number, ref) in enumerate(zip(opened.subset, opened.refs, strict=True)):
-        rows, made = read_triplet(opened, i, 64), triplet(int(ref.stem), opened.subsets[number], 3)
+        rows, made = (
+            read_triplet(opened, i, 64),
+            make_triplet(int(ref.stem), opened.subsets[number], 3),
+        )
         assert float(rows["judge"]) == made.judge
         for part in ("ref", "p0", "p1"):
             torch.testing.assert_close(

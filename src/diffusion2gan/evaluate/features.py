@@ -113,7 +113,7 @@ def attributes_of_each(
     logits = torch.cat(
         [probe(from_uint8(pictures[i : i + BATCH])) for i in range(0, len(pictures), BATCH)]
     )
-    parts = models.split(logits)
+    parts = models.split_logits(logits)
     tables = {  # [N, shape, value]
         "colour": parts["shape_colour"].reshape(-1, len(scenes.SHAPES), len(scenes.COLOURS)),
         "pattern": parts["shape_pattern"].reshape(-1, len(scenes.SHAPES), len(scenes.PATTERNS)),
@@ -121,7 +121,7 @@ def attributes_of_each(
     rows = []
     for i, prompt in enumerate(prompts):
         right: dict[str, list[bool]] = {kind: [] for kind in ATTRIBUTES}
-        said = scenes.stated(prompt)
+        said = scenes.parse_caption(prompt)
         right["count"].append(int(parts["count"][i].argmax()) + 1 == said.count)
         if said.ground is not None:
             right["ground"].append(

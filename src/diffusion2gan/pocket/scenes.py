@@ -1,9 +1,9 @@
-"""The pocket world: procedurally drawn, captioned pictures of one to three objects.
+"""The pocket world: procedurally drawn, captioned images of one to three objects.
 
-A picture is a pure function of `(seed, index)`; batches are vectorised but never change it.
-The caption states some attributes in plain English; everything it leaves open (pose, exact
-place, pattern phase, light, the ground's weave, and any attribute it does not mention) is
-random, so that a caption never fixes the picture.
+An image is a pure function of `(seed, index)`; batches are vectorised but never change it. The
+caption names some attributes in plain English. Everything it leaves open is random, so that a
+caption never determines the image: pose, exact position, pattern phase, light, the texture of the
+ground, and every attribute that it does not mention.
 
     >>> batch = draw(range(4), seed=0)
     >>> batch.images.shape, batch.captions[0]
@@ -44,7 +44,7 @@ GROUNDS = {
     "lilac": (0.79, 0.73, 0.94),
     "night": (0.17, 0.19, 0.33),
 }
-# How the objects lie, by how many there are. "{0}" is the first object's phrase, and so on.
+# The caption's form, by the number of objects. "{0}" is replaced by the first object's phrase, …
 RELATIONS = {
     1: ("{0}",),
     2: ("{0} left of {1}", "{0} right of {1}", "{0} above {1}", "{0} below {1}", "{0} and {1}"),
@@ -67,24 +67,28 @@ WORDS = sorted(
 )
 IMAGE_SIZE = 64
 
+# Uniform random numbers available per image. Raising it leaves the first ones, and so all images,
+# unchanged.
 _NUM_DRAWS = 96
-_RADII = torch.tensor(
-    [[0.0, 0.0], [0.50, 0.70], [0.37, 0.46], [0.33, 0.40]]
-)  # [count, size], half-widths
-# Centres of the objects for each layout, in [-1, 1], y down.
+# [count, size] half-widths of objects, in the coordinates [-1, 1] of the image
+_RADII = torch.tensor([[0.0, 0.0], [0.50, 0.70], [0.37, 0.46], [0.33, 0.40]])
+# Centres of the objects (x, y) for each layout, in [-1, 1], y down.
 _PAIR = torch.tensor([[-0.48, 0.0], [0.48, 0.0], [0.0, 0.0]])
 _STACK = torch.tensor([[0.0, -0.48], [0.0, 0.48], [0.0, 0.0]])
 _TWO_ABOVE = torch.tensor([[-0.48, -0.46], [0.48, -0.46], [0.0, 0.46]])
 _TWO_BELOW = torch.tensor([[0.0, -0.46], [-0.48, 0.46], [0.48, 0.46]])
 _ROW = torch.tensor([[0.0, 0.0], [-0.65, 0.0], [0.65, 0.0]])
+# [count] how far a centre may be from its layout's, per axis
+_JITTER = torch.tensor([0.0, 0.26, 0.08, 0.06])
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """A batch of B pictures with everything that was decided about them.
+    """A batch of B images with all attributes of their objects.
 
-    `images` [B, 3, H, W] in [-1, 1]; `captions` B strings; labels are int64: `count` [B] in 1…3,
-    `shape`, `colour`, `pattern`, `size` [B, 3] (-1 where there is no such object), `ground` [B].
+    `images` [B, 3, H, W] in [-1, 1]; `captions` B strings; labels are int64: `count` [B] in 1 … 3,
+    `shape`, `colour`, `pattern`, `size` [B, 3] (-1 for an object that does not exist), `ground`
+    [B].
     """
 
     images: Tensor
@@ -98,8 +102,8 @@ class Scenes:
 
 
 @dataclass(frozen=True)
-class Stated:
-    """What a caption states; None where it is silent. One tuple entry per object."""
+class CaptionContent:
+    """The attributes that a caption names, None if it does not. One tuple entry per object."""
 
     shape: tuple[str, ...]
     colour: tuple[str | None, ...]
@@ -111,22 +115,25 @@ class Stated:
         return len(self.shape)
 
 
-class _Draws:
-    """Uniform numbers of each picture, handed out column by column."""
+class _UniformDraws:
+    """The uniform random numbers of each image, used column by column.
+
+    The order in which they are used defines the world: do not change it.
+    """
 
     def __init__(self, indices: Sequence[int], seed: int) -> None:
-        rows = [
-            np.random.Generator(np.random.Philox(key=[seed, index])).random(_NUM_DRAWS)
-            for index in indices
-        ]
-        self._table = torch.from_numpy(np.array(rows, dtype=np.float64)).float()
+        rows = []
+        for index in indices:
+            generator = np.random.Generator(np.random.Philox(key=[seed, index]))
+            rows.append(generator.random(_NUM_DRAWS))
+        self._table = torch.from_numpy(np.array(rows, dtype=np.float64)).float()  # [B, _NUM_DRAWS]
         self._next = 0
 
     def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """[B, *shape] float32 in [low, high)."""
         size = math.prod(shape)
         if self._next + size > _NUM_DRAWS:
-            raise AssertionError("raise _NUM_DRAWS: a picture uses more random numbers than it has")
+            raise AssertionError("an image uses more random numbers than _NUM_DRAWS: raise it")
         columns = self._table[:, self._next : self._next + size]
         self._next += size
         return (low + (high - low) * columns).reshape(-1, *shape)
@@ -137,7 +144,12 @@ class _Draws:
 
 
 @dataclass(frozen=True)
-class _Decided:
+class _Attributes:
+    """Everything that has a name: labels as in `Scenes`, but of three objects for every image.
+
+    `relation` [B] is the index of the caption's form in RELATIONS[count].
+    """
+
     count: Tensor
     relation: Tensor
     shape: Tensor
@@ -149,26 +161,43 @@ class _Decided:
 
 
 def draw(indices: Sequence[int], seed: int, image_size: int = IMAGE_SIZE) -> Scenes:
-    """Draws pictures `indices` of world `seed`. `image_size` in pixels, any; 64 is what the models are for."""
-    draws = _Draws(indices, seed)
-    d = _decide(draws)
-    centre = _centres(draws, d.count, d.relation)
-    in_row = (d.count == 3) & (d.relation == 2)
-    shrink = torch.where(in_row, 0.8, 1.0)[:, None]
-    radius = _RADII[d.count[:, None], d.size] * draws.uniform(3, low=0.94, high=1.06) * shrink
-    exists = torch.arange(3) < d.count[:, None]
-    images = _paint(
-        draws, centre, radius, exists, d.shape, d.colour, d.pattern, d.ground, image_size
+    """Draws the images `indices` of world `seed`.
+
+    `image_size` in pixels is arbitrary; the pocket models use 64.
+    """
+    draws = _UniformDraws(indices, seed)
+
+    # 1. Attributes and captions
+    attributes = _draw_attributes(draws)
+    count, relation = attributes.count, attributes.relation
+
+    # 2. Positions and sizes
+    centre = _draw_centres(draws, count, relation)
+    in_row = (count == 3) & (relation == 2)
+    row_scale = torch.where(in_row, 0.8, 1.0)[:, None]
+    scale = draws.uniform(3, low=0.94, high=1.06)
+    radius = _RADII[count[:, None], attributes.size] * scale * row_scale
+    exists = torch.arange(3) < count[:, None]
+
+    # 3. The image
+    images = _paint(draws, attributes, centre, radius, exists, image_size)
+
+    # 4. Labels: -1 for objects that do not exist
+    return Scenes(
+        images,
+        attributes.captions,
+        count,
+        shape=attributes.shape.masked_fill(~exists, -1),
+        colour=attributes.colour.masked_fill(~exists, -1),
+        pattern=attributes.pattern.masked_fill(~exists, -1),
+        size=attributes.size.masked_fill(~exists, -1),
+        ground=attributes.ground,
     )
-    shape, colour, pattern, size = (
-        label.masked_fill(~exists, -1) for label in (d.shape, d.colour, d.pattern, d.size)
-    )
-    return Scenes(images, d.captions, d.count, shape, colour, pattern, size, d.ground)
 
 
 def captions(indices: Sequence[int], seed: int) -> list[str]:
     """The captions of `draw(indices, seed)`, without painting."""
-    return _decide(_Draws(indices, seed)).captions
+    return _draw_attributes(_UniformDraws(indices, seed)).captions
 
 
 def pairs_captions(seed: int) -> Callable[[Sequence[int]], list[str]]:
@@ -177,249 +206,338 @@ def pairs_captions(seed: int) -> Callable[[Sequence[int]], list[str]]:
     return lambda indices: captions(indices, world)
 
 
-def _decide(draws: _Draws) -> _Decided:
-    """Everything with a name: how many objects, what they are, how they lie, and what the caption says of it."""
+def _draw_attributes(draws: _UniformDraws) -> _Attributes:
+    """Draws the number of objects, their attributes, their relation and the caption."""
     count = torch.tensor([1, 1, 2, 2, 3])[draws.integer(num=5)]
-    shape, colour = draws.integer(3, num=len(SHAPES)), draws.integer(3, num=len(COLOURS))
-    pattern, size = draws.integer(3, num=len(PATTERNS)), draws.integer(3, num=len(SIZES))
+    shape = draws.integer(3, num=len(SHAPES))
+    colour = draws.integer(3, num=len(COLOURS))
+    pattern = draws.integer(3, num=len(PATTERNS))
+    size = draws.integer(3, num=len(SIZES))
     ground = draws.integer(num=len(GROUNDS))
+
     num_relations = torch.tensor([1] + [len(RELATIONS[n]) for n in (1, 2, 3)])
     relation = (draws.uniform() * num_relations[count]).long()
-    mentions = draws.uniform(3, 3) < torch.tensor([0.5, 0.75, 0.92])  # size, pattern, colour
+
+    # Which attributes the caption mentions: size, pattern, colour of each object, and the ground
+    mentions = draws.uniform(3, 3) < torch.tensor([0.5, 0.75, 0.92])
     mentions_ground = draws.uniform() < 0.9
-    said = [
-        _caption(
-            int(count[i]),
-            int(relation[i]),
-            shape[i],
-            colour[i],
-            pattern[i],
-            size[i],
-            mentions[i],
-            list(GROUNDS)[int(ground[i])] if mentions_ground[i] else None,
-        )
-        for i in range(len(count))
-    ]
-    return _Decided(count, relation, shape, colour, pattern, size, ground, said)
+
+    texts = []
+    for i in range(len(count)):
+        phrases = []
+        for k in range(int(count[i])):
+            words = []
+            if mentions[i, k, 0]:
+                words.append(SIZES[int(size[i, k])])
+            if mentions[i, k, 1]:
+                words.append(PATTERNS[int(pattern[i, k])])
+            if mentions[i, k, 2]:
+                words.append(list(COLOURS)[int(colour[i, k])])
+            words.append(SHAPES[int(shape[i, k])])
+            article = "an" if words[0][0] in "aeiou" else "a"
+            phrases.append(f"{article} {' '.join(words)}")
+        text = RELATIONS[int(count[i])][int(relation[i])].format(*phrases)
+        if mentions_ground[i]:
+            text += f" on {list(GROUNDS)[int(ground[i])]}"
+        texts.append(text)
+    return _Attributes(count, relation, shape, colour, pattern, size, ground, texts)
 
 
-def _caption(
-    count: int,
-    relation: int,
-    shape: Tensor,
-    colour: Tensor,
-    pattern: Tensor,
-    size: Tensor,
-    mentions: Tensor,
-    ground: str | None,
-) -> str:
-    phrases = []
-    for k in range(count):
-        words = [SHAPES[int(shape[k])]]
-        if mentions[k, 2]:
-            words.insert(0, list(COLOURS)[int(colour[k])])
-        if mentions[k, 1]:
-            words.insert(0, PATTERNS[int(pattern[k])])
-        if mentions[k, 0]:
-            words.insert(0, SIZES[int(size[k])])
-        phrases.append(f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}")
-    text = RELATIONS[count][relation].format(*phrases)
-    return f"{text} on {ground}" if ground else text
+def parse_caption(caption: str) -> CaptionContent:
+    """Reads the attributes from a caption of this world.
 
-
-def stated(caption: str) -> Stated:
-    """Reads a caption of this world back. Raises ValueError at a word the grammar does not have."""
+    Raises ValueError for a word that is not in the grammar.
+    """
     words = re.findall(r"[a-z]+|,", caption.lower())
     unknown = [word for word in words if word not in WORDS]
     if unknown or not any(word in SHAPES for word in words):
         raise ValueError(
-            f"not a caption of the pocket world: {caption!r} (unknown: {', '.join(unknown) or 'no shape'})"
+            f"not a caption of the pocket world: {caption!r} "
+            f"(unknown: {', '.join(unknown) or 'no shape'})"
         )
+
+    # Adjectives precede the shape that they belong to
     shapes: list[str] = []
     colours: list[str | None] = []
     patterns: list[str | None] = []
     colour = pattern = None
     for word in words:
-        colour = word if word in COLOURS else colour
-        pattern = word if word in PATTERNS else pattern
-        if word in SHAPES:
+        if word in COLOURS:
+            colour = word
+        elif word in PATTERNS:
+            pattern = word
+        elif word in SHAPES:
             shapes.append(word)
             colours.append(colour)
             patterns.append(pattern)
             colour = pattern = None
+
     ground = words[-1] if words[-1] in GROUNDS else None
-    return Stated(tuple(shapes), tuple(colours), tuple(patterns), ground)
+    return CaptionContent(tuple(shapes), tuple(colours), tuple(patterns), ground)
 
 
-def _centres(draws: _Draws, count: Tensor, relation: Tensor) -> Tensor:
-    """[B, 3, 2] centres in [-1, 1]: the relation's layout, jittered; what it leaves open is drawn."""
-    swap, free = draws.uniform() < 0.5, draws.integer(num=2)
+def _draw_centres(draws: _UniformDraws, count: Tensor, relation: Tensor) -> Tensor:
+    """[B, 3, 2] centres (x, y) in [-1, 1]: the relation's layout with jitter.
+
+    What the relation leaves open is drawn.
+    """
+    swap = draws.uniform() < 0.5
+    alternative = draws.integer(num=2)
+
+    # 1. The layout of each image
     layouts = torch.zeros(len(count), 3, 2)
-    mirrored = torch.tensor([-1.0, 1.0])
+    mirror = torch.tensor([-1.0, 1.0])
     for i, (n, r) in enumerate(zip(count.tolist(), relation.tolist(), strict=True)):
-        if n == 2:  # left of, right of, above, below, and
-            upright = r in (2, 3) or (r == 4 and bool(free[i]))
-            layout = _STACK if upright else _PAIR
-            flipped = r in (1, 3) or (r == 4 and bool(swap[i]))
-            layouts[i] = -layout if flipped else layout
-        elif n == 3:  # two above one, one above two, between, in any order
-            layout = (_TWO_ABOVE, _TWO_BELOW, _ROW, (_TWO_ABOVE, _TWO_BELOW)[int(free[i])])[r]
-            layouts[i] = layout * mirrored if swap[i] else layout
-    reach = torch.tensor([[0.0, 0.0], [0.26, 0.26], [0.08, 0.08], [0.06, 0.06]])[count][
-        :, None
-    ]  # [B, 1, 2]
-    jitter = draws.uniform(3, 2, low=-1.0, high=1.0) * reach
-    in_pair = (count == 2)[:, None, None].float()
-    across = (layouts.abs() < 1e-3).float() * in_pair * draws.uniform(3, 1, low=-0.22, high=0.22)
-    return layouts + jitter + across
+        if n == 2:
+            # Relations: left of, right of, above, below, and (any direction)
+            vertical = r in (2, 3) or (r == 4 and bool(alternative[i]))
+            layout = _STACK if vertical else _PAIR
+            reversed_order = r in (1, 3) or (r == 4 and bool(swap[i]))
+            layouts[i] = -layout if reversed_order else layout
+        elif n == 3:
+            # Relations: two above one, one above two, between, any
+            any_layout = (_TWO_ABOVE, _TWO_BELOW)[int(alternative[i])]
+            layout = (_TWO_ABOVE, _TWO_BELOW, _ROW, any_layout)[r]
+            layouts[i] = layout * mirror if swap[i] else layout
+
+    # 2. Jitter of each object
+    jitter = draws.uniform(3, 2, low=-1.0, high=1.0) * _JITTER[count][:, None, None]
+
+    # 3. A pair also moves along the axis that its relation leaves open
+    is_pair = (count == 2)[:, None, None].float()
+    is_open_axis = (layouts.abs() < 1e-3).float()
+    open_shift = is_open_axis * is_pair * draws.uniform(3, 1, low=-0.22, high=0.22)
+    return layouts + jitter + open_shift
 
 
 def _paint(
-    draws: _Draws,
+    draws: _UniformDraws,
+    attributes: _Attributes,
     centre: Tensor,
     radius: Tensor,
     exists: Tensor,
-    shape: Tensor,
-    colour: Tensor,
-    pattern: Tensor,
-    ground: Tensor,
     image_size: int,
 ) -> Tensor:
+    """[B, 3, H, W] in [-1, 1]: the ground, then each object's shadow and the object.
+
+    `centre` [B, 3, 2]; `radius` and `exists` [B, 3].
+    """
+    # Pixel centres, x and y [H, W] in [-1, 1]
     axis = (torch.arange(image_size) + 0.5) / image_size * 2 - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     pixel = 2.0 / image_size
-    light = draws.uniform(low=0.0, high=2 * math.pi)
-    towards = torch.stack([light.cos(), light.sin()], -1)[:, :, None, None]  # [B, 2, 1, 1]
 
-    image = _ground(draws, ground, x, y, towards)
+    # The direction to the light, [B, 2, 1, 1]
+    light_angle = draws.uniform(low=0.0, high=2 * math.pi)
+    light = torch.stack([light_angle.cos(), light_angle.sin()], -1)[:, :, None, None]
+
+    image = _paint_ground(draws, attributes.ground, x, y, light)
+
+    # Pose and pattern of each object
     palette = torch.tensor(list(COLOURS.values()))
-    turn = draws.uniform(3, low=-0.7, high=0.7)
-    angle, period = draws.uniform(3, low=0.0, high=math.pi), draws.uniform(3, low=0.19, high=0.28)
+    rotation = draws.uniform(3, low=-0.7, high=0.7)
+    pattern_angle = draws.uniform(3, low=0.0, high=math.pi)
+    period = draws.uniform(3, low=0.19, high=0.28)
     phase = draws.uniform(3, 2)
-    for k in range(3):
-        u, v = x - centre[:, k, 0, None, None], y - centre[:, k, 1, None, None]  # [B, H, W]
-        shadow = _distance(
-            u + 0.09 * towards[:, 0],
-            v + 0.09 * towards[:, 1],
-            radius[:, k],
-            turn[:, k],
-            shape[:, k],
-        )
-        visible = exists[:, k, None, None].float()
-        image = image * (1 - 0.42 * visible * (0.5 - shadow / (5 * pixel)).clamp(0, 1))[:, None]
 
-        distance = _distance(u, v, radius[:, k], turn[:, k], shape[:, k])
-        rgb = _surface(
-            u,
-            v,
-            palette[colour[:, k]],
-            colour[:, k],
-            pattern[:, k],
-            angle[:, k],
+    for k in range(3):
+        # Coordinates relative to the object's centre, [B, H, W]
+        u = x - centre[:, k, 0, None, None]
+        v = y - centre[:, k, 1, None, None]
+        outline = _Outline(attributes.shape[:, k], radius[:, k], rotation[:, k])
+        visible = exists[:, k, None, None].float()
+
+        # Shadow: the same outline, away from the light and blurred over five pixels
+        shadow = outline.distance(u + 0.09 * light[:, 0], v + 0.09 * light[:, 1])
+        shade = visible * (0.5 - shadow / (5 * pixel)).clamp(0, 1)
+        image = image * (1 - 0.42 * shade)[:, None]
+
+        # Surface: the pattern, brighter towards the light, with a dark rim
+        surface = _Surface(
+            palette[attributes.colour[:, k]],
+            attributes.colour[:, k],
+            attributes.pattern[:, k],
+            pattern_angle[:, k],
             period[:, k],
             phase[:, k],
-            pixel,
         )
-        slope = (u * towards[:, 0] + v * towards[:, 1]) / radius[:, k, None, None]
+        distance = outline.distance(u, v)
+        rgb = surface.paint(u, v, pixel)
+        slope = (u * light[:, 0] + v * light[:, 1]) / radius[:, k, None, None]
         rim = (-distance / (2.5 * pixel)).clamp(0, 1)
         rgb = rgb * (0.9 + 0.16 * slope)[:, None] * (0.62 + 0.38 * rim)[:, None]
+
+        # Blend it over the image, antialiased over one pixel
         alpha = (visible * (0.5 - distance / pixel).clamp(0, 1))[:, None]
         image = image * (1 - alpha) + rgb * alpha
+
     return (image.clamp(0, 1) * 2 - 1).contiguous()
 
 
-def _ground(draws: _Draws, ground: Tensor, x: Tensor, y: Tensor, towards: Tensor) -> Tensor:
-    """[B, 3, H, W]: the ground's colour, woven of three random waves and lit from one side."""
-    base = torch.tensor(list(GROUNDS.values()))[ground][:, :, None, None]
-    direction, frequency = draws.uniform(3, high=2 * math.pi), draws.uniform(3, low=4.0, high=16.0)
-    phase = draws.uniform(3, high=2 * math.pi)
-    weave = torch.zeros(len(ground), *x.shape)
-    for k in range(3):
-        along = x * direction[:, k].cos()[:, None, None] + y * direction[:, k].sin()[:, None, None]
-        weave += torch.sin(frequency[:, k, None, None] * along + phase[:, k, None, None])
-    lit = 0.07 * (x * towards[:, 0] + y * towards[:, 1])
-    return base * (1 + lit + 0.05 * weave)[:, None]
-
-
-def _surface(
-    u: Tensor,
-    v: Tensor,
-    rgb: Tensor,
-    colour: Tensor,
-    pattern: Tensor,
-    angle: Tensor,
-    period: Tensor,
-    phase: Tensor,
-    pixel: float,
+def _paint_ground(
+    draws: _UniformDraws, ground: Tensor, x: Tensor, y: Tensor, light: Tensor
 ) -> Tensor:
-    """[B, 3, H, W]: the object's colour, or two tones of it in its pattern, antialiased."""
-    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    cycles = 2 * math.pi / period[:, None, None]
-    a = cycles * (u * cos + v * sin) + 2 * math.pi * phase[:, 0, None, None]
-    b = cycles * (v * cos - u * sin) + 2 * math.pi * phase[:, 1, None, None]
-    wave = torch.stack(
-        [
-            torch.full_like(a, -9.0),
-            a.sin(),
-            (a.cos() + b.cos()) - 0.55,
-            a.sin() * b.sin() * 1.6,
-        ],
-        1,
-    )  # [B, pattern, H, W]
-    chosen = wave.gather(1, pattern[:, None, None, None].expand(-1, 1, *u.shape[1:]))
-    second = (0.5 + chosen * period[:, None, None, None] / (2 * math.pi) / pixel).clamp(0, 1)
-    white = (colour == list(COLOURS).index("white"))[:, None]
-    other = torch.where(white, torch.tensor([0.36, 0.38, 0.46]), 0.3 * rgb + 0.7)
-    return rgb[:, :, None, None] * (1 - second) + other[:, :, None, None] * second
+    """[B, 3, H, W]: the ground's colour, textured by three random waves and lit from one side."""
+    base = torch.tensor(list(GROUNDS.values()))[ground][:, :, None, None]
+    direction = draws.uniform(3, high=2 * math.pi)
+    frequency = draws.uniform(3, low=4.0, high=16.0)
+    phase = draws.uniform(3, high=2 * math.pi)
+
+    texture = torch.zeros(len(ground), *x.shape)
+    for k in range(3):
+        cos = direction[:, k].cos()[:, None, None]
+        sin = direction[:, k].sin()[:, None, None]
+        along = x * cos + y * sin
+        texture += torch.sin(frequency[:, k, None, None] * along + phase[:, k, None, None])
+
+    lighting = 0.07 * (x * light[:, 0] + y * light[:, 1])
+    return base * (1 + lighting + 0.05 * texture)[:, None]
 
 
-def _distance(u: Tensor, v: Tensor, radius: Tensor, turn: Tensor, shape: Tensor) -> Tensor:
-    """[B, H, W] signed distance to each picture's shape, negative inside, in the units of u and v."""
-    cos, sin = turn.cos()[:, None, None], turn.sin()[:, None, None]
-    r = radius[:, None, None]
-    p, q = (u * cos + v * sin) / r, (v * cos - u * sin) / r
-    out = torch.empty_like(p)
-    for index, name in enumerate(SHAPES):
-        rows = (shape == index).nonzero()[:, 0]
-        if len(rows):
-            out[rows] = _UNIT_SHAPES[name](p[rows], q[rows])
-    return out * r
+@dataclass(frozen=True)
+class _Surface:
+    """The colours of one object per image.
+
+    `rgb` [B, 3]; `colour`, `pattern` [B] labels; `angle` [B] of the pattern in radians; `period`
+    [B] in the image's coordinates; `phase` [B, 2] in [0, 1).
+    """
+
+    rgb: Tensor
+    colour: Tensor
+    pattern: Tensor
+    angle: Tensor
+    period: Tensor
+    phase: Tensor
+
+    def paint(self, u: Tensor, v: Tensor, pixel: float) -> Tensor:
+        """[B, 3, H, W]: the colour, or two tones of it in the pattern, antialiased.
+
+        `u`, `v` [B, H, W]: coordinates relative to the object's centre; `pixel`: a pixel's side.
+        """
+        # Phases along the pattern's two axes
+        cos, sin = self.angle.cos()[:, None, None], self.angle.sin()[:, None, None]
+        cycles = 2 * math.pi / self.period[:, None, None]
+        a = cycles * (u * cos + v * sin) + 2 * math.pi * self.phase[:, 0, None, None]
+        b = cycles * (v * cos - u * sin) + 2 * math.pi * self.phase[:, 1, None, None]
+
+        # For each pattern a function that is positive in the second tone, [B, pattern, H, W]
+        plain = torch.full_like(a, -9.0)
+        striped = a.sin()
+        dotted = (a.cos() + b.cos()) - 0.55
+        checkered = a.sin() * b.sin() * 1.6
+        waves = torch.stack([plain, striped, dotted, checkered], 1)
+        index = self.pattern[:, None, None, None].expand(-1, 1, *u.shape[1:])
+        wave = waves.gather(1, index)  # [B, 1, H, W]
+
+        # The share of the second tone in each pixel
+        period = self.period[:, None, None, None]
+        second = (0.5 + wave * period / (2 * math.pi) / pixel).clamp(0, 1)
+
+        # The second tone is paler; that of white is dark
+        is_white = (self.colour == list(COLOURS).index("white"))[:, None]
+        pale = 0.3 * self.rgb + 0.7
+        second_rgb = torch.where(is_white, torch.tensor([0.36, 0.38, 0.46]), pale)
+        return self.rgb[:, :, None, None] * (1 - second) + second_rgb[:, :, None, None] * second
+
+
+@dataclass(frozen=True)
+class _Outline:
+    """The outline of one object per image: `shape` [B] labels, `radius` [B], `rotation` [B]."""
+
+    shape: Tensor
+    radius: Tensor
+    rotation: Tensor
+
+    def distance(self, u: Tensor, v: Tensor) -> Tensor:
+        """[B, H, W] signed distance to the outline, negative inside, in the units of `u`, `v`."""
+        # Coordinates of the rotated shape of radius 1
+        cos, sin = self.rotation.cos()[:, None, None], self.rotation.sin()[:, None, None]
+        r = self.radius[:, None, None]
+        p = (u * cos + v * sin) / r
+        q = (v * cos - u * sin) / r
+
+        distance = torch.empty_like(p)
+        for label, name in enumerate(SHAPES):
+            rows = (self.shape == label).nonzero()[:, 0]
+            if len(rows) > 0:
+                distance[rows] = _UNIT_SHAPES[name](p[rows], q[rows])
+        return distance * r
+
+
+# Signed distances (approximate for some) to shapes of radius about 1, at (p, q), q down.
+
+
+def _length(p: Tensor, q: Tensor) -> Tensor:
+    return (p * p + q * q).sqrt()
+
+
+def _box(p: Tensor, q: Tensor, half_width: float, half_height: float) -> Tensor:
+    return torch.maximum(p.abs() - half_width, q.abs() - half_height)
 
 
 def _spikes(p: Tensor, q: Tensor, num: int, inner: float, outer: float = 1.0) -> Tensor:
-    """A star of `num` points; with inner = outer·cos(π/num) a regular polygon. Distance to its edges' lines."""
+    """Distance to the lines of the edges of a star with `num` points, the first one upwards.
+
+    `inner` and `outer` are the radii of its corners; with inner = outer·cos(π/num) it is a regular
+    polygon.
+    """
+    # By symmetry, fold the plane into the half sector from a point to the next inner corner
     half = math.pi / num
-    folded = (
-        torch.remainder(torch.atan2(q, p) + math.pi / 2 + half, 2 * half) - half
-    ).abs()  # first point up
-    rho = (p * p + q * q).sqrt()
+    angle = torch.atan2(q, p) + math.pi / 2
+    folded = (torch.remainder(angle + half, 2 * half) - half).abs()
+    rho = _length(p, q)
     x, y = rho * folded.cos(), rho * folded.sin()
-    dx, dy = inner * math.cos(half) - outer, inner * math.sin(half)
+
+    # Distance to the line through (outer, 0) and the inner corner
+    dx = inner * math.cos(half) - outer
+    dy = inner * math.sin(half)
     return ((x - outer) * dy - y * dx) / math.hypot(dx, dy)
 
 
-def _box(p: Tensor, q: Tensor, width: float, height: float) -> Tensor:
-    return torch.maximum(p.abs() - width, q.abs() - height)
+def _disc(p: Tensor, q: Tensor) -> Tensor:
+    return _length(p, q) - 0.9
+
+
+def _square(p: Tensor, q: Tensor) -> Tensor:
+    return _box(p, q, 0.78, 0.78)
+
+
+def _triangle(p: Tensor, q: Tensor) -> Tensor:
+    return _spikes(p, q + 0.0, 3, 1.1 * math.cos(math.pi / 3), 1.1)
+
+
+def _star(p: Tensor, q: Tensor) -> Tensor:
+    return _spikes(p, q, 5, 0.46, 1.12)
+
+
+def _ring(p: Tensor, q: Tensor) -> Tensor:
+    return (_length(p, q) - 0.68).abs() - 0.25
+
+
+def _cross(p: Tensor, q: Tensor) -> Tensor:
+    return torch.minimum(_box(p, q, 0.95, 0.32), _box(p, q, 0.32, 0.95))
 
 
 def _heart(p: Tensor, q: Tensor) -> Tensor:
-    x, y = p.abs() * 0.86, q * 0.86 + 0.06  # a diamond and two discs on its upper edges
+    """A diamond and two discs on its upper edges."""
+    x, y = p.abs() * 0.86, q * 0.86 + 0.06
     disc = ((x - 0.354) ** 2 + (y + 0.354) ** 2).sqrt() - 0.5
     diamond = (x + y.abs() - 0.707) * 0.7071
     return torch.minimum(disc, diamond) / 0.86
 
 
-def _norm(p: Tensor, q: Tensor) -> Tensor:
-    return (p * p + q * q).sqrt()
+def _moon(p: Tensor, q: Tensor) -> Tensor:
+    """A disc without another disc."""
+    return torch.maximum(_length(p, q) - 0.98, 0.78 - _length(p - 0.52, q + 0.1))
 
 
 _UNIT_SHAPES = {
-    "disc": lambda p, q: _norm(p, q) - 0.9,
-    "square": lambda p, q: _box(p, q, 0.78, 0.78),
-    "triangle": lambda p, q: _spikes(p, q + 0.0, 3, 1.1 * math.cos(math.pi / 3), 1.1),
-    "star": lambda p, q: _spikes(p, q, 5, 0.46, 1.12),
-    "ring": lambda p, q: (_norm(p, q) - 0.68).abs() - 0.25,
-    "cross": lambda p, q: torch.minimum(_box(p, q, 0.95, 0.32), _box(p, q, 0.32, 0.95)),
+    "disc": _disc,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "ring": _ring,
+    "cross": _cross,
     "heart": _heart,
-    "moon": lambda p, q: torch.maximum(_norm(p, q) - 0.98, 0.78 - _norm(p - 0.52, q + 0.1)),
+    "moon": _moon,
 }

@@ -1,13 +1,15 @@
-"""`diffusion2gan pocket train`: every pocket model from nothing, stage by stage. Run it again to continue.
+"""`diffusion2gan pocket train`: trains every pocket model from scratch, stage by stage.
 
-Training pictures are world 0. More pictures (`--scale`) on a better machine (`--device cuda`, not tried yet) train
-better models by the same recipe. The shipped models saw as many pictures, but some of them from an earlier version of
-the world, and their learning rates were changed on the way (docs/notes).
+Run the same command again to resume. All training images are of world 0. More images (`--scale`)
+on a faster machine (`--device cuda`, not tried yet) give better models with the same settings. The
+shipped models were trained on as many images, but some of them came from an earlier version of the
+world, and their learning rates were changed during training (docs/notes).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,208 +22,370 @@ from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.ranking import JudgedDifferences, calibrate_heads
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.pocket import models, scenes, triplets
-from diffusion2gan.runtime import checkpoint
+from diffusion2gan.runtime import checkpoint, trainer
 from diffusion2gan.runtime.progress import Bar
-from diffusion2gan.runtime.trainer import FitConfig, fit
 from diffusion2gan.teacher.autoencoder import encode
 
 Device = torch.device | str
+
 WORLD = 0
-NUM_PICTURES = {
-    "vae": 44_000,
-    "vae_crops": 96_000,
-    "unet": 540_000,
-    "clip": 100_000,
-    "probe": 200_000,
-    "latent_vgg": 150_000,
-    "pixel_vgg": 64_000,
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Training settings of one stage; `num_images` counts repetitions."""
+
+    num_images: int
+    batch_size: int
+    peak_lr: float
+
+
+STAGES = {
+    "vae": Stage(num_images=44_000, batch_size=16, peak_lr=2e-3),
+    "vae_crops": Stage(num_images=96_000, batch_size=16, peak_lr=2e-3),
+    "clip": Stage(num_images=100_000, batch_size=128, peak_lr=1e-3),
+    "probe": Stage(num_images=200_000, batch_size=32, peak_lr=2e-3),
+    "latent_vgg": Stage(num_images=150_000, batch_size=32, peak_lr=1e-3),
+    "pixel_vgg": Stage(num_images=64_000, batch_size=32, peak_lr=1e-3),
+    "unet": Stage(num_images=540_000, batch_size=32, peak_lr=1e-3),
 }
-NUM_LATENTS = 65_536  # of training pictures, encoded once
-NUM_TRIPLETS = 1000  # a sub-set
-CALIBRATION_LR = 1e-3  # ten times LPIPS's: far fewer triplets
+NUM_LATENTS = 65_536  # of training images, encoded once
+LATENTS_PER_FILE = 4096
+ENCODER_BATCH = 64
+NUM_TRIPLETS = 1000  # per subset
+CALIBRATION_LR = 1e-3  # ten times that of LPIPS, because there are far fewer triplets
 CAPTION_DROP = 0.1
-KL_WEIGHT = 3e-4  # per latent number, against errors per pixel
+KL_WEIGHT = 3e-4  # per latent number, relative to errors per pixel
 
 
-def images_of(numbers: range, device: Device = "cpu") -> Tensor:
-    return scenes.draw(numbers, WORLD).images.to(device)
+@dataclass(frozen=True)
+class Run:
+    """Where and how all models are trained. `scale` multiplies the number of images per stage."""
+
+    folder: Path
+    seed: int = 0
+    scale: float = 1.0
+    device: Device = "cpu"
+
+    def scaled(self, count: int, minimum: int) -> int:
+        """`count` × `scale`, at least `minimum`."""
+        return max(minimum, int(count * self.scale))
+
+    def fit(self, name: str, module: nn.Module, loss: Callable[[range], Tensor]) -> None:
+        """Trains `module` with the settings of stage `name`; see `trainer.fit`."""
+        stage = STAGES[name]
+        config = trainer.FitConfig(
+            num_samples=self.scaled(stage.num_images, minimum=128),
+            batch_size=stage.batch_size,
+            peak_lr=stage.peak_lr,
+            seed=self.seed,
+        )
+        trainer.fit(name, module, loss, config, self.folder)
 
 
-def vae_loss(vae: AutoencoderKL, images: Tensor, mse_weight: float) -> Tensor:
-    """L1 of pixels and of their horizontal and vertical differences (edges), squared error, KL to N(0, I)."""
-    posterior = vae.encode(images).latent_dist
-    decoded = vae.decode(posterior.sample()).sample
-    edges = sum(
-        (F.l1_loss(decoded.diff(dim=d), images.diff(dim=d)) for d in (2, 3)),
-        start=images.new_zeros(()),
-    )
-    kl = posterior.kl().mean() / posterior.mean[0].numel()
-    return (
-        F.l1_loss(decoded, images)
-        + edges
-        + mse_weight * F.mse_loss(decoded, images)
-        + KL_WEIGHT * kl
-    )
+def train(folder: Path, seed: int = 0, scale: float = 1.0, device: Device = "cpu") -> Path:
+    """Runs every stage in order, then `publish`; returns the folder of the finished weights."""
+    run = Run(folder, seed, scale, device)
+
+    # 1. Autoencoder, evaluation models
+    vae = train_vae(run)
+    clip = train_clip(run)
+    probe = train_probe(run)
+
+    # 2. Perceptual networks
+    latents = cache_latents(run, vae)
+    latent_vgg = train_latent_vgg(run, latents)
+    pixel_vgg = train_pixel_vgg(run, num_images=len(latents))
+    num_triplets = run.scaled(NUM_TRIPLETS, minimum=8)
+    latent_heads = calibrate(run, "calibrate_latent_vgg", latent_vgg, vae, num_triplets)
+    pixel_heads = calibrate(run, "calibrate_pixel_vgg", pixel_vgg, None, num_triplets)
+    networks = {"latent_vgg": (latent_vgg, latent_heads), "pixel_vgg": (pixel_vgg, pixel_heads)}
+
+    # 3. Text encoder and denoiser
+    denoiser = train_unet(run, latents)
+    return publish(folder / "weights", vae, denoiser, clip, probe, networks)
 
 
-def train_vae(
-    folder: Path, num_pictures: int, num_crops: int, seed: int, device: Device = "cpu"
-) -> AutoencoderKL:
-    """Whole pictures first, then 32×32 crops, half of them with their colour channels shuffled.
+def draw_images(indices: range, device: Device = "cpu") -> Tensor:
+    """Training images, [B, 3, 64, 64] in [−1, 1]."""
+    return scenes.draw(indices, WORLD).images.to(device)
 
-    The first stage alone learns light and dark and one axis of colour (L1 cares little for small objects' hues); the
-    squared error and the shuffled channels of the second teach it the rest.
+
+# Stages "vae" and "vae_crops"
+
+
+def train_vae(run: Run) -> AutoencoderKL:
+    """Trains the autoencoder by `vae_loss`: on full images, then on 32×32 crops.
+
+    After the first stage alone the VAE encodes brightness and only one axis of colour, since L1
+    gives little weight to the hues of small objects. The second stage adds the squared error, and
+    shuffles the colour channels of half of the crops.
     """
-    torch.manual_seed(seed)
-    vae = models.vae().to(device)
-    fit(
-        "vae",
-        vae,
-        lambda numbers: vae_loss(vae, images_of(numbers, device), 0.0),
-        FitConfig(num_pictures, batch_size=16, peak_lr=2e-3, seed=seed),
-        folder,
-    )
+    torch.manual_seed(run.seed)
+    vae = models.vae().to(run.device)
+
+    # 1. Full images
+    def full_image_loss(numbers: range) -> Tensor:
+        return vae_loss(vae, draw_images(numbers, run.device), mse_weight=0.0)
+
+    run.fit("vae", vae, full_image_loss)
+
+    # 2. Crops
+    def crop_loss(numbers: range) -> Tensor:
+        return vae_loss(vae, draw_crops(numbers).to(run.device), mse_weight=4.0)
+
     vae.requires_grad_(True)
-    fit(
-        "vae_crops",
-        vae,
-        lambda numbers: vae_loss(vae, crops_of(numbers).to(device), 4.0),
-        FitConfig(num_crops, batch_size=16, peak_lr=2e-3, seed=seed),
-        folder,
-    )
+    run.fit("vae_crops", vae, crop_loss)
+
+    # 3. Scale latents to a standard deviation of 1, measured on other images
+    measured = draw_images(range(10**6, 10**6 + 512), run.device)
     with torch.no_grad():
-        std = vae.encode(images_of(range(10**6, 10**6 + 512), device)).latent_dist.mean.std()
+        std = vae.encode(measured).latent_dist.mean.std()
     vae.register_to_config(scaling_factor=round(1 / float(std), 4))
     return vae
 
 
-def crops_of(numbers: range, size: int = 32) -> Tensor:
-    """A random crop of each training picture; every second one with its channels in another order."""
-    images, crops = images_of(numbers), []
-    for place, image in enumerate(images):
+def vae_loss(vae: AutoencoderKL, images: Tensor, mse_weight: float) -> Tensor:
+    """Reconstruction and KL loss of `images` [B, 3, H, W].
+
+    L1 of the pixels, L1 of their vertical and horizontal differences (edges), squared error, and
+    the KL divergence from N(0, I).
+    """
+    posterior = vae.encode(images).latent_dist
+    decoded = vae.decode(posterior.sample()).sample
+
+    # The order of these operations determines the order in which gradients are summed.
+    vertical_edges = F.l1_loss(decoded.diff(dim=2), images.diff(dim=2))
+    horizontal_edges = F.l1_loss(decoded.diff(dim=3), images.diff(dim=3))
+    edges = vertical_edges + horizontal_edges
+    kl = posterior.kl().mean() / posterior.mean[0].numel()
+    l1 = F.l1_loss(decoded, images)
+    mse = F.mse_loss(decoded, images)
+    return l1 + edges + mse_weight * mse + KL_WEIGHT * kl
+
+
+def draw_crops(numbers: range, size: int = 32) -> Tensor:
+    """A random crop of each training image; every second one has its channels permuted."""
+    crops = []
+    for i, image in enumerate(draw_images(numbers)):
         top, left = torch.randint(0, image.shape[1] - size + 1, (2,)).tolist()
         crop = image[:, top : top + size, left : left + size]
-        crops.append(crop[torch.randperm(3)] if place % 2 else crop)
+        if i % 2 == 1:
+            crop = crop[torch.randperm(3)]
+        crops.append(crop)
     return torch.stack(crops)
 
 
-def attribute_targets(batch: scenes.Scenes) -> dict[str, Tensor]:
-    """What `models.PARTS` asks of each picture: class numbers for count and ground, 0/1 tables for the rest."""
-    size, rows = len(batch.count), torch.arange(len(batch.count))
-    targets = {"count": batch.count - 1, "ground": batch.ground}
-    targets |= {
-        part: torch.zeros(size, n) for part, n in models.PARTS.items() if part not in targets
-    }
-    for k in range(3):
-        there = batch.shape[:, k] >= 0
-        row = rows[there]
-        shape, colour, pattern = (
-            label[there, k] for label in (batch.shape, batch.colour, batch.pattern)
-        )
-        targets["shape"][row, shape] = 1
-        targets["colour"][row, colour] = 1
-        targets["pattern"][row, pattern] = 1
-        targets["shape_colour"][row, shape * len(scenes.COLOURS) + colour] = 1
-        targets["shape_pattern"][row, shape * len(scenes.PATTERNS) + pattern] = 1
-    return targets
+# Stage "clip"
 
 
-def attribute_loss(logits: Tensor, targets: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of count and ground plus, for each 0/1 table, the binary cross-entropy summed over its cells."""
-    parts = models.split(logits)
-    targets = {part: target.to(logits.device) for part, target in targets.items()}
-    loss = F.cross_entropy(parts["count"], targets["count"]) + F.cross_entropy(
-        parts["ground"], targets["ground"]
-    )
-    for part in ("shape", "colour", "pattern", "shape_colour", "shape_pattern"):
-        loss = (
-            loss
-            + F.binary_cross_entropy_with_logits(parts[part], targets[part], reduction="none")
-            .sum(1)
-            .mean()
-        )
-    return loss
+def train_clip(run: Run) -> CLIPModel:
+    """Trains CLIP on images and captions by the symmetric contrastive loss (Radford et al. 2021).
 
-
-def train_probe(folder: Path, num_pictures: int, seed: int, device: Device = "cpu") -> models.Probe:
-    torch.manual_seed(seed)
-    probe = models.Probe().to(device)
+    Each image is classified among the captions of its batch, and each caption among the images.
+    """
+    torch.manual_seed(run.seed)
+    tokenizer = models.tokenizer()
+    clip = models.clip(len(tokenizer)).to(run.device)
 
     def loss(numbers: range) -> Tensor:
         batch = scenes.draw(numbers, WORLD)
-        images = batch.images + 0.06 * torch.rand(len(numbers), 1, 1, 1) * torch.randn_like(
-            batch.images
+        output = clip(
+            input_ids=token_ids(tokenizer, batch.captions, run.device),
+            pixel_values=batch.images.to(run.device),
         )
-        return attribute_loss(probe(images.to(device)), attribute_targets(batch))
+        logits = output.logits_per_image  # [images, captions]
+        matching = torch.arange(len(numbers), device=run.device)
+        return 0.5 * (F.cross_entropy(logits, matching) + F.cross_entropy(logits.T, matching))
 
-    fit(
-        "probe",
-        probe,
-        loss,
-        FitConfig(num_pictures, batch_size=32, peak_lr=2e-3, seed=seed),
-        folder,
-    )
-    return probe
+    run.fit("clip", clip, loss)
+    return clip
 
 
-def token_ids(words: CLIPTokenizer, captions: list[str], device: Device) -> Tensor:
+def token_ids(tokenizer: CLIPTokenizer, captions: list[str], device: Device) -> Tensor:
     """[B, MAX_LENGTH] int64."""
-    ids = words(
+    ids = tokenizer(
         captions, padding="max_length", max_length=models.MAX_LENGTH, return_tensors="pt"
     ).input_ids
     return torch.as_tensor(ids).to(device)
 
 
-def train_clip(folder: Path, num_pictures: int, seed: int, device: Device = "cpu") -> CLIPModel:
-    """Symmetric contrastive loss over the batch (Radford et al. 2021)."""
-    torch.manual_seed(seed)
-    words = models.tokenizer()
-    clip = models.clip(len(words)).to(device)
+# Stage "probe"
+
+
+def train_probe(run: Run) -> models.Probe:
+    """Trains the probe to classify the attributes of noisy images by `attribute_loss`."""
+    torch.manual_seed(run.seed)
+    probe = models.Probe().to(run.device)
 
     def loss(numbers: range) -> Tensor:
         batch = scenes.draw(numbers, WORLD)
-        logits = clip(
-            input_ids=token_ids(words, batch.captions, device), pixel_values=batch.images.to(device)
-        )
-        logits = logits.logits_per_image
-        own = torch.arange(len(numbers), device=device)
-        return 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own))
+        noise_level = 0.06 * torch.rand(len(numbers), 1, 1, 1)
+        images = batch.images + noise_level * torch.randn_like(batch.images)
+        return attribute_loss(probe(images.to(run.device)), attribute_targets(batch))
 
-    fit(
-        "clip",
-        clip,
-        loss,
-        FitConfig(num_pictures, batch_size=128, peak_lr=1e-3, seed=seed),
-        folder,
-    )
-    return clip
+    run.fit("probe", probe, loss)
+    return probe
+
+
+def attribute_targets(batch: scenes.Scenes) -> dict[str, Tensor]:
+    """The targets of each image for `models.ATTRIBUTES`.
+
+    Class numbers [B] for count and ground, 0/1 tables [B, classes] for the others.
+    """
+    batch_size = len(batch.count)
+    targets = {"count": batch.count - 1, "ground": batch.ground}
+    for name, num_classes in models.ATTRIBUTES.items():
+        if name not in models.SINGLE_CLASS:
+            targets[name] = torch.zeros(batch_size, num_classes)
+
+    for k in range(3):
+        # Images that have a k-th object, and its labels
+        rows = (batch.shape[:, k] >= 0).nonzero()[:, 0]
+        shape, colour, pattern = batch.shape[rows, k], batch.colour[rows, k], batch.pattern[rows, k]
+        targets["shape"][rows, shape] = 1
+        targets["colour"][rows, colour] = 1
+        targets["pattern"][rows, pattern] = 1
+        targets["shape_colour"][rows, shape * len(scenes.COLOURS) + colour] = 1
+        targets["shape_pattern"][rows, shape * len(scenes.PATTERNS) + pattern] = 1
+    return targets
+
+
+def attribute_loss(logits: Tensor, targets: dict[str, Tensor]) -> Tensor:
+    """The mean over images of the losses of all attributes.
+
+    Cross-entropy for count and ground; for the others the binary cross-entropy, summed over
+    classes. `logits` [B, ΣATTRIBUTES].
+    """
+    predicted = models.split_logits(logits)
+    targets = {name: target.to(logits.device) for name, target in targets.items()}
+
+    count_loss = F.cross_entropy(predicted["count"], targets["count"])
+    ground_loss = F.cross_entropy(predicted["ground"], targets["ground"])
+    loss = count_loss + ground_loss
+    for name in ("shape", "colour", "pattern", "shape_colour", "shape_pattern"):
+        per_class = F.binary_cross_entropy_with_logits(
+            predicted[name], targets[name], reduction="none"
+        )
+        loss = loss + per_class.sum(1).mean()
+    return loss
+
+
+# Stages "latent_vgg" and "pixel_vgg", and their calibration
 
 
 @torch.no_grad()
-def cache_latents(
-    folder: Path, vae: AutoencoderKL, count: int, device: Device = "cpu", chunk: int = 4096
-) -> Tensor:
-    """[count, C, h, w] float16: posterior means × scaling_factor of training pictures 0 … count-1, made once."""
-    chunks = []
+def cache_latents(run: Run, vae: AutoencoderKL) -> Tensor:
+    """Encodes the training images 0 … count−1 once: [count, C, h, w] float16.
+
+    Posterior means × scaling_factor, stored in `folder/latents`.
+    """
+    count = run.scaled(NUM_LATENTS, minimum=128)
+    files = []
     with Bar("latents", count) as bar:
-        for start in range(0, count, chunk):
-            path = folder / "latents" / f"{start:07d}.safetensors"
+        for start in range(0, count, LATENTS_PER_FILE):
+            path = run.folder / "latents" / f"{start:07d}.safetensors"
             if not path.exists():
-                parts = [
-                    vae.encode(
-                        images_of(range(i, min(i + 64, start + chunk)), device)
-                    ).latent_dist.mean
-                    for i in range(start, start + chunk, 64)
-                ]
-                latents = (torch.cat(parts) * vae.config.scaling_factor).half()
+                stop = start + LATENTS_PER_FILE
+                means = []
+                for i in range(start, stop, ENCODER_BATCH):
+                    images = draw_images(range(i, min(i + ENCODER_BATCH, stop)), run.device)
+                    means.append(vae.encode(images).latent_dist.mean)
+                latents = (torch.cat(means) * vae.config.scaling_factor).half()
                 checkpoint.save(path, {"latents": latents}, {})
-            chunks.append(checkpoint.load(path)[0]["latents"])
-            bar.advance(len(chunks[-1]))
-    return torch.cat(chunks)[:count].to(device)
+            tensors, _ = checkpoint.load(path)
+            files.append(tensors["latents"])
+            bar.advance(len(files[-1]))
+    return torch.cat(files)[:count].to(run.device)
+
+
+def train_latent_vgg(run: Run, latents: Tensor) -> VGG:
+    """Trains the feature network of LatentLPIPS to classify attributes from `latents`."""
+
+    def inputs(batch: scenes.Scenes, rows: list[int]) -> Tensor:
+        return latents[rows].float()
+
+    torch.manual_seed(run.seed)
+    return _train_vgg(run, "latent_vgg", models.latent_vgg(), inputs, len(latents))
+
+
+def train_pixel_vgg(run: Run, num_images: int) -> VGG:
+    """Trains the feature network of PixelLPIPS to classify attributes from the same images."""
+
+    def inputs(batch: scenes.Scenes, rows: list[int]) -> Tensor:
+        return batch.images.to(run.device)
+
+    torch.manual_seed(run.seed)
+    return _train_vgg(run, "pixel_vgg", models.pixel_vgg(), inputs, num_images)
+
+
+def _train_vgg(
+    run: Run,
+    stage: str,
+    vgg: VGG,
+    inputs: Callable[[scenes.Scenes, list[int]], Tensor],
+    num_images: int,
+) -> VGG:
+    """Trains `vgg` and an attribute head by `attribute_loss`; returns `vgg` without the head.
+
+    `inputs(scenes, rows)` is what the network reads of the images `rows`, repeated after the first
+    `num_images`.
+    """
+    head = models.AttributeHead(vgg.config["widths"][-1])
+    classifier = nn.ModuleDict({"vgg": vgg, "head": head}).to(run.device)
+
+    def loss(numbers: range) -> Tensor:
+        rows = [number % num_images for number in numbers]
+        batch = scenes.draw(rows, WORLD)
+        last_map = vgg(inputs(batch, rows))[-1]
+        return attribute_loss(head(last_map), attribute_targets(batch))
+
+    run.fit(stage, classifier, loss)
+    return vgg
+
+
+def calibrate(
+    run: Run, stage: str, vgg: VGG, vae: AutoencoderKL | None, num_triplets: int
+) -> list[Tensor]:
+    """Fits the heads of a network to `num_triplets` graded distortions of scenes per subset.
+
+    The judgements follow from the grades; they are not human judgements. `vae` is that of a network
+    on latents, None for one on pixels.
+    """
+    heads = [torch.ones(width) for width in vgg.config["widths"]]
+    judged = compute_differences(vgg, vae, num_triplets, run.seed, run.device)
+    return calibrate_heads(
+        judged, heads, folder=run.folder, stage=stage, peak_lr=CALIBRATION_LR, seed=run.seed
+    )
+
+
+@torch.no_grad()
+def compute_differences(
+    vgg: VGG, vae: AutoencoderKL | None, num_triplets: int, seed: int, device: Device = "cpu"
+) -> JudgedDifferences:
+    """The differences of `num_triplets` triplets per subset; with `vae`, of their latents."""
+    distance = LatentLPIPS(vgg, [torch.ones(width) for width in vgg.config["widths"]])
+    d0s, d1s, judgements = [], [], []
+    with Bar("triplets", num_triplets * len(triplets.SUBSETS)) as bar:
+        for subset in triplets.SUBSETS:
+            for number in range(num_triplets):
+                triplet = triplets.make_triplet(number, subset, seed)
+                inputs = torch.stack([triplet.p0, triplet.p1, triplet.ref]).to(device)
+                if vae is not None:
+                    inputs = encode(vae, inputs)
+                p0, p1, ref = inputs.chunk(3)
+                d0s.append(torch.cat(distance.differences(p0, ref), 1).cpu())
+                d1s.append(torch.cat(distance.differences(p1, ref), 1).cpu())
+                judgements.append(triplet.judge)
+                bar.advance(1)
+    return JudgedDifferences(torch.cat(d0s), torch.cat(d1s), torch.tensor(judgements))
+
+
+# Stage "unet"
 
 
 class Denoiser(nn.Module):
-    """The text encoder and the UNet, trained together."""
+    """The text encoder and the UNet, which are trained together."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__()
@@ -229,179 +393,52 @@ class Denoiser(nn.Module):
         self.unet = models.unet()
 
 
-def draw_timesteps(size: int) -> Tensor:
-    """[size] int64 in 0 … 999, logit-normal (Esser et al. 2024, eq. 19) with mean −0.8 and deviation 1.2.
+def train_unet(run: Run, latents: Tensor) -> Denoiser:
+    """Trains the denoiser by v-prediction (Salimans & Ho 2022, eq. 14).
 
-    Half lie below 310 and a fifth above 560: outlines and patterns are decided there; uniform timesteps spend almost
-    half of the pictures above it, where small latents are all but noise.
+    Mean squared error of v = √ᾱ·ε − √(1−ᾱ)·x0 at the timesteps of `draw_timesteps`. One caption in
+    ten is dropped, as classifier-free guidance needs an unconditional prediction.
+    """
+    torch.manual_seed(run.seed)
+    tokenizer = models.tokenizer()
+    scheduler = models.scheduler()
+    denoiser = Denoiser(len(tokenizer)).to(run.device)
+
+    def loss(numbers: range) -> Tensor:
+        rows = [number % len(latents) for number in numbers]
+        x0 = latents[rows].float()
+
+        # Captions, some of them dropped
+        captions = scenes.captions(rows, WORLD)
+        is_kept = torch.rand(len(rows)) >= CAPTION_DROP
+        for i in range(len(rows)):
+            if not is_kept[i]:
+                captions[i] = ""
+        ids = token_ids(tokenizer, captions, run.device)
+        embeds = denoiser.text_encoder(ids).last_hidden_state
+
+        # Noisy latents and the loss
+        timesteps = draw_timesteps(len(rows)).to(run.device)
+        noise = torch.randn_like(x0)
+        x_t = scheduler.add_noise(x0, noise, timesteps)
+        v = scheduler.get_velocity(x0, noise, timesteps)
+        return F.mse_loss(denoiser.unet(x_t, timesteps, embeds).sample, v)
+
+    run.fit("unet", denoiser, loss)
+    return denoiser
+
+
+def draw_timesteps(size: int) -> Tensor:
+    """[size] int64 in 0 … 999, logit-normal (Esser et al. 2024, eq. 19), mean −0.8, std 1.2.
+
+    Half are below 310 and a fifth above 560: outlines and patterns are decided in that range.
+    Uniform timesteps would use almost half of the images above 560, where latents this small are
+    almost pure noise.
     """
     return (1000 * torch.sigmoid(1.2 * torch.randn(size) - 0.8)).long().clamp(0, 999)
 
 
-def train_unet(
-    folder: Path, latents: Tensor, num_pictures: int, seed: int, device: Device = "cpu"
-) -> Denoiser:
-    """v-prediction (Salimans & Ho 2022, eq. 14): mean squared error of v = √ᾱ·ε − √(1−ᾱ)·x0 at `draw_timesteps`.
-
-    One caption in ten is dropped, which is what classifier-free guidance needs.
-    """
-    torch.manual_seed(seed)
-    words, scheduler = models.tokenizer(), models.scheduler()
-    denoiser = Denoiser(len(words)).to(device)
-
-    def loss(numbers: range) -> Tensor:
-        places = [n % len(latents) for n in numbers]
-        x0 = latents[places].float()
-        kept = torch.rand(len(places)) >= CAPTION_DROP
-        captions = [
-            c if keep else "" for c, keep in zip(scenes.captions(places, WORLD), kept, strict=True)
-        ]
-        embeds = denoiser.text_encoder(token_ids(words, captions, device)).last_hidden_state
-        timesteps, noise = draw_timesteps(len(places)).to(device), torch.randn_like(x0)
-        x_t, v = (
-            scheduler.add_noise(x0, noise, timesteps),
-            scheduler.get_velocity(x0, noise, timesteps),
-        )
-        return F.mse_loss(denoiser.unet(x_t, timesteps, embeds).sample, v)
-
-    fit(
-        "unet",
-        denoiser,
-        loss,
-        FitConfig(num_pictures, batch_size=32, peak_lr=1e-3, seed=seed),
-        folder,
-    )
-    return denoiser
-
-
-def train_vgg(
-    stage: str,
-    vgg: VGG,
-    inputs: Callable[[scenes.Scenes, list[int]], Tensor],
-    count: int,
-    folder: Path,
-    num_pictures: int,
-    seed: int,
-    device: Device = "cpu",
-) -> VGG:
-    """A feature network: the world's attributes read from `inputs(scenes, places)` of its first `count` pictures."""
-    head = models.AttributeHead(vgg.config["widths"][-1])
-    classifier = nn.ModuleDict({"vgg": vgg, "head": head}).to(device)
-
-    def loss(numbers: range) -> Tensor:
-        places = [n % count for n in numbers]
-        batch = scenes.draw(places, WORLD)
-        logits = head(vgg(inputs(batch, places))[-1])
-        return attribute_loss(logits, attribute_targets(batch))
-
-    fit(
-        stage,
-        classifier,
-        loss,
-        FitConfig(num_pictures, batch_size=32, peak_lr=1e-3, seed=seed),
-        folder,
-    )
-    return vgg
-
-
-def train_latent_vgg(
-    folder: Path, latents: Tensor, num_pictures: int, seed: int, device: Device = "cpu"
-) -> VGG:
-    """The feature network of LatentLPIPS."""
-    torch.manual_seed(seed)
-    return train_vgg(
-        "latent_vgg",
-        models.latent_vgg(),
-        lambda batch, places: latents[places].float(),
-        len(latents),
-        folder,
-        num_pictures,
-        seed,
-        device,
-    )
-
-
-def train_pixel_vgg(
-    folder: Path, count: int, num_pictures: int, seed: int, device: Device = "cpu"
-) -> VGG:
-    """Its twin for PixelLPIPS: the same pictures, before the VAE."""
-    torch.manual_seed(seed)
-    return train_vgg(
-        "pixel_vgg",
-        models.pixel_vgg(),
-        lambda batch, places: batch.images.to(device),
-        count,
-        folder,
-        num_pictures,
-        seed,
-        device,
-    )
-
-
-@torch.no_grad()
-def differences_of(
-    vgg: VGG, vae: AutoencoderKL | None, count: int, seed: int, device: Device = "cpu"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """d0, d1 [N, ΣC], judge [N] of `count` triplets a sub-set; with a VAE, of their latents."""
-    distance = LatentLPIPS(vgg, [torch.ones(width) for width in vgg.config["widths"]])
-    rows: list[tuple[Tensor, Tensor, Tensor]] = []
-    with Bar("triplets", count * len(triplets.SUBSETS)) as bar:
-        for subset in triplets.SUBSETS:
-            for number in range(count):
-                made = triplets.triplet(number, subset, seed)
-                images = torch.stack([made.p0, made.p1, made.ref]).to(device)
-                p0, p1, ref = (images if vae is None else encode(vae, images)).chunk(3)
-                d0, d1 = (torch.cat(distance.differences(p, ref), 1).cpu() for p in (p0, p1))
-                rows.append((d0, d1, torch.tensor([made.judge])))
-                bar.advance(1)
-    d0, d1, judge = (torch.cat(column) for column in zip(*rows, strict=True))
-    return d0, d1, judge
-
-
-def calibrate(
-    stage: str,
-    folder: Path,
-    vgg: VGG,
-    vae: AutoencoderKL | None,
-    count: int,
-    seed: int,
-    device: Device = "cpu",
-) -> list[Tensor]:
-    """Heads from graded distortions of scenes. What orders them is their grade: these are not human judgements."""
-    heads = [torch.ones(width) for width in vgg.config["widths"]]
-    d0, d1, judge = differences_of(vgg, vae, count, seed, device)
-    return calibrate_heads(
-        JudgedDifferences(d0, d1, judge),
-        heads,
-        folder=folder,
-        stage=stage,
-        peak_lr=CALIBRATION_LR,
-        seed=seed,
-    )
-
-
-def train(folder: Path, seed: int = 0, scale: float = 1.0, device: Device = "cpu") -> Path:
-    """Every stage in order, then `publish`; returns the folder of the finished weights."""
-    num = {stage: max(128, int(count * scale)) for stage, count in NUM_PICTURES.items()}
-    vae = train_vae(folder, num["vae"], num["vae_crops"], seed, device)
-    clip = train_clip(folder, num["clip"], seed, device)
-    probe = train_probe(folder, num["probe"], seed, device)
-    latents = cache_latents(folder, vae, max(128, int(NUM_LATENTS * scale)), device)
-    vgg = train_latent_vgg(folder, latents, num["latent_vgg"], seed, device)
-    pixel_vgg = train_pixel_vgg(folder, len(latents), num["pixel_vgg"], seed, device)
-    count = max(8, int(NUM_TRIPLETS * scale))
-    networks = {
-        "latent_vgg": (
-            vgg,
-            calibrate("calibrate_latent_vgg", folder, vgg, vae, count, seed, device),
-        ),
-        "pixel_vgg": (
-            pixel_vgg,
-            calibrate("calibrate_pixel_vgg", folder, pixel_vgg, None, count, seed, device),
-        ),
-    }
-    denoiser = train_unet(folder, latents, num["unet"], seed, device)
-    return publish(folder / "weights", vae, denoiser, clip, probe, networks)
+# The finished models
 
 
 def publish(
@@ -412,14 +449,19 @@ def publish(
     probe: models.Probe,
     networks: dict[str, tuple[VGG, list[Tensor]]],
 ) -> Path:
-    """Writes the finished models as float16 safetensors, in the layout of the package's own `pocket/weights`."""
-    words = models.tokenizer()
+    """Writes the finished models as float16 safetensors, in the layout of `pocket/weights`.
+
+    `networks`: the network and heads per folder name. Returns `folder`.
+    """
     for model in (vae, denoiser, clip, probe):
         model.to("cpu")
+
+    # Teacher pipeline
+    tokenizer = models.tokenizer()
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=denoiser.text_encoder,
-        tokenizer=words,
+        tokenizer=tokenizer,
         unet=denoiser.unet,
         scheduler=models.scheduler(),
         safety_checker=None,
@@ -427,10 +469,17 @@ def publish(
         requires_safety_checker=False,
     )
     pipeline.to(dtype=torch.float16).save_pretrained(folder / "teacher", safe_serialization=True)
+
+    # Evaluation models
     clip.half().save_pretrained(folder / "clip")
-    words.save_pretrained(folder / "clip")
-    halves = {k: v.half() if v.is_floating_point() else v for k, v in probe.state_dict().items()}
-    checkpoint.save(folder / "probe" / "model.safetensors", halves, {})
+    tokenizer.save_pretrained(folder / "clip")
+    probe_state = probe.state_dict()
+    for key, value in probe_state.items():
+        if value.is_floating_point():
+            probe_state[key] = value.half()
+    checkpoint.save(folder / "probe" / "model.safetensors", probe_state, {})
+
+    # Perceptual networks
     note = "Heads calibrated on graded distortions of drawn scenes, not on human judgements."
     for name, (vgg, heads) in networks.items():
         LatentLPIPS(vgg.cpu(), heads).save_pretrained(folder / name, torch.float16, note)

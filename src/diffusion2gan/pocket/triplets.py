@@ -1,7 +1,8 @@
 """Triplets for calibrating a perceptual distance: graded distortions of scenes.
 
-**These are not human judgements.** Which of two looks more like the picture is decided by how far each was distorted:
-within one family exactly so, in the sub-set `mixed` (two families) only where one grade is far above the other.
+**These are not human judgements.** Which of two distorted images is more similar to the reference
+follows from the grades of the distortions: exactly within one family; in the subset `mixed` (two
+different families) only triplets with clearly different grades are made.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from diffusion2gan.runtime.files import atomic_write, write_image
 from diffusion2gan.runtime.images import to_pictures
 from diffusion2gan.runtime.progress import Bar
 
-WORLD = 90  # neither trained nor measured on
+WORLD = 90  # a world seed that is used neither for training nor for evaluation
 FAMILIES = ("blur", "noise", "shift", "colour", "warp")
 SUBSETS = (*FAMILIES, "mixed")
-GAP, MIXED_GAP = 0.1, 0.5  # at least, between the two grades
+# The smallest difference between the two grades
+GAP = 0.1
+MIXED_GAP = 0.5
 
 
 @dataclass(frozen=True)
 class Triplet:
-    """`ref`, `p0`, `p1` [3, H, W] in [−1, 1]; `judge` 1 where p1 is the nearer, 0 where p0 is."""
+    """`ref`, `p0`, `p1` [3, H, W] in [−1, 1]; `judge` is 1 if p1 is more similar, 0 if p0 is."""
 
     ref: Tensor
     p0: Tensor
@@ -36,85 +39,106 @@ class Triplet:
     judge: float
 
 
-def triplet(number: int, subset: str, seed: int) -> Triplet:
-    """A function of its three arguments alone."""
+def make_triplet(number: int, subset: str, seed: int) -> Triplet:
+    """Triplet `number` of `subset`: a pure function of the three arguments."""
     key = np.random.SeedSequence([seed, SUBSETS.index(subset), number]).generate_state(1)
     generator = torch.Generator().manual_seed(int(key[0]))
     ref = scenes.draw([number], WORLD).images[0]
+
+    # Two grades, `gap` or more apart
     gap = MIXED_GAP if subset == "mixed" else GAP
     low = float(torch.rand((), generator=generator)) * (1 - gap)
     high = low + gap + float(torch.rand((), generator=generator)) * (1 - gap - low)
+
+    # The family of each distortion
     order = torch.randperm(len(FAMILIES), generator=generator).tolist()
-    families = [FAMILIES[k] for k in order[:2]] if subset == "mixed" else [subset, subset]
-    way = int(
-        torch.randint(2**31, (), generator=generator)
-    )  # both go the same way, one of them further
-    near, far = (
-        distort(ref, family, grade, torch.Generator().manual_seed(way))
-        for family, grade in zip(families, (low, high), strict=True)
-    )
+    near_family = far_family = subset
+    if subset == "mixed":
+        near_family, far_family = FAMILIES[order[0]], FAMILIES[order[1]]
+
+    # Both have the same seed: within a family they go in the same direction, one of them further
+    distortion_seed = int(torch.randint(2**31, (), generator=generator))
+    near = distort(ref, near_family, low, torch.Generator().manual_seed(distortion_seed))
+    far = distort(ref, far_family, high, torch.Generator().manual_seed(distortion_seed))
+
     p1_is_near = bool(torch.rand((), generator=generator) < 0.5)
-    return Triplet(ref, far, near, 1.0) if p1_is_near else Triplet(ref, near, far, 0.0)
+    if p1_is_near:
+        return Triplet(ref, p0=far, p1=near, judge=1.0)
+    return Triplet(ref, p0=near, p1=far, judge=0.0)
 
 
 def distort(image: Tensor, family: str, grade: float, generator: torch.Generator) -> Tensor:
-    """[3, H, W] in [−1, 1]: `image` distorted by `grade` in [0, 1]; 0 changes nothing."""
+    """`image` [3, H, W] in [−1, 1] distorted by `grade` in [0, 1]; grade 0 is the identity."""
     match family:
         case "blur":
-            out = blur(image, 3.0 * grade)
+            distorted = blur(image, 3.0 * grade)
         case "noise":
-            out = image + 0.5 * grade * torch.randn(image.shape, generator=generator)
+            distorted = image + 0.5 * grade * torch.randn(image.shape, generator=generator)
         case "shift":
+            # By up to 6 pixels in a random direction
             angle = 2 * math.pi * float(torch.rand((), generator=generator))
-            way = torch.tensor([math.cos(angle), math.sin(angle)])
-            out = displace(image, (6 * grade * way)[:, None, None].expand(2, *image.shape[1:]))
+            direction = torch.tensor([math.cos(angle), math.sin(angle)])
+            pixels = (6 * grade * direction)[:, None, None].expand(2, *image.shape[1:])
+            distorted = displace(image, pixels)
         case "colour":
-            out = image + 0.5 * grade * F.normalize(
-                torch.randn(3, 1, 1, generator=generator), dim=0
-            )
+            # A random direction in RGB space
+            direction = F.normalize(torch.randn(3, 1, 1, generator=generator), dim=0)
+            distorted = image + 0.5 * grade * direction
         case "warp":
+            # A smooth random displacement field of a few pixels at grade 1
             coarse = torch.randn(1, 2, 4, 4, generator=generator)
-            out = displace(
-                image, 4 * grade * F.interpolate(coarse, image.shape[1:], mode="bicubic")[0]
-            )
+            smooth = F.interpolate(coarse, image.shape[1:], mode="bicubic")[0]
+            distorted = displace(image, 4 * grade * smooth)
         case _:
             raise ValueError(f"no family {family!r}")
-    return out.clamp(-1, 1)
+    return distorted.clamp(-1, 1)
 
 
 def blur(image: Tensor, sigma: float) -> Tensor:
-    """A Gaussian of `sigma` pixels, mirrored at the edges."""
+    """`image` [3, H, W] filtered by a Gaussian of `sigma` pixels, reflected at the edges."""
     if sigma == 0:
         return image
     radius = math.ceil(3 * sigma)
     kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
     kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
-    out = F.conv2d(F.pad(image[None], (radius, radius, 0, 0), mode="reflect"), kernel, groups=3)
-    return F.conv2d(
-        F.pad(out, (0, 0, radius, radius), mode="reflect"), kernel.transpose(2, 3), groups=3
-    )[0]
+
+    # Horizontally, then vertically
+    padded = F.pad(image[None], (radius, radius, 0, 0), mode="reflect")
+    blurred = F.conv2d(padded, kernel, groups=3)
+    padded = F.pad(blurred, (0, 0, radius, radius), mode="reflect")
+    return F.conv2d(padded, kernel.transpose(2, 3), groups=3)[0]
 
 
 def displace(image: Tensor, pixels: Tensor) -> Tensor:
-    """Each place takes the value `pixels` [2, H, W] (x, y) away from it, mirrored outside."""
+    """Samples `image` [3, H, W] at each position plus `pixels` [2, H, W] (x, y).
+
+    The image is continued by reflection beyond its edges.
+    """
     height, width = image.shape[1:]
     grid = F.affine_grid(torch.eye(2, 3)[None], [1, 3, height, width], align_corners=False)
-    moved = grid + pixels.permute(1, 2, 0)[None] * torch.tensor([2 / width, 2 / height])
-    return F.grid_sample(image[None], moved, padding_mode="reflection", align_corners=False)[0]
+    grid = grid + pixels.permute(1, 2, 0)[None] * torch.tensor([2 / width, 2 / height])
+    return F.grid_sample(image[None], grid, padding_mode="reflection", align_corners=False)[0]
 
 
 def write_triplets(folder: Path, count: int, seed: int) -> None:
-    """`count` triplets of each sub-set as FOLDER/<subset>/{ref,p0,p1}/*.png and judge/*.npy."""
+    """Writes `count` triplets of each subset in the layout of BAPPS.
+
+    FOLDER/<subset>/{ref,p0,p1}/*.png and judge/*.npy, see `perceptual/triplets.py`.
+    """
     with Bar("triplets", count * len(SUBSETS)) as bar:
         for subset in SUBSETS:
             for number in range(count):
-                _write(folder / subset, f"{number:06d}", triplet(number, subset, seed))
+                triplet = make_triplet(number, subset, seed)
+                _write(folder / subset, f"{number:06d}", triplet)
                 bar.advance(1)
 
 
-def _write(folder: Path, name: str, made: Triplet) -> None:
-    """The judgement first: a triplet is there once its `ref` is."""
+def _write(folder: Path, name: str, triplet: Triplet) -> None:
+    """Writes `ref` last: a triplet is complete if its `ref` exists."""
     with atomic_write(folder / "judge" / f"{name}.npy") as temporary, temporary.open("wb") as file:
-        np.save(file, np.array([made.judge], np.float32))
-    for part in ("p0", "p1", "ref"):
-        write_image(folder / part / f"{name}.png", to_pictures(getattr(made, part)[None])[0].save)
+        np.save(file, np.array([triplet.judge], np.float32))
+
+    images = {"p0": triplet.p0, "p1": triplet.p1, "ref": triplet.ref}
+    for key, image in images.items():
+        picture = to_pictures(image[None])[0]
+        write_image(folder / key / f"{name}.png", picture.save)

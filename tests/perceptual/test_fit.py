@@ -1,4 +1,4 @@
-"""`perceptual fit`: class folders to a network, on latents and pixels; interrupted and run again, the same bits."""
+"""`perceptual fit`: networks on latents and pixels, resumed bit for bit; reading of image sets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import shutil
 import signal
 import sys
-import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -23,9 +22,7 @@ from diffusion2gan.perceptual.calibrate import calibrate
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.fit import FitSettings, fit
 from diffusion2gan.perceptual.images import held_out_mask, open_labelled_images, read_image
-from diffusion2gan.runtime import cache as module_cache
-from diffusion2gan.runtime import checkpoint
-from diffusion2gan.runtime import trainer as module_fit
+from diffusion2gan.runtime import checkpoint, trainer
 from diffusion2gan.runtime.cache import Cache, Unreadable, make_cache
 from diffusion2gan.runtime.distributed import Group, Ranks
 from diffusion2gan.runtime.lock import exclusive_lock
@@ -36,23 +33,22 @@ WIDTHS = (4, 4, 8, 8, 8)
 COLOURS = {"blue": (40, 60, 220), "red": (220, 50, 40)}
 
 
-def write_pictures(folder: Path, each: int = 20, size: int = 20) -> Path:
-    """Two classes that any network tells apart: reddish and bluish noise."""
+def write_images(folder: Path, num_per_class: int = 20, size: int = 20) -> Path:
+    """Two classes that any network can distinguish: reddish and bluish noise."""
     noise = np.random.default_rng(0)
     for name, colour in COLOURS.items():
         (folder / name).mkdir(parents=True)
-        for i in range(each):
-            picture = np.clip(
-                np.array(colour) + noise.normal(0, 25, (size, size, 3)), 0, 255
-            ).astype(np.uint8)
-            Image.fromarray(picture).save(folder / name / f"{i:03d}.png")
+        for i in range(num_per_class):
+            pixels = np.array(colour) + noise.normal(0, 25, (size, size, 3))
+            image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+            image.save(folder / name / f"{i:03d}.png")
     return folder
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Not to be changed: copy it."""
-    return write_pictures(tmp_path_factory.mktemp("pictures") / "set")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared by the tests: change a copy only."""
+    return write_images(tmp_path_factory.mktemp("images") / "set")
 
 
 def run(images: Path, out: Path, vae: str | None = None, **options: float) -> dict[str, object]:
@@ -60,11 +56,10 @@ def run(images: Path, out: Path, vae: str | None = None, **options: float) -> di
     return fit(images, out, vae, FitSettings(WIDTHS, **settings))  # type: ignore[arg-type]
 
 
-def test_it_learns_and_says_what_it_measured(pictures: Path, tmp_path: Path) -> None:
-    result = run(pictures, tmp_path / "pixels", epochs=10, peak_lr=0.01)
-    assert (result["trained_on"], result["held_out"], result["classes"]) == (36, 4, 2) and result[
-        "top1"
-    ] == 1.0
+def test_fit_learns_and_reports_its_top1(images: Path, tmp_path: Path) -> None:
+    result = run(images, tmp_path / "pixels", epochs=10, peak_lr=0.01)
+    assert (result["trained_on"], result["held_out"], result["classes"]) == (36, 4, 2)
+    assert result["top1"] == 1.0
     assert json.loads((tmp_path / "pixels" / "fit.json").read_text()) == result
     distance = LatentLPIPS.from_pretrained(tmp_path / "pixels")
     assert distance.channels == 3 and distance._frozen[0].num_dropped == 0
@@ -72,54 +67,60 @@ def test_it_learns_and_says_what_it_measured(pictures: Path, tmp_path: Path) -> 
     assert "top-1 100.0% on 4 held-out images" in (tmp_path / "pixels" / "README.md").read_text()
 
 
-def test_latents_are_cached_once_and_a_cut_run_ends_with_the_same_bits(
-    pictures: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_latents_are_cached_once_and_an_interrupted_run_gives_the_same_bits(
+    images: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vae = str(tiny_teacher)
-    run(pictures, tmp_path / "whole", vae, epochs=2)
-    rows = LatentLPIPS.from_pretrained(tmp_path / "whole")
-    assert rows.channels == 4 and rows._frozen[0].num_dropped == 2
-    cached = module_cache.checkpoint.load(tmp_path / "whole" / "work" / "00000000.safetensors")[0]
-    first = read_image(pictures / "blue" / "000.png", "first", 16).permute(1, 2, 0).numpy()
+    run(images, tmp_path / "uninterrupted", vae, epochs=2)
+    distance = LatentLPIPS.from_pretrained(tmp_path / "uninterrupted")
+    assert distance.channels == 4 and distance._frozen[0].num_dropped == 2
+
+    # The cached latents are those of the VAE
+    work = tmp_path / "uninterrupted" / "work"
+    cached = checkpoint.load(work / "00000000.safetensors")[0]
+    first = read_image(images / "blue" / "000.png", "first", 16).permute(1, 2, 0).numpy()
     expected = encode(
         load_vae(vae), torch.from_numpy(first[None] / 127.5 - 1).permute(0, 3, 1, 2).float()
     )
     torch.testing.assert_close(cached["input"][:1].float(), expected, rtol=1e-2, atol=1e-2)
     assert cached["label"].tolist() == [0] * 20 + [1] * 20
 
-    monkeypatch.setattr(module_fit, "CHECKPOINT_EVERY_S", 0.0)
+    # Interrupt a run in its fifth step
+    monkeypatch.setattr(trainer, "CHECKPOINT_EVERY_S", 0.0)
     steps = iter(range(100))
-    real = module_fit.nn.utils.clip_grad_norm_
+    original = trainer.nn.utils.clip_grad_norm_
 
-    def cut(*args: object, **kwargs: object) -> object:
+    def interrupt_fifth_step(*args: object, **kwargs: object) -> object:
         if next(steps) == 4:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)  # type: ignore[arg-type]
+        return original(*args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module_fit.nn.utils, "clip_grad_norm_", cut)
+    monkeypatch.setattr(trainer.nn.utils, "clip_grad_norm_", interrupt_fifth_step)
+    out = tmp_path / "interrupted"
     with pytest.raises(KeyboardInterrupt):
-        run(pictures, tmp_path / "cut", vae, epochs=2)
-    assert not (tmp_path / "cut" / "model.safetensors").exists()
-    before = (tmp_path / "cut" / "work" / "00000000.safetensors").stat().st_mtime_ns
-    run(pictures, tmp_path / "cut", vae, epochs=2)
-    assert (tmp_path / "cut" / "work" / "00000000.safetensors").stat().st_mtime_ns == before
-    ours, theirs = (
-        (tmp_path / name / "model.safetensors").read_bytes() for name in ("cut", "whole")
-    )
-    assert ours == theirs
+        run(images, out, vae, epochs=2)
+    assert not (out / "model.safetensors").exists()
+
+    # Resume it: the cache is kept, the network is the same
+    cache_file = out / "work" / "00000000.safetensors"
+    before = cache_file.stat().st_mtime_ns
+    run(images, out, vae, epochs=2)
+    assert cache_file.stat().st_mtime_ns == before
+    resumed = (out / "model.safetensors").read_bytes()
+    assert resumed == (tmp_path / "uninterrupted" / "model.safetensors").read_bytes()
 
 
-def test_few_unreadable_pictures_are_skipped_counted_and_named(
+def test_few_unreadable_images_are_skipped_and_reported_and_many_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_pictures(tmp_path / "set", each=60)
-    (folder / "red" / "007.png").write_bytes(b"no picture")
+    folder = write_images(tmp_path / "set", num_per_class=60)
+    (folder / "red" / "007.png").write_bytes(b"not an image")
     result = run(folder, tmp_path / "out", epochs=1)
     assert result["unreadable"] == ["red/007.png (UnidentifiedImageError)"]
     assert "skipped 1 of 120 images: red/007.png" in " ".join(capsys.readouterr().err.split())
     assert (int(result["trained_on"]), int(result["held_out"])) == (107, 12)  # type: ignore[call-overload]
-    whole = (folder / "red" / "008.png").read_bytes()
-    (folder / "red" / "008.png").write_bytes(whole[: len(whole) // 2])
+    content = (folder / "red" / "008.png").read_bytes()
+    (folder / "red" / "008.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(
         UserError,
         match=r"2 of 120 images cannot be read, more than 1%: red/007.png .*, red/008.png",
@@ -128,33 +129,33 @@ def test_few_unreadable_pictures_are_skipped_counted_and_named(
     assert not (tmp_path / "other" / "model.safetensors").exists()
 
 
-def test_a_link_to_nowhere_is_skipped_counted_and_named(
+def test_a_broken_link_is_skipped_and_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_pictures(tmp_path / "set", each=60)
+    folder = write_images(tmp_path / "set", num_per_class=60)
     (folder / "blue" / "060.png").symlink_to(tmp_path / "nowhere.png")
     result = run(folder, tmp_path / "out", epochs=1)
     assert result["unreadable"] == ["blue/060.png (FileNotFoundError)"]
     assert "skipped 1 of 121 images: blue/060.png" in " ".join(capsys.readouterr().err.split())
 
 
-def test_folders_that_are_no_classes(pictures: Path, tmp_path: Path) -> None:
+def test_unusable_image_folders_and_settings_are_refused(images: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder of images"):
         open_labelled_images(tmp_path / "nowhere")
     with pytest.raises(UserError, match="has 0 classes"):
         open_labelled_images(tmp_path)
-    copy = Path(shutil.copytree(pictures, tmp_path / "copy"))
+    copy = Path(shutil.copytree(images, tmp_path / "copy"))
     (copy / "lonely").mkdir()
     shutil.copy(copy / "red" / "000.png", copy / "lonely" / "000.png")
     with pytest.raises(UserError, match=r"class 'lonely' .* has 1 readable image; two are needed"):
         open_labelled_images(copy)
     with pytest.raises(UserError, match="--size 18: a multiple of 4, 16 or more, is needed"):
-        run(pictures, tmp_path / "x", "pocket", size=18)
+        run(images, tmp_path / "x", "pocket", size=18)
     with pytest.raises(UserError, match="--batch-size 1: batch norm needs at least 2 images"):
-        run(pictures, tmp_path / "x", batch_size=1)
+        run(images, tmp_path / "x", batch_size=1)
     assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="five are needed"):
-        fit(pictures, tmp_path / "x", None, FitSettings((8, 8)))
+        fit(images, tmp_path / "x", None, FitSettings((8, 8)))
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "dataset_info.json").write_text("{}")
     if module_has("datasets"):
@@ -163,8 +164,8 @@ def test_folders_that_are_no_classes(pictures: Path, tmp_path: Path) -> None:
         open_labelled_images(tmp_path / "hf")
 
 
-def test_several_processes_are_refused(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_batches_the_ranks_cannot_share_and_several_processes_are_refused(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -172,27 +173,52 @@ def test_several_processes_are_refused(
         UserError,
         match=r"at least 2 images on each of the 2 ranks, .*; give a multiple of 2, 4 or more",
     ):
-        run(pictures, tmp_path / "out", batch_size=7)
-    told = r"trains in one process, but this is one of 2 \(WORLD_SIZE\). Start it without torchrun"
-    with pytest.raises(UserError, match=f"perceptual calibrate {told}"):
-        calibrate(pictures, "pocket", tmp_path / "out", "pocket")
+        run(images, tmp_path / "out", batch_size=7)
+    message = (
+        r"trains in one process, but this is one of 2 \(WORLD_SIZE\). Start it without torchrun"
+    )
+    with pytest.raises(UserError, match=f"perceptual calibrate {message}"):
+        calibrate(images, "pocket", tmp_path / "out", "pocket")
     assert not (tmp_path / "out").exists()
 
 
+# `fit.py STEP ARGUMENTS…`: the command line with a checkpoint after every step. In step STEP,
+# counted from 0, the main rank sends torchrun a SIGTERM and waits until torchrun has passed it on.
+STOPPABLE_FIT = """
+import os, signal, sys, time
+from diffusion2gan import cli
+from diffusion2gan.runtime import trainer
+from diffusion2gan.runtime.stop import StepControl
+
+step_to_stop = sys.argv.pop(1)
+num_steps = 0
+original = StepControl.request
+
+def request(self):
+    global num_steps
+    if str(num_steps) == step_to_stop and os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+        while self._stopped() is None:
+            time.sleep(0.01)
+    num_steps += 1
+    return original(self)
+
+StepControl.request = request
+trainer.CHECKPOINT_EVERY_S = 0.0
+cli.main()
+"""
+
+
 @pytest.mark.slow
-def test_two_ranks_train_one_network(pictures: Path, tmp_path: Path) -> None:
-    """Stopped by SIGTERM between two of its saves and started again: the same network, and one that has learned."""
-    script = tmp_path / "saves_each_step.py"
-    script.write_text(
-        "from diffusion2gan import cli\nfrom diffusion2gan.runtime import trainer\n"
-        "trainer.CHECKPOINT_EVERY_S = 0.0\ncli.main()\n"
-    )
-    words = [
-        script,
+def test_two_ranks_train_one_network_and_resume_after_sigterm(images: Path, tmp_path: Path) -> None:
+    """The resumed network has the same bits as that of an uninterrupted run, and has learned."""
+    script = tmp_path / "fit.py"
+    script.write_text(STOPPABLE_FIT)
+    arguments = [
         "perceptual",
         "fit",
         "--images",
-        pictures,
+        images,
         "--vae",
         "pocket",
         "--size",
@@ -205,35 +231,36 @@ def test_two_ranks_train_one_network(pictures: Path, tmp_path: Path) -> None:
         "40",
         "--out",
     ]
-    done(torchrun(2, *words, tmp_path / "whole"))
-    result = json.loads((tmp_path / "whole" / "fit.json").read_text())
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+
+    done(torchrun(2, script, "never", *arguments, uninterrupted))
+    result = json.loads((uninterrupted / "fit.json").read_text())
     assert (result["trained_on"], result["held_out"], result["top1"]) == (36, 4, 1.0)
-    process, state = (
-        torchrun(2, *words, tmp_path / "cut"),
-        tmp_path / "cut" / "work" / "fit.safetensors",
-    )
-    while not state.exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=300)
-    assert 0 < checkpoint.meta(state)["pictures_seen"] < 40 * 36, told
-    done(torchrun(2, *words, tmp_path / "cut"))
+
+    # The script sends torchrun a SIGTERM in its sixth step of 180
+    process = torchrun(2, script, 5, *arguments, interrupted)
+    _, err = process.communicate(timeout=300)
+    state = interrupted / "work" / "fit.safetensors"
+    assert checkpoint.meta(state)["pictures_seen"] == 6 * 8, err
+    assert not (interrupted / "model.safetensors").exists()
+
+    done(torchrun(2, script, "never", *arguments, interrupted))
     for name in ("model.safetensors", "fit.json"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (interrupted / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
-def test_one_out_is_written_by_one_process(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_two_processes_do_not_write_the_same_folder(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     with (
         exclusive_lock(out / "model.safetensors"),
         pytest.raises(UserError, match="is being written by another process"),
     ):
-        run(pictures, out)
+        run(images, out)
     assert not any(out.iterdir())
     monkeypatch.chdir(out)
-    run(pictures, Path("."))
+    run(images, Path("."))
     assert {path.name for path in out.iterdir()} == {
         "README.md",
         "config.json",
@@ -243,23 +270,23 @@ def test_one_out_is_written_by_one_process(
     }
 
 
-class InTurn(Group):
-    """A rank of two, whose wait for the other is the other's work."""
+class SequentialGroup(Group):
+    """One of two ranks in one process: when it would wait for the other, it runs the other."""
 
-    def __init__(self, rank: int, other: Callable[[], object]) -> None:
+    def __init__(self, rank: int, run_other: Callable[[], object]) -> None:
         super().__init__(Ranks(rank, 2))
-        self.other = other
+        self.run_other = run_other
 
-    def all_gather_string(self, what: str, said: str) -> list[str]:
+    def all_gather_string(self, what: str, text: str) -> list[str]:
         if what.startswith("made"):
-            self.other()
-        return [said, said]
+            self.run_other()
+        return [text, text]
 
 
-def test_ranks_share_a_cache_and_have_the_same(tmp_path: Path) -> None:
+def test_ranks_share_the_work_of_a_cache_and_get_the_same_rows(tmp_path: Path) -> None:
     reads: dict[int, list[int]] = {0: [], 1: []}
 
-    def made(folder: Path, group: Group) -> Cache:
+    def cache_numbers(folder: Path, group: Group) -> Cache:
         def read(i: int) -> dict[str, torch.Tensor]:
             reads[group.ranks.rank].append(i)
             if i == 150:
@@ -267,27 +294,28 @@ def test_ranks_share_a_cache_and_have_the_same(tmp_path: Path) -> None:
             return {"x": torch.tensor(float(i))}
 
         return make_cache(
-            folder, {}, 200, read, lambda rows: rows, "pictures", chunk=64, batch=16, group=group
+            folder, {}, 200, read, lambda rows: rows, "numbers", chunk=64, batch=16, group=group
         )
 
-    alone = made(tmp_path / "alone", Group(Ranks()))
+    alone = cache_numbers(tmp_path / "alone", Group(Ranks()))
     assert reads[0] == list(range(200)) and alone.unreadable == ["150.png"] and len(alone) == 199
     reads[0].clear()
-    shared = made(
-        tmp_path / "shared", InTurn(0, lambda: made(tmp_path / "shared", InTurn(1, lambda: None)))
-    )
+
+    def run_rank_1() -> None:
+        cache_numbers(tmp_path / "shared", SequentialGroup(1, lambda: None))
+
+    shared = cache_numbers(tmp_path / "shared", SequentialGroup(0, run_rank_1))
     assert reads == {0: [*range(64), *range(128, 192)], 1: [*range(64, 128), *range(192, 200)]}
-    assert (
-        torch.equal(shared.load_all("x"), alone.load_all("x"))
-        and shared.unreadable == alone.unreadable
-    )
+    assert torch.equal(shared.load_all("x"), alone.load_all("x"))
+    assert shared.unreadable == alone.unreadable
+
     with pytest.raises(
         UserError, match=r"of rank 0 does not exist on rank 1\. All ranks must use the same --out"
     ):
-        made(tmp_path / "of another machine", InTurn(1, lambda: None))
+        cache_numbers(tmp_path / "on another machine", SequentialGroup(1, lambda: None))
 
 
-def test_a_stop_in_the_last_chunk_is_not_forgotten(tmp_path: Path) -> None:
+def test_a_stop_signal_in_the_last_chunk_stops_after_saving_it(tmp_path: Path) -> None:
     def read(i: int) -> dict[str, torch.Tensor]:
         if i == 5:
             signal.raise_signal(signal.SIGTERM)
@@ -295,22 +323,23 @@ def test_a_stop_in_the_last_chunk_is_not_forgotten(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         make_cache(tmp_path, {}, 10, read, lambda rows: rows, "numbers")
-    made = make_cache(tmp_path, {}, 10, lambda i: {}, lambda rows: rows, "numbers")  # it was kept
-    assert made.load_all("x").tolist() == list(range(10))
+    # The chunk was saved: `read` is not called again
+    saved = make_cache(tmp_path, {}, 10, lambda i: {}, lambda rows: rows, "numbers")
+    assert saved.load_all("x").tolist() == list(range(10))
 
 
-def test_a_device_that_is_not_here_is_refused(pictures: Path, tmp_path: Path) -> None:
+def test_an_unavailable_device_is_refused(images: Path, tmp_path: Path) -> None:
     for name in ("cuda:99", "gpu"):
-        told = f"device '{name}' is not available .*; give --device cpu or another"
-        with pytest.raises(UserError, match=told):
-            fit(pictures, tmp_path / "out", None, FitSettings(WIDTHS, size=16), device=name)
-        with pytest.raises(UserError, match=told):
-            calibrate(pictures, "pocket", tmp_path / "out", "pocket", device=name)
+        message = f"device '{name}' is not available .*; give --device cpu or another"
+        with pytest.raises(UserError, match=message):
+            fit(images, tmp_path / "out", None, FitSettings(WIDTHS, size=16), device=name)
+        with pytest.raises(UserError, match=message):
+            calibrate(images, "pocket", tmp_path / "out", "pocket", device=name)
     assert not (tmp_path / "out").exists()
 
 
 class FakeDataset:
-    """As much of `datasets.Dataset` as is used; its pictures are `paths`, without a class's names."""
+    """The part of `datasets.Dataset` that is used; its labels have no class names."""
 
     def __init__(self, paths: list[Path], labels: list[object]) -> None:
         self.rows = [{"image": {"bytes": None, "path": str(path)}} for path in paths]
@@ -328,7 +357,7 @@ class FakeDataset:
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "message"),
     [
         (
             [0, 1, -1, 1],
@@ -341,24 +370,28 @@ class FakeDataset:
         ([0, 1, None, 1], "row 2 of the dataset in .* has label None, which is not a class number"),
     ],
 )
-def test_labels_of_a_dataset_that_are_none(
-    labels: list[object], told: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_dataset_labels_that_are_not_class_numbers_are_refused(
+    labels: list[object],
+    message: str,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    paths = sorted(pictures.rglob("*.png"))[18:22]
+    paths = sorted(images.rglob("*.png"))[18:22]
     (tmp_path / "dataset_info.json").write_text("{}")
     found = FakeDataset(paths, [0, 0, 1, 1])
     fake_datasets(monkeypatch, found)
     opened = open_labelled_images(tmp_path)
     assert (opened.classes, opened.labels, opened.source(3)) == (["0", "1"], [0, 0, 1, 1], paths[3])
     found.labels = labels
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         open_labelled_images(tmp_path)
 
 
-def test_splits_of_a_dataset(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_train_split_of_a_dataset_is_used_and_required(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = FakeDataset(sorted(pictures.rglob("*.png"))[18:22], [0, 0, 1, 1])
+    found = FakeDataset(sorted(images.rglob("*.png"))[18:22], [0, 0, 1, 1])
     (tmp_path / "dataset_dict.json").write_text("{}")
     fake_datasets(monkeypatch, {"train": found, "test": None})
     assert open_labelled_images(tmp_path).labels == [0, 0, 1, 1]
@@ -370,7 +403,7 @@ def test_splits_of_a_dataset(
 
 
 def fake_datasets(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
-    """A package `datasets` that loads `found`, whatever the folder."""
+    """Installs a package `datasets` that loads `found` from any folder."""
     module = types.ModuleType("datasets")
     module.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
     module.load_from_disk, module.Image = lambda folder: found, lambda decode: None  # type: ignore[attr-defined]
@@ -383,21 +416,21 @@ def module_has(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def test_other_settings_do_not_take_what_is_there(pictures: Path, tmp_path: Path) -> None:
-    run(pictures, tmp_path / "out", epochs=1)
+def test_other_settings_are_refused_in_an_existing_folder(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "out", epochs=1)
     with pytest.raises(UserError, match="was made with size = 16, but this command has 32"):
-        run(pictures, tmp_path / "out", epochs=1, size=32)
+        run(images, tmp_path / "out", epochs=1, size=32)
     with pytest.raises(
         UserError, match=r"out/work was made with epochs = 1, but this command has 2\. .* delete"
     ):
-        run(pictures, tmp_path / "out", epochs=2)
+        run(images, tmp_path / "out", epochs=2)
 
 
-def test_other_pictures_are_trained_on_once_the_named_folder_is_deleted(
-    pictures: Path, tmp_path: Path
+def test_other_images_are_refused_until_the_reported_folder_is_deleted(
+    images: Path, tmp_path: Path
 ) -> None:
-    out, others = tmp_path / "out", Path(shutil.copytree(pictures, tmp_path / "others"))
-    run(pictures, out, epochs=1)
+    out, others = tmp_path / "out", Path(shutil.copytree(images, tmp_path / "others"))
+    run(images, out, epochs=1)
     assert {path.name for path in out.iterdir()} == {
         "config.json",
         "model.safetensors",
@@ -415,7 +448,7 @@ def test_other_pictures_are_trained_on_once_the_named_folder_is_deleted(
     assert (out / "model.safetensors").read_bytes() != before
 
 
-def test_a_picture_is_resized_and_cut_at_its_centre(tmp_path: Path) -> None:
+def test_an_image_is_resized_and_cropped_at_its_centre(tmp_path: Path) -> None:
     grey = Image.new("L", (40, 20))
     grey.paste(255, (15, 0, 25, 20))  # a white bar in the middle
     grey.save(tmp_path / "bar.png")
@@ -426,7 +459,7 @@ def test_a_picture_is_resized_and_cut_at_its_centre(tmp_path: Path) -> None:
         read_image(tmp_path / "gone.png", "gone", 10)
 
 
-def test_the_held_out_are_a_tenth_of_each_class() -> None:
+def test_a_tenth_of_each_class_is_held_out() -> None:
     labels = torch.tensor([0] * 40 + [1] * 2 + [2] * 7)
     mask = held_out_mask(labels, 3)
     assert [int(mask[labels == k].sum()) for k in range(3)] == [4, 1, 1]
@@ -435,14 +468,14 @@ def test_the_held_out_are_a_tenth_of_each_class() -> None:
     )
 
 
-def test_each_epoch_takes_every_row_once() -> None:
-    places = shuffled(range(30), 10, 1)
-    assert [sorted(places[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3
-    assert places[:10] != places[10:20] and places[:10] != shuffled(range(10), 10, 2)
-    assert shuffled(range(7, 23), 10, 1) == places[7:23]  # whatever the batch
+def test_each_epoch_is_a_permutation_of_the_rows() -> None:
+    rows = shuffled(range(30), 10, 1)
+    assert [sorted(rows[i : i + 10]) for i in (0, 10, 20)] == [list(range(10))] * 3
+    assert rows[:10] != rows[10:20] and rows[:10] != shuffled(range(10), 10, 2)
+    assert shuffled(range(7, 23), 10, 1) == rows[7:23]  # for any batch
 
 
-def test_the_cache_in_chunks_is_the_same(tmp_path: Path) -> None:
+def test_a_cache_does_not_depend_on_its_chunk_size(tmp_path: Path) -> None:
     def read(i: int) -> dict[str, torch.Tensor]:
         if i == 150:
             raise Unreadable(str(i))
@@ -457,9 +490,6 @@ def test_the_cache_in_chunks_is_the_same(tmp_path: Path) -> None:
     ]
     expected = torch.tensor([2.0 * i for i in range(200) if i != 150])[:, None]
     for cache in caches:
-        assert (
-            torch.equal(cache.load_all("x"), expected)
-            and len(cache) == 199
-            and cache.unreadable == ["150"]
-        )
+        assert torch.equal(cache.load_all("x"), expected)
+        assert len(cache) == 199 and cache.unreadable == ["150"]
         assert torch.equal(cache.load_rows("x", [198, 0, 6, 7, 150]), expected[[198, 0, 6, 7, 150]])

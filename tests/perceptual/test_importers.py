@@ -1,4 +1,4 @@
-"""Imported networks against the published formulas, written out from random weights in the published layouts."""
+"""Imported networks against the published formulas, with random weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS
 from diffusion2gan.perceptual.importers import import_network
 
 WIDTHS = (32, 32, 64, 32, 64)
-# what each slice holds, in order: "C" convolution, "N" norm, "R" ReLU, "P" pool
+# The layers of each slice, in order: "C" convolution, "N" norm, "R" ReLU, "P" pool
 SLICES = {
     "elatentlpips": ("CNRCNR", "CNRCNR", "CNRCNRCNR", "CNRCNRCNRP", "CNRCNRCNRP"),
     "snu": ("CNRCNR", "CNRCNR", "CNRCNRCNR", "PCNRCNRCNR", "PCNRCNRCNR"),
@@ -23,7 +23,10 @@ SLICES = {
 
 
 def weights(format_: str, channels: int = 4) -> dict[str, Tensor]:
-    """Random weights under the published names; the layers' numbers run on through all slices and count every layer."""
+    """Random weights under the published names.
+
+    The numbers of the layers continue through all slices and count every layer.
+    """
     g = torch.Generator().manual_seed(0)
     prefix, head = ("net.", "lin") if format_ == "elatentlpips" else ("", "linear")
     table: dict[str, Tensor] = {}
@@ -51,12 +54,12 @@ def weights(format_: str, channels: int = 4) -> dict[str, Tensor]:
 
 
 def formula(format_: str, table: dict[str, Tensor], a: Tensor, b: Tensor) -> Tensor:
-    """Layer by layer in float64, from the names alone."""
+    """The published distance in float64, layer by layer from the names."""
     prefix, head = ("net.", "lin") if format_ == "elatentlpips" else ("", "linear")
     w = {key: value.double() for key, value in table.items()}
 
-    def taps(x: Tensor) -> list[Tensor]:
-        x, found, number = x.double(), [], 0
+    def normalized_features(x: Tensor) -> list[Tensor]:
+        x, maps, number = x.double(), [], 0
         for stage, layers in enumerate(SLICES[format_], 1):
             for layer in layers:
                 name = f"{prefix}slice{stage}.{number}"
@@ -79,18 +82,18 @@ def formula(format_: str, table: dict[str, Tensor], a: Tensor, b: Tensor) -> Ten
                 else:
                     x = x.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5))
             squares = (x**2).sum(1, keepdim=True)
-            found.append(
-                x / (squares + 1e-8).sqrt()
-                if format_ == "elatentlpips"
-                else x / (squares.sqrt() + 1e-10)
-            )
-        return found
+            if format_ == "elatentlpips":
+                maps.append(x / (squares + 1e-8).sqrt())
+            else:
+                maps.append(x / (squares.sqrt() + 1e-10))
+        return maps
 
-    layers = enumerate(zip(taps(a), taps(b), strict=True))
-    return sum(
-        (((fa - fb) ** 2) * w[f"{head}{level}.model.1.weight"]).sum(1).mean((1, 2))
-        for level, (fa, fb) in layers
-    )  # type: ignore[return-value]
+    maps_a, maps_b = normalized_features(a), normalized_features(b)
+    distance = torch.zeros(len(a), dtype=torch.float64)
+    for level, (map_a, map_b) in enumerate(zip(maps_a, maps_b, strict=True)):
+        weighted = (map_a - map_b) ** 2 * w[f"{head}{level}.model.1.weight"]
+        distance += weighted.sum(1).mean((1, 2))
+    return distance
 
 
 @pytest.mark.parametrize("format_", ["elatentlpips", "snu"])
@@ -100,8 +103,8 @@ def test_the_imported_distance_is_the_published_formula(
 ) -> None:
     table = weights(format_, channels)
     torch.save(collections.OrderedDict(table), tmp_path / "file.pth")
-    told = import_network(tmp_path / "file.pth", format_, tmp_path / "out", WIDTHS)
-    assert "licence" in told[0] and "Licence" in (tmp_path / "out" / "README.md").read_text()
+    messages = import_network(tmp_path / "file.pth", format_, tmp_path / "out", WIDTHS)
+    assert "licence" in messages[0] and "Licence" in (tmp_path / "out" / "README.md").read_text()
     a, b = torch.randn(2, 3, channels, 16, 16, generator=torch.Generator().manual_seed(1))
     expected = formula(format_, table, a, b)
     assert float(expected.min()) > 0.1
@@ -111,19 +114,19 @@ def test_the_imported_distance_is_the_published_formula(
     torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_layers_numbers_do_not_matter_their_order_does(tmp_path: Path) -> None:
-    """Numbers that start anew in each slice, and a tensor that is stored under a second name too."""
+def test_layers_are_matched_by_order_and_duplicates_ignored(tmp_path: Path) -> None:
+    """Layer numbers that restart in each slice, and tensors also stored under a second name."""
     table = weights("elatentlpips")
     torch.save(table, tmp_path / "one.pth")
     renamed = {}
     for key, value in table.items():
-        parts = key.split(".")
-        if parts[0] == "net":
-            first = min(int(k.split(".")[2]) for k in table if k.startswith(f"net.{parts[1]}."))
-            parts[2] = str(int(parts[2]) - first)
-        renamed[".".join(parts)] = value
-        if parts[0].startswith("lin"):
-            renamed["lins." + ".".join([parts[0][3:], *parts[1:]])] = value
+        words = key.split(".")
+        if words[0] == "net":
+            first = min(int(k.split(".")[2]) for k in table if k.startswith(f"net.{words[1]}."))
+            words[2] = str(int(words[2]) - first)
+        renamed[".".join(words)] = value
+        if words[0].startswith("lin"):
+            renamed["lins." + ".".join([words[0][3:], *words[1:]])] = value
     torch.save({"state_dict": renamed}, tmp_path / "two.pth")
     for name in ("one", "two"):
         import_network(tmp_path / f"{name}.pth", "elatentlpips", tmp_path / name, WIDTHS)
@@ -131,16 +134,16 @@ def test_the_layers_numbers_do_not_matter_their_order_does(tmp_path: Path) -> No
     assert one == two
 
 
-def test_negative_heads_are_told(tmp_path: Path) -> None:
+def test_negative_head_weights_are_reported(tmp_path: Path) -> None:
     table = weights("elatentlpips")
     table["lin2.model.1.weight"][0, :3] = -1.0
     torch.save(table, tmp_path / "file.pth")
-    told = import_network(tmp_path / "file.pth", "elatentlpips", tmp_path / "out", WIDTHS)
-    assert told[-1] == "3 head weights are negative and count as zero"
+    messages = import_network(tmp_path / "file.pth", "elatentlpips", tmp_path / "out", WIDTHS)
+    assert messages[-1] == "3 head weights are negative and count as zero"
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             lambda t: t | {"net.slice2.9.weight": torch.zeros(48, 32, 3, 3)},
@@ -165,17 +168,17 @@ def test_negative_heads_are_told(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_another_architecture_is_told_by_its_first_key(
-    change: object, told: str, tmp_path: Path
+def test_another_architecture_is_refused_with_its_first_difference(
+    change: object, message: str, tmp_path: Path
 ) -> None:
     torch.save(change(weights("elatentlpips")), tmp_path / "file.pth")  # type: ignore[operator]
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         import_network(tmp_path / "file.pth", "elatentlpips", tmp_path / "out", WIDTHS)
     assert not (tmp_path / "out").exists()
 
 
 class Evil:
-    """A pickle of it makes a folder when it is loaded by an unwary reader."""
+    """Its pickle creates a folder when it is loaded by an unsafe reader."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -186,7 +189,7 @@ class Evil:
         return os.mkdir, (str(self.folder),)
 
 
-def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path) -> None:
+def test_a_pickle_that_needs_to_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"lin0.model.1.weight": Evil(tmp_path / "pwned")}, tmp_path / "evil.pth")
     with pytest.raises(
         UserError, match=r"it needs posix\.mkdir, and .* needs to run code is refused"
@@ -197,29 +200,28 @@ def test_a_pickle_that_wants_to_run_code_is_refused(tmp_path: Path) -> None:
         UserError, match=r"it needs torch\.nn\.modules\.linear\.Linear, and"
     ) as refused_too:
         import_network(tmp_path / "module.pth", "elatentlpips", tmp_path / "out")
-    assert (
-        "weights_only" not in f"{refused.value} {refused_too.value}"
-    )  # torch's advice: to read it all the same
+    # torch's message advises to read the file anyway, with weights_only=False
+    assert "weights_only" not in f"{refused.value} {refused_too.value}"
     assert not (tmp_path / "pwned").exists() and not (tmp_path / "out").exists()
 
 
-def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
+def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
         import_network(tmp_path / "nowhere.pth", "snu", tmp_path / "out")
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(UserError, match="cannot be read as plain tensors"):
         import_network(tmp_path / "text.pth", "snu", tmp_path / "out")
-    for new in (True, False):  # torch's two formats, cut off
+    for new in (True, False):  # torch's two formats, truncated
         torch.save(
-            {"x": torch.zeros(3000)}, tmp_path / "whole.pth", _use_new_zipfile_serialization=new
+            {"x": torch.zeros(3000)}, tmp_path / "complete.pth", _use_new_zipfile_serialization=new
         )
-        (tmp_path / "half.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:5000])
+        (tmp_path / "half.pth").write_bytes((tmp_path / "complete.pth").read_bytes()[:5000])
         with pytest.raises(
             UserError,
             match=r"it is truncated, damaged or not a torch checkpoint .* Download it again",
-        ) as cut:
+        ) as truncated:
             import_network(tmp_path / "half.pth", "snu", tmp_path / "out")
-        assert "weights_only" not in str(cut.value)
+        assert "weights_only" not in str(truncated.value)
     torch.save([torch.zeros(3)], tmp_path / "list.pth")
     with pytest.raises(UserError, match="does not contain a table of tensors"):
         import_network(tmp_path / "list.pth", "snu", tmp_path / "out")

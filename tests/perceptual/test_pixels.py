@@ -1,4 +1,4 @@
-"""PixelLPIPS against decoding by hand, and its VAE: frozen, hidden, scaled once."""
+"""PixelLPIPS against decoding explicitly, and its VAE: frozen, hidden, scaled once."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from diffusion2gan import PixelLPIPS, assets
 from diffusion2gan.errors import Failure, UserError
+from diffusion2gan.perceptual.augment import BatchRows
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS
 from diffusion2gan.perceptual.ranking import two_afc
 from diffusion2gan.perceptual.vgg import VGG
@@ -30,7 +31,7 @@ def vae() -> AutoencoderKL:
 
 
 @pytest.fixture(scope="module")
-def parts() -> tuple[VGG, list[Tensor]]:
+def network() -> tuple[VGG, list[Tensor]]:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return VGG(3, (8, 8, 8, 8, 8), 0).eval(), [torch.rand(8) for _ in range(5)]
@@ -40,20 +41,24 @@ def latents(seed: int) -> Tensor:
     return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def test_it_is_lpips_of_the_decoded(vae: AutoencoderKL, parts: tuple[VGG, list[Tensor]]) -> None:
+def test_pixel_lpips_is_lpips_of_the_decoded_images(
+    vae: AutoencoderKL, network: tuple[VGG, list[Tensor]]
+) -> None:
     a, b = latents(1), latents(2)
     with torch.no_grad():
-        pictures = [vae.decode(x / 0.7 + 0.1).sample for x in (a, b)]
-    assert pictures[0].shape == (2, 3, 32, 32)
-    found = PixelLPIPS(*parts, vae)(a, b)
-    torch.testing.assert_close(found, LatentLPIPS(*parts)(*pictures), rtol=1e-5, atol=1e-6)
-    assert torch.equal(PixelLPIPS(*parts, vae)(a, a), torch.zeros(2))
+        images = [vae.decode(x / 0.7 + 0.1).sample for x in (a, b)]
+    assert images[0].shape == (2, 3, 32, 32)
+    found = PixelLPIPS(*network, vae)(a, b)
+    torch.testing.assert_close(found, LatentLPIPS(*network)(*images), rtol=1e-5, atol=1e-6)
+    assert torch.equal(PixelLPIPS(*network, vae)(a, a), torch.zeros(2))
 
 
-def test_the_vae_is_frozen_and_hidden(vae: AutoencoderKL, parts: tuple[VGG, list[Tensor]]) -> None:
-    distance = PixelLPIPS(*parts, vae)
-    holder = nn.ModuleDict({"distance": distance}).train().requires_grad_(True)
-    assert list(holder.parameters()) == [] and not vae.training
+def test_the_vae_is_frozen_and_hidden(
+    vae: AutoencoderKL, network: tuple[VGG, list[Tensor]]
+) -> None:
+    distance = PixelLPIPS(*network, vae)
+    outer = nn.ModuleDict({"distance": distance}).train().requires_grad_(True)
+    assert list(outer.parameters()) == [] and not vae.training
     a, b = latents(1).requires_grad_(), latents(2).requires_grad_()
     distance(a, b).sum().backward()
     assert a.grad is not None and float(a.grad.abs().sum()) > 0 and b.grad is None
@@ -62,8 +67,9 @@ def test_the_vae_is_frozen_and_hidden(vae: AutoencoderKL, parts: tuple[VGG, list
         distance(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
 
 
-def test_encode_undoes_the_scaling_that_decode_undoes(vae: AutoencoderKL) -> None:
-    images = torch.randn(2, 3, 32, 32).clamp(-1, 1)
+def test_encode_and_decode_scale_inversely(vae: AutoencoderKL) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 32, 32, generator=generator).clamp(-1, 1)
     with torch.no_grad():
         mean = vae.encode(images).latent_dist.mean
         torch.testing.assert_close(encode(vae, images), (mean - 0.1) * 0.7)
@@ -73,14 +79,14 @@ def test_encode_undoes_the_scaling_that_decode_undoes(vae: AutoencoderKL) -> Non
     assert spatial_factor(vae) == 4
 
 
-def test_it_loads_with_any_vae_folder(
-    vae: AutoencoderKL, parts: tuple[VGG, list[Tensor]], tiny_teacher: Path, tmp_path: Path
+def test_a_network_loads_with_any_vae(
+    vae: AutoencoderKL, network: tuple[VGG, list[Tensor]], tiny_teacher: Path, tmp_path: Path
 ) -> None:
-    LatentLPIPS(*parts).save_pretrained(tmp_path / "network")
+    LatentLPIPS(*network).save_pretrained(tmp_path / "network")
     vae.save_pretrained(tmp_path / "vae")
     a, b = latents(1), latents(2)
     loaded = PixelLPIPS.from_pretrained(tmp_path / "network", vae=tmp_path / "vae")
-    assert torch.equal(loaded(a, b), PixelLPIPS(*parts, vae)(a, b))
+    assert torch.equal(loaded(a, b), PixelLPIPS(*network, vae)(a, b))
     of_pipeline = PixelLPIPS.from_pretrained(tmp_path / "network", vae=load_vae(tiny_teacher))
     assert of_pipeline(a, b).shape == (2,)
     with pytest.raises(UserError, match="holds no VAE"):
@@ -94,48 +100,61 @@ def test_it_loads_with_any_vae_folder(
     assert 'vae="your VAE")' in (tmp_path / "network" / "README.md").read_text()
 
 
-def test_bfloat16_is_near_and_half_a_cpu_cannot_is_said(
-    vae: AutoencoderKL, parts: tuple[VGG, list[Tensor]]
+def test_bfloat16_is_close_and_float16_on_a_cpu_is_refused(
+    vae: AutoencoderKL, network: tuple[VGG, list[Tensor]]
 ) -> None:
     a, b = latents(1), latents(2)
-    exact = PixelLPIPS(*parts, vae)(a, b)
-    reduced = PixelLPIPS(*copy.deepcopy(parts), copy.deepcopy(vae)).bfloat16()
+    exact = PixelLPIPS(*network, vae)(a, b)
+    reduced = PixelLPIPS(*copy.deepcopy(network), copy.deepcopy(vae)).bfloat16()
     torch.testing.assert_close(reduced(a, b), exact, rtol=0.05, atol=0.02)
     with pytest.raises(UserError, match="float16"):
         reduced.half()(a, b)
 
 
-def test_one_interface(vae: AutoencoderKL, parts: tuple[VGG, list[Tensor]]) -> None:
+def test_all_distances_have_one_interface(
+    vae: AutoencoderKL, network: tuple[VGG, list[Tensor]]
+) -> None:
     a, b = latents(1), latents(2)
     pixels, plain, ensembled = (
-        PixelLPIPS(*parts, vae),
+        PixelLPIPS(*network, vae),
         LatentLPIPS.from_pretrained(),
         ELatentLPIPS.from_pretrained(),
     )
+    rows = BatchRows(slice(0, 2), 4)
     for distance in (pixels, plain, ensembled):
-        found = [distance(a, b, torch.Generator().manual_seed(0)) for _ in range(2)]
-        assert torch.equal(*found) and found[0].shape == (2,)
+        first, second = (distance(a, b, torch.Generator().manual_seed(0), rows) for _ in range(2))
+        assert torch.equal(first, second) and first.shape == (2,)
 
 
-@pytest.mark.parametrize("network", ["latent_vgg", "pixel_vgg"])
-def test_the_shipped_networks_tell_which_picture_was_distorted_further(network: str) -> None:
-    """Calibrated on seed 0's triplets, asked on seed 1's; a network that tells nothing scores one half."""
-    vgg, heads, _ = load_network(assets.folder(network), network)
+def test_rows_of_a_batch_get_the_transforms_of_the_full_batch() -> None:
+    distance = ELatentLPIPS.from_pretrained()
+    a, b = torch.cat([latents(1), latents(3)]), torch.cat([latents(2), latents(4)])
+    full = distance(a, b, torch.Generator().manual_seed(0))
+    for rows in (slice(0, 1), slice(1, 4)):
+        batch_rows = BatchRows(rows, len(a))
+        alone = distance(a[rows], b[rows], torch.Generator().manual_seed(0), batch_rows)
+        torch.testing.assert_close(alone, full[rows])
+
+
+@pytest.mark.parametrize("name", ["latent_vgg", "pixel_vgg"])
+def test_shipped_networks_detect_which_image_is_distorted_further(name: str) -> None:
+    """Calibrated on the triplets of seed 0, scored on those of seed 1; chance is one half."""
+    vgg, heads, _ = load_network(assets.folder(name), name)
     assert not any(torch.equal(head, torch.ones_like(head)) for head in heads)
     distance = LatentLPIPS(vgg, heads)
     vae = load_vae("pocket")
     for subset in triplets.FAMILIES:
-        made = [triplets.make_triplet(number, subset, 1) for number in range(12)]
-        p0, p1, ref = (
-            torch.stack([getattr(m, name) for m in made]) for name in ("p0", "p1", "ref")
-        )
-        if network == "latent_vgg":
-            p0, p1, ref = (encode(vae, images) for images in (p0, p1, ref))
-        judge = torch.tensor([m.judge for m in made])
+        drawn = [triplets.make_triplet(number, subset, seed=1) for number in range(12)]
+        p0 = torch.stack([triplet.p0 for triplet in drawn])
+        p1 = torch.stack([triplet.p1 for triplet in drawn])
+        ref = torch.stack([triplet.ref for triplet in drawn])
+        if name == "latent_vgg":
+            p0, p1, ref = encode(vae, p0), encode(vae, p1), encode(vae, ref)
+        judge = torch.tensor([triplet.judge for triplet in drawn])
         assert two_afc(distance(p0, ref), distance(p1, ref), judge) >= 0.9, subset
 
 
-def test_without_a_shipped_network_the_failure_says_so(
+def test_a_missing_shipped_network_is_reported(
     vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(assets, "ROOT", tmp_path)

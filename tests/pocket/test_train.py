@@ -1,4 +1,4 @@
-"""The stages of `pocket train` that make the perceptual networks, at tiny sizes, and what is published of them."""
+"""The stages of `pocket train` for the perceptual networks at tiny sizes, and `publish`."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_networks_are_trained_calibrated_and_published(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("through_vae", [False, True])
-def test_differences_of_triplets_are_the_distances_own(through_vae: bool) -> None:
+def test_differences_of_triplets_sum_to_the_distance(through_vae: bool) -> None:
     torch.manual_seed(0)
     vae = models.vae().eval() if through_vae else None
     vgg = models.latent_vgg() if through_vae else models.pixel_vgg()

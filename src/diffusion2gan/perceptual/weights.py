@@ -87,10 +87,10 @@ def load_network(source: str | Path, shipped_name: str) -> tuple[VGG, list[Tenso
     return vgg, heads, formula
 
 
-def check_fits(source: str, channels: int, factor: int, whose: str) -> None:
-    """Checks that the network `source` can be used for latents of `whose`, a teacher's name.
+def check_fits(source: str, channels: int, factor: int, teacher_name: str) -> None:
+    """Checks that the network `source` can be used for the teacher's latents or images.
 
-    `channels` is the latents' number of channels and `factor` the VAE's downsampling factor; factor
+    `channels` is their number of channels and `factor` the VAE's downsampling factor; factor
     1 means images. Raises UserError if `source` is not a network or reads another number of
     channels. Prints a warning for the pocket network, which was fitted to another VAE with the same
     number of channels.
@@ -124,11 +124,12 @@ def check_fits(source: str, channels: int, factor: int, whose: str) -> None:
     if network_channels != channels:
         raise UserError(
             f"perceptual = {source!r} reads {network_channels} channels; "
-            f"{whose}'s {inputs} have {channels}. {remedy}"
+            f"{teacher_name}'s {inputs} have {channels}. {remedy}"
         )
     if source == "pocket" and factor not in (1, POCKET_FACTOR):
         console.print(
-            f"warning: perceptual = 'pocket' was fitted to another VAE than {whose}'s. {remedy}",
+            f"warning: perceptual = 'pocket' was fitted to another VAE than {teacher_name}'s. "
+            f"{remedy}",
             soft_wrap=True,
         )
 
@@ -192,19 +193,30 @@ def save_network(
 
 def render_card(config: dict[str, Any], note: str) -> str:
     """The model card of a network with these settings."""
-    pixels = config["in_channels"] == 3
     norm = "batch norm"
     if config["num_groups"]:
         norm = f"GroupNorm ({config['num_groups']} groups)"
 
+    if config["in_channels"] == 3:
+        usage = {
+            "inputs": "images",
+            "name": "PixelLPIPS",
+            "options": ', vae="your VAE"',
+            "example": "C",
+        }
+    else:
+        usage = {
+            "inputs": "VAE latents",
+            "name": "ELatentLPIPS",
+            "options": "",
+            "example": config["in_channels"],
+        }
+
     return CARD.format(
         channels=config["in_channels"],
-        inputs="images" if pixels else "VAE latents",
         norm=norm,
         widths=", ".join(map(str, config["widths"])),
         num_dropped=config["num_dropped"],
         note=f"\n\n{note}" if note else "",
-        name="PixelLPIPS" if pixels else "ELatentLPIPS",
-        options=', vae="your VAE"' if pixels else "",
-        example="C" if pixels else config["in_channels"],
+        **usage,
     )

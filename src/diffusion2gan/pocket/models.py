@@ -177,9 +177,9 @@ class AttributeHead(nn.Module):
     """Feature map [B, C, h, w] → logits [B, ΣATTRIBUTES].
 
     The logits of count and ground (softmax over their classes) are means over the map. The others
-    say whether the image contains a shape, a colour, a pattern, or a combination shape×colour or
-    shape×pattern, such as a *red ring*: they are log-sum-exps over the map, since an object is at
-    some position and can be recognised from there.
+    predict whether the image contains a shape, a colour, a pattern, or a combination shape×colour
+    or shape×pattern, such as a *red ring*. They are log-sum-exps over the map: it is enough that an
+    object is recognised at one position.
     """
 
     def __init__(self, channels: int) -> None:

@@ -93,6 +93,8 @@ def test_heads_learn_the_informative_channel_and_stay_non_negative(tmp_path: Pat
         peak_lr=0.03,
         batch_size=40,
     )
+
+    # The score is better, the other channels count less
     flat = torch.cat(heads)
     assert [len(head) for head in heads] == [1, 2] and bool((flat >= 0).all())
     assert two_afc(d0.sum(1), d1.sum(1), judge) < 0.75
@@ -121,11 +123,15 @@ def test_a_folder_of_triplets_calibrates_a_network(
     )
     assert sorted(result) == sorted(SUBSETS) and all(row["count"] == 1 for row in result.values())
     assert json.loads((tmp_path / "out" / "calibrate.json").read_text()) == result
+
+    # New heads, the same network
     old, new = (LatentLPIPS.from_pretrained(folder) for folder in (source, tmp_path / "out"))
     assert all(bool((head >= 0).all()) for head in new._frozen[1])
     assert not torch.equal(torch.cat(new._frozen[1]), torch.cat(old._frozen[1]))
     trunks = [d._frozen[0].state_dict().values() for d in (old, new)]
     assert all(torch.equal(a, b) for a, b in zip(*trunks, strict=True))
+
+    # Scores of all triplets are those of the distance
     scored = calibrate(
         triplets, str(source), tmp_path / "scored", vae, scored=triplets, settings=ONE_EPOCH
     )
@@ -138,9 +144,11 @@ def test_other_triplets_are_refused_in_an_existing_folder(triplets: Path, tmp_pa
     source, copy, out = str(network(tmp_path / "network", 3)), tmp_path / "copy", tmp_path / "out"
     shutil.copytree(triplets, copy)
     first = calibrate(copy, source, out, scored=copy, settings=ONE_EPOCH)
-    assert (
-        calibrate(triplets, source, out, scored=copy, settings=ONE_EPOCH) == first
-    )  # the same ones in another folder
+
+    # The same triplets in another folder
+    assert calibrate(triplets, source, out, scored=copy, settings=ONE_EPOCH) == first
+
+    # Other triplets
     write_triplets(tmp_path / "others", COUNT, seed=1)
     assert {path.name for path in out.iterdir()} == {
         "config.json",
@@ -155,6 +163,8 @@ def test_other_triplets_are_refused_in_an_existing_folder(triplets: Path, tmp_pa
     )
     with pytest.raises(UserError, match=refusal):
         calibrate(tmp_path / "others", source, out, scored=copy, settings=ONE_EPOCH)
+
+    # The same images, another judgement
     judgement = copy / "blur" / "judge" / "000000.npy"
     np.save(judgement, 1 - np.load(judgement))  # another judgement, a file of the same size
     for folder in (copy, triplets):  # changed in the training set, then in the scored set
@@ -217,6 +227,7 @@ def score_one_by_one(triplets: Path, distance: LatentLPIPS, vae: str | None, sub
             inputs[name] = rows[name][None].float() / 127.5 - 1
             if vae is not None:
                 inputs[name] = encode(load_vae(vae), inputs[name])
+
         ref = inputs["ref"]
         chooses_p1 = bool(distance(inputs["p1"], ref) < distance(inputs["p0"], ref))
         judge = float(rows["judge"])
@@ -237,6 +248,7 @@ def test_missing_folders_subsets_and_files_are_refused(triplets: Path, tmp_path:
         open_triplets(tmp_path / "nowhere")
     with pytest.raises(UserError, match="contains no triplets"):
         open_triplets(tmp_path)
+
     for folder, name in (("judge", "000001.npy"), ("p1", "000002.png")):
         path, aside = triplets / "noise" / folder / name, tmp_path / "aside"
         path.rename(aside)
@@ -261,6 +273,7 @@ def test_invalid_judgements_are_refused(
     value: np.ndarray | bytes, message: str, triplets: Path
 ) -> None:
     opened = open_triplets(triplets)
+
     path = triplets / opened.subsets[0] / "judge" / f"{opened.refs[0].stem}.npy"
     before = path.read_bytes()
     try:

@@ -157,6 +157,8 @@ def test_distance_moves_to_another_dtype_and_device(dtype: torch.dtype) -> None:
         found.double(), expected, rtol=0.1 if dtype == torch.bfloat16 else 1e-5, atol=1e-5
     )
     torch.testing.assert_close(distance(a.to(dtype), b.to(dtype)), found, rtol=0.05, atol=1e-5)
+
+    # The ensembled distance, and another device
     assert ELatentLPIPS(*random_network()).to(dtype)(a, b, rng()).shape == (3,)
     meta = LatentLPIPS(*random_network()).to("meta")(a.to("meta"), b.to("meta"))
     assert meta.device.type == "meta" and meta.shape == (3,)
@@ -227,10 +229,14 @@ def test_latents_that_are_not_finite_too_small_or_float16_networks_are_refused(
         distance(bad, b)
     with pytest.raises(UserError, match=r"the second latents are not finite .* rows \[1\]"):
         ELatentLPIPS(*random_network())(b, bad)
+
+    # Too small, float16 network
     with pytest.raises(UserError, match=r"latents of 2×2: this network needs 4×4"):
         distance(latents(0, size=2), latents(1, size=2))
     with pytest.raises(UserError, match="float16 on a CPU"):
         LatentLPIPS(*random_network()).half()(a, b)
+
+    # float16 latents are accepted
     torch.testing.assert_close(
         distance(a.half(), b.half()), distance(a.half().float(), b.half().float())
     )
@@ -282,6 +288,8 @@ def test_target_grad_gives_the_second_input_a_gradient() -> None:
     LatentLPIPS(vgg, heads, target_grad=True)(a, b).sum().backward()
     assert a.grad is not None and b.grad is not None
     first = a.grad.clone(), b.grad.clone()
+
+    # The distance is symmetric, and so are its gradients
     a.grad = b.grad = None
     LatentLPIPS(vgg, heads)(
         b, a
@@ -295,26 +303,26 @@ def test_target_grad_gives_the_second_input_a_gradient() -> None:
 def test_transforms_and_heads_stay_in_float32() -> None:
     """Under autocast, and in a module cast to bfloat16: only the network is in bfloat16."""
     vgg, heads = random_network()
-    seen: list[Tensor] = []
+    received: list[Tensor] = []
     distance = ELatentLPIPS(
         vgg, [head / 3 for head in heads], transforms="+".join(FAMILIES)
     ).bfloat16()
-    assert all(head.dtype == torch.float32 for head in distance._frozen[1])
-    assert all(
-        torch.equal(found, head / 3) for found, head in zip(distance._frozen[1], heads, strict=True)
-    )
+    for found, head in zip(distance._frozen[1], heads, strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, head / 3)
+
+    # Record what the network receives, without autocast and with it
     a, b = latents(1), latents(2)
-    distance.features = lambda x: seen.append(x) or [x]  # type: ignore[method-assign,assignment,func-returns-value]
+    distance.features = lambda x: received.append(x) or [x]  # type: ignore[method-assign,assignment,func-returns-value]
     distance._frozen = (distance._frozen[0], [torch.ones(4)])
     plain = distance(a, b, rng(3))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(distance(a, b, rng(3)), plain)
-    assert all(x.dtype == torch.float32 for x in seen)
+    assert all(x.dtype == torch.float32 for x in received)
+
+    # Each time the transformed target, then the transformed input
     drawn = draw_transform(3, FAMILIES, rng(3))
-    expected = [
-        apply_transform(x, drawn) for x in (b, a, b, a)
-    ]  # the target first, then under autocast
-    assert all(torch.equal(x, e) for x, e in zip(seen, expected, strict=True))
+    expected = [apply_transform(x, drawn) for x in (b, a, b, a)]
+    assert all(torch.equal(x, e) for x, e in zip(received, expected, strict=True))
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -332,6 +340,7 @@ def test_a_feature_map_after_its_pool_is_the_pooled_map() -> None:
     before = vgg(latents(0))
     after_pool = VGG(4, WIDTHS, 3, tapped_after_pool=(4, 5))
     after_pool.load_state_dict(vgg.state_dict())
+
     found = after_pool.eval()(latents(0))
     for level in range(3):
         assert torch.equal(found[level], before[level])
@@ -349,11 +358,15 @@ def test_a_saved_network_gives_the_same_distance_after_loading(tmp_path: Path) -
     distance.save_pretrained(tmp_path / "full")
     a, b = latents(1), latents(2)
     assert torch.equal(LatentLPIPS.from_pretrained(tmp_path / "full")(a, b), distance(a, b))
+
+    # Options of the ensembled distance
     loaded = ELatentLPIPS.from_pretrained(tmp_path / "full", transforms="cutout", num_draws=2)
     assert isinstance(loaded, ELatentLPIPS) and (loaded.families, loaded.num_draws) == (
         ("cutout",),
         2,
     )
+
+    # All settings of the network and its formula
     other = LatentLPIPS(
         VGG(4, WIDTHS, 3, (5,), num_groups=4), random_network()[1], eps=1e-3, eps_inside=False
     )
@@ -362,6 +375,8 @@ def test_a_saved_network_gives_the_same_distance_after_loading(tmp_path: Path) -
     card = (tmp_path / "other" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusion2gan") and "GroupNorm (4 groups)" in card
     assert "Not calibrated." in card and "ELatentLPIPS.from_pretrained" in card
+
+    # Half precision
     distance.save_pretrained(tmp_path / "half", torch.float16)
     half = LatentLPIPS.from_pretrained(tmp_path / "half")(a, b)
     assert half.dtype == torch.float32
@@ -371,11 +386,15 @@ def test_a_saved_network_gives_the_same_distance_after_loading(tmp_path: Path) -
 def test_missing_damaged_or_mismatched_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such file: .*config\.json"):
         LatentLPIPS.from_pretrained(tmp_path)
+
+    # Damaged
     LatentLPIPS(*random_network()).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(Failure, match="damaged"):
         LatentLPIPS.from_pretrained(tmp_path)
+
+    # Of another network
     other = VGG(4, (8, 8, 8, 8, 9), 2)
     LatentLPIPS(other, random_network()[1]).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other" / "model.safetensors", weights)
@@ -383,6 +402,8 @@ def test_missing_damaged_or_mismatched_weights_are_refused(tmp_path: Path) -> No
         UserError, match=r"stages\.4\.0\.weight is \[9, 8, 3, 3\], \[8, 8, 3, 3\] is expected"
     ):
         LatentLPIPS.from_pretrained(tmp_path)
+
+    # No settings
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(UserError, match="it contains no settings"):
         LatentLPIPS.from_pretrained(tmp_path)

@@ -119,6 +119,8 @@ def test_few_unreadable_images_are_skipped_and_reported_and_many_are_refused(
     assert result["unreadable"] == ["red/007.png (UnidentifiedImageError)"]
     assert "skipped 1 of 120 images: red/007.png" in " ".join(capsys.readouterr().err.split())
     assert (int(result["trained_on"]), int(result["held_out"])) == (107, 12)  # type: ignore[call-overload]
+
+    # A second one of 120 is too many
     content = (folder / "red" / "008.png").read_bytes()
     (folder / "red" / "008.png").write_bytes(content[: len(content) // 2])
     with pytest.raises(
@@ -144,11 +146,15 @@ def test_unusable_image_folders_and_settings_are_refused(images: Path, tmp_path:
         open_labelled_images(tmp_path / "nowhere")
     with pytest.raises(UserError, match="has 0 classes"):
         open_labelled_images(tmp_path)
+
+    # A class with one image
     copy = Path(shutil.copytree(images, tmp_path / "copy"))
     (copy / "lonely").mkdir()
     shutil.copy(copy / "red" / "000.png", copy / "lonely" / "000.png")
     with pytest.raises(UserError, match=r"class 'lonely' .* has 1 readable image; two are needed"):
         open_labelled_images(copy)
+
+    # Settings
     with pytest.raises(UserError, match="--size 18: a multiple of 4, 16 or more, is needed"):
         run(images, tmp_path / "x", "pocket", size=18)
     with pytest.raises(UserError, match="--batch-size 1: batch norm needs at least 2 images"):
@@ -156,6 +162,8 @@ def test_unusable_image_folders_and_settings_are_refused(images: Path, tmp_path:
     assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="five are needed"):
         fit(images, tmp_path / "x", None, FitSettings((8, 8)))
+
+    # A dataset without the package
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "dataset_info.json").write_text("{}")
     if module_has("datasets"):
@@ -259,6 +267,8 @@ def test_two_processes_do_not_write_the_same_folder(
     ):
         run(images, out)
     assert not any(out.iterdir())
+
+    # The lock is released: now it is written, even as the working directory
     monkeypatch.chdir(out)
     run(images, Path("."))
     assert {path.name for path in out.iterdir()} == {
@@ -438,10 +448,12 @@ def test_other_images_are_refused_until_the_reported_folder_is_deleted(
         "fit.json",
         "work",
     }
+
     for path in sorted((others / "red").iterdir())[10:]:
         path.unlink()
     with pytest.raises(UserError, match=r"out/work was made with images = '.*delete that folder"):
         run(others, out, epochs=1)
+
     before = (out / "model.safetensors").read_bytes()
     shutil.rmtree(out / "work")
     assert run(others, out, epochs=1)["trained_on"] == 27

@@ -48,6 +48,7 @@ def weights(format_: str, channels: int = 4) -> dict[str, Tensor]:
                     table[f"{name}.running_mean"] = 0.1 * torch.randn(width, generator=g)
                     table[f"{name}.running_var"] = 0.5 + torch.rand(width, generator=g)
                     table[f"{name}.num_batches_tracked"] = torch.tensor(7)
+
     for level, width in enumerate(WIDTHS):
         table[f"{head}{level}.model.1.weight"] = torch.rand(1, width, 1, 1, generator=g)
     return table
@@ -81,6 +82,8 @@ def formula(format_: str, table: dict[str, Tensor], a: Tensor, b: Tensor) -> Ten
                     x = x.clamp_min(0)
                 else:
                     x = x.unfold(2, 2, 2).unfold(3, 2, 2).amax((4, 5))
+
+            # The slice's feature map, normalised
             squares = (x**2).sum(1, keepdim=True)
             if format_ == "elatentlpips":
                 maps.append(x / (squares + 1e-8).sqrt())
@@ -127,6 +130,7 @@ def test_layers_are_matched_by_order_and_duplicates_ignored(tmp_path: Path) -> N
         renamed[".".join(words)] = value
         if words[0].startswith("lin"):
             renamed["lins." + ".".join([words[0][3:], *words[1:]])] = value
+
     torch.save({"state_dict": renamed}, tmp_path / "two.pth")
     for name in ("one", "two"):
         import_network(tmp_path / f"{name}.pth", "elatentlpips", tmp_path / name, WIDTHS)
@@ -211,6 +215,7 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(UserError, match="cannot be read as plain tensors"):
         import_network(tmp_path / "text.pth", "snu", tmp_path / "out")
+
     for new in (True, False):  # torch's two formats, truncated
         torch.save(
             {"x": torch.zeros(3000)}, tmp_path / "complete.pth", _use_new_zipfile_serialization=new
@@ -222,6 +227,7 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
         ) as truncated:
             import_network(tmp_path / "half.pth", "snu", tmp_path / "out")
         assert "weights_only" not in str(truncated.value)
+
     torch.save([torch.zeros(3)], tmp_path / "list.pth")
     with pytest.raises(UserError, match="does not contain a table of tensors"):
         import_network(tmp_path / "list.pth", "snu", tmp_path / "out")

@@ -89,6 +89,7 @@ def test_a_network_loads_with_any_vae(
     assert torch.equal(loaded(a, b), PixelLPIPS(*network, vae)(a, b))
     of_pipeline = PixelLPIPS.from_pretrained(tmp_path / "network", vae=load_vae(tiny_teacher))
     assert of_pipeline(a, b).shape == (2,)
+
     with pytest.raises(UserError, match="holds no VAE"):
         PixelLPIPS.from_pretrained(tmp_path / "network", vae=tmp_path / "nowhere")
     with pytest.raises(UserError, match="needs their VAE"):
@@ -141,6 +142,7 @@ def test_shipped_networks_detect_which_image_is_distorted_further(name: str) -> 
     """Calibrated on the triplets of seed 0, scored on those of seed 1; chance is one half."""
     vgg, heads, _ = load_network(assets.folder(name), name)
     assert not any(torch.equal(head, torch.ones_like(head)) for head in heads)
+
     distance = LatentLPIPS(vgg, heads)
     vae = load_vae("pocket")
     for subset in triplets.FAMILIES:

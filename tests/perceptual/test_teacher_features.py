@@ -139,6 +139,7 @@ def test_a_student_is_trained_with_the_teachers_features(
     teacher = load_teacher(str(family_folder("sana")), resolution=RESOLUTION["sana"])
     spec = PairsSpec(teacher.name, teacher.revision, "words", 4, 0, 2, 3.0, teacher.latent_shape, 4)
     make_pairs(teacher, lambda indices: ["a star"] * len(indices), spec, tmp_path / "pairs")
+
     recipe = Recipe(
         teacher=str(family_folder("sana")),
         resolution=RESOLUTION["sana"],
@@ -185,6 +186,7 @@ def test_a_network_is_fitted_to_the_vae_of_every_family(
     assert fitted.channels == channels and fitted._frozen[0].num_dropped == dropped
     a, b = latents(teacher)
     assert a.shape[1:] == (channels, SIZE, SIZE)
+
     recipe = Recipe(teacher=str(family_folder(name)), perceptual=str(tmp_path / "network"))
     distance = build_distance(recipe, torch.device("cpu"), teacher)
     generator = torch.Generator().manual_seed(0)

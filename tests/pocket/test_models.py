@@ -81,6 +81,7 @@ def test_a_saved_pipeline_generates_the_same_images(tmp_path: Path) -> None:
     pipeline = models.pipeline()
     pipeline.save_pretrained(tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
+
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     images = []
     for pipe in (pipeline, loaded):
@@ -94,6 +95,7 @@ def test_a_saved_pipeline_generates_the_same_images(tmp_path: Path) -> None:
                 output_type="pt",
             )
         images.append(out.images)
+
     assert type(loaded).__name__ == "StableDiffusionPipeline"
     assert images[0].shape == (2, 3, 64, 64) and torch.equal(*images)
     assert (images[0][0] - images[0][1]).abs().max() > 0
@@ -136,6 +138,7 @@ def test_clip_and_vgg_shapes(tokenizer: CLIPTokenizer) -> None:
         )
         out = clip(input_ids=ids.input_ids, pixel_values=torch.zeros(2, 3, 64, 64))
         assert out.logits_per_image.shape == (2, 2) and out.image_embeds.shape == (2, 128)
+
         maps = models.latent_vgg().eval()(torch.zeros(2, 4, 16, 16))
         assert [m.shape[2] for m in maps] == [16, 16, 16, 8, 4]
 
@@ -153,6 +156,7 @@ def test_split_logits_separates_the_attributes() -> None:
     torch.manual_seed(0)
     logits = models.Probe().eval()(torch.zeros(2, 3, 64, 64))
     assert logits.shape == (2, sum(sizes.values()))
+
     by_attribute = models.split_logits(logits)
     assert {name: part.shape[1] for name, part in by_attribute.items()} == sizes
     assert torch.equal(torch.cat(list(by_attribute.values()), 1), logits)
@@ -169,6 +173,7 @@ def test_attribute_targets_against_a_plain_loop(batch: scenes.Scenes) -> None:
         assert (
             int(targets["count"][i]) == len(objects) - 1 and targets["ground"][i] == batch.ground[i]
         )
+
         expected = {
             "shape": {s for s, _, _ in objects},
             "colour": {c for _, c, _ in objects},

@@ -78,6 +78,7 @@ def test_labels_are_in_range_and_about_equally_frequent(many: scenes.Scenes) -> 
     assert set(many.count.tolist()) == {1, 2, 3} and set(many.ground.tolist()) == set(
         range(len(scenes.GROUNDS))
     )
+
     names = {
         "shape": scenes.SHAPES,
         "colour": scenes.COLOURS,
@@ -104,6 +105,8 @@ def test_parsed_captions_agree_with_the_labels(many: scenes.Scenes) -> None:
             not_mentioned["pattern"] += content.pattern[k] is None
         assert content.ground in (None, list(scenes.GROUNDS)[many.ground[i]])
         not_mentioned["ground"] += content.ground is None
+
+    # How often an attribute is not mentioned, within four standard errors
     objects = int(many.count.sum())
     for kind, share, total in (
         ("colour", 0.08, objects),
@@ -128,6 +131,7 @@ def test_parsed_captions_agree_with_an_independent_parser(many: scenes.Scenes) -
             tuple(next((w for w in words if w in scenes.PATTERNS), None) for words in read)
             == content.pattern
         )
+
         for k, words in enumerate(read):
             size = next((w for w in words if w in scenes.SIZES), None)
             assert size in (None, scenes.SIZES[many.size[i, k]])
@@ -193,6 +197,7 @@ def measure_centres(
         if re.search(words, caption) and len(colours) == len(set(colours)) and set(colours) <= hues:
             chosen.append(i)
     chosen = chosen[:limit]
+
     measured = []
     for i, image in zip(chosen, scenes.draw(chosen, seed=7).images, strict=True):
         colours = [list(scenes.COLOURS)[c] for c in many.colour[i, : int(many.count[i])]]
@@ -267,6 +272,7 @@ def test_painted_objects_have_the_area_of_their_shape(many: scenes.Scenes) -> No
     """Single plain objects: pixels of the object's colour against closed form × radius²."""
     alone = [i for i in range(len(MANY)) if many.count[i] == 1 and many.pattern[i, 0] == 0]
     alone = [i for i in alone if list(scenes.COLOURS)[many.colour[i, 0]] in TRUE_HUES][:80]
+
     ratios = defaultdict(list)
     for i, image in zip(alone, scenes.draw(alone, seed=7).images, strict=True):
         shape = scenes.SHAPES[many.shape[i, 0]]
@@ -314,6 +320,7 @@ def test_patterned_objects_have_two_tones() -> None:
             shares[scenes.PATTERNS[batch.pattern[i, 0]]].append(
                 float(pale.sum()) / float(has_tone(colour, image).sum())
             )
+
     assert np.median(shares["plain"]) < 0.05
     for pattern in ("striped", "dotted", "checkered"):
         assert 0.1 < np.median(shares[pattern]) < 3, pattern

@@ -24,6 +24,8 @@ def test_networks_are_trained_calibrated_and_published(tmp_path: Path) -> None:
     latent_heads = stages.calibrate(run, "calibrate_latent_vgg", latent_vgg, vae, num_triplets=2)
     pixel_heads = stages.calibrate(run, "calibrate_pixel_vgg", pixel_vgg, None, num_triplets=2)
     networks = {"latent_vgg": (latent_vgg, latent_heads), "pixel_vgg": (pixel_vgg, pixel_heads)}
+
+    # Heads are non-negative and were changed
     for vgg, heads in networks.values():
         assert [len(head) for head in heads] == vgg.config["widths"]
         assert all(
@@ -31,6 +33,7 @@ def test_networks_are_trained_calibrated_and_published(tmp_path: Path) -> None:
             for head in heads
         )
     vocab_size = len(models.tokenizer())
+
     weights = stages.publish(
         tmp_path / "weights",
         vae,
@@ -39,6 +42,8 @@ def test_networks_are_trained_calibrated_and_published(tmp_path: Path) -> None:
         models.Probe(),
         networks,
     )
+
+    # The published networks give the same distance, up to float16
     a, b = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     latent = LatentLPIPS.from_pretrained(weights / "latent_vgg")
     torch.testing.assert_close(
@@ -57,6 +62,7 @@ def test_differences_of_triplets_sum_to_the_distance(through_vae: bool) -> None:
     judged = stages.compute_differences(vgg.eval(), vae, num_triplets=1, seed=4)
     assert judged.d0.shape == judged.d1.shape == (len(SUBSETS), sum(vgg.config["widths"]))
     assert judged.judge.shape == (len(SUBSETS),)
+
     distance = LatentLPIPS(vgg, [torch.ones(width) for width in vgg.config["widths"]])
     for row, subset in enumerate(SUBSETS):
         t = make_triplet(0, subset, 4)

@@ -58,6 +58,7 @@ def check_classes(classes: list[str], labels: list[int], folder: Path) -> None:
             f"{folder} has {len(classes)} classes of images, at least two are needed: "
             "one folder per class, FOLDER/<class>/*.png"
         )
+
     counts = np.bincount(labels, minlength=len(classes))
     for name, count in zip(classes, counts, strict=True):
         if count < 2:

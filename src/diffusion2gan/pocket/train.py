@@ -296,6 +296,7 @@ def cache_latents(run: Run, vae: AutoencoderKL) -> Tensor:
             tensors, _ = checkpoint.load(path)
             files.append(tensors["latents"])
             bar.advance(len(files[-1]))
+
     return torch.cat(files)[:count].to(run.device)
 
 
@@ -378,6 +379,7 @@ def compute_differences(
                 d1s.append(torch.cat(distance.differences(p1, ref), 1).cpu())
                 judgements.append(triplet.judge)
                 bar.advance(1)
+
     return JudgedDifferences(torch.cat(d0s), torch.cat(d1s), torch.tensor(judgements))
 
 

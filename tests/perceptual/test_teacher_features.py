@@ -206,7 +206,7 @@ def test_a_network_that_does_not_fit_is_refused_with_both_remedies(
             build_distance(Recipe(perceptual=perceptual), torch.device("cpu"), teacher)
         assert "perceptual fit --images" in str(error.value)
         assert "perceptual=teacher" in str(error.value)
-    with pytest.raises(ValueError, match="for pixel_lpips name a pixel network"):
+    with pytest.raises(ValueError, match="but pixel_lpips compares images; set perceptual to"):
         Recipe(perceptual="teacher", loss="pixel_lpips")
 
 

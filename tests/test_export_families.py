@@ -62,7 +62,7 @@ Folder = Callable[[str], Path]
 def run_of(name: str, folder: Path, root: Path, **settings: Any) -> Path:
     """A run of three steps, so that the averaged weights are neither the teacher's nor the last."""
     teacher = load_teacher(str(folder), resolution=RESOLUTION[name])
-    guidance = 3.0 if teacher.guidance == "between" else 0.0
+    guidance = 3.0 if teacher.guidance == "classifier_free" else 0.0
     spec = PairsSpec(
         teacher.name, teacher.revision, "words", 4, 0, 2, guidance, teacher.latent_shape, 4
     )

@@ -1,4 +1,4 @@
-"""Diffusion2GAN: any diffusers text-to-image pipeline becomes a one-step generator."""
+"""Diffusion2GAN turns any diffusers text-to-image pipeline into a one-step generator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = [
     "load_teacher",
 ]
 
-_HOMES = {
+_MODULES = {
     "DiffusionDiscriminator": "diffusion2gan.adversarial.discriminator",
     "ELatentLPIPS": "diffusion2gan.perceptual.distance",
     "LatentLPIPS": "diffusion2gan.perceptual.distance",
@@ -27,9 +27,14 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Loads the public names when they are asked for: importing the package does not import torch."""
-    if name in _HOMES:
+    """Imports a public name at its first use, so importing the package does not import torch."""
+    if name in _MODULES:
         from importlib import import_module
 
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'diffusion2gan' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, although they are not imported yet."""
+    return sorted({*globals(), *__all__})

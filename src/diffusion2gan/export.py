@@ -1,4 +1,4 @@
-"""`diffusion2gan export`: a run's student as an ordinary one-step pipeline folder."""
+"""`diffusion2gan export`: writes a run's student as a one-step diffusers pipeline folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import parse_recipe
 from diffusion2gan.runtime.files import atomic_write, read_json
 from diffusion2gan.runtime.lock import exclusive_lock
-from diffusion2gan.teacher.loading import absent_parts
+from diffusion2gan.teacher.loading import absent_components
 from diffusion2gan.teacher.one_step import one_step_scheduler
 from diffusion2gan.teacher.pipeline import Teacher
 
-CARD = """---
+MODEL_CARD = """---
 library_name: diffusers
 pipeline_tag: text-to-image
 license: {licence}
@@ -30,9 +30,11 @@ license: {licence}
 
 # One-step student of {teacher}
 
-Distilled by diffusion2gan (the method of *Distilling Diffusion Models into Conditional GANs*, Kang et al., ECCV 2024)
-from {count} noise→image pairs of `{teacher}` (weights {revision}, {steps} deterministic steps, guidance {guidance}),
-{seen} pairs seen, loss `{loss}`, {kind}. It runs in one step and without guidance:
+This text-to-image pipeline generates an image in one step, without classifier-free guidance.
+It was distilled from `{teacher}` with diffusion2gan, an implementation of *Distilling Diffusion
+Models into Conditional GANs* (Kang et al., ECCV 2024).
+
+## Usage
 
 ```python
 from diffusers import DiffusionPipeline
@@ -41,13 +43,28 @@ pipe = DiffusionPipeline.from_pretrained("PATH/TO/THIS/FOLDER"{absent})
 image = pipe("a prompt"{size}, num_inference_steps=1, guidance_scale=0).images[0]
 ```
 {lora}
-Measured: {measured}.
+## Training
 
-The teacher's licence applies to these weights: {licence_told}. The settings of the run are in `diffusion2gan.json`.
+- Teacher: `{teacher}`, weights {revision}
+- Training data: {num_pairs} noise→image pairs from the teacher ({steps} deterministic steps,
+  guidance scale {guidance})
+- Pairs seen in training: {pairs_seen}
+- Loss: `{loss}`
+- Trained weights: {trained_weights}
+
+All settings of the run are in `diffusion2gan.json`.
+
+## Evaluation
+
+Metrics: {metrics}.
+
+## License
+
+The license of the teacher applies to these weights: {licence_note}.
 """
 
-LORA = """
-The same as a LoRA of the teacher, `lora/pytorch_lora_weights.safetensors`:
+LORA_USAGE = """
+The same student as a LoRA for the teacher, `lora/pytorch_lora_weights.safetensors`:
 
 ```python
 from diffusers import {scheduler}, DiffusionPipeline
@@ -61,120 +78,141 @@ image = pipe("a prompt"{size}, num_inference_steps=1, guidance_scale=0).images[0
 
 
 def export(run: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes `out`, whole or not at all: a folder for `DiffusionPipeline.from_pretrained`, one step, no guidance.
+    """Writes the averaged student of `run` to the folder `out`, for `from_pretrained`.
 
-    `run`: its folder, or one of its checkpoints. An earlier export there is replaced. Raises UserError where `out`
-    holds anything else, or another process writes it.
+    `run` is a run's folder or one of its checkpoints. `out` is written atomically and replaces an
+    earlier export. Raises UserError if `out` contains anything else, or another process is writing
+    to it.
     """
-    if out.is_file() or (
-        out.is_dir() and any(out.iterdir()) and not (out / "diffusion2gan.json").is_file()
-    ):
+    # 1. Do not replace anything but an export
+    is_export = (out / "diffusion2gan.json").is_file()
+    in_use = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    if in_use and not is_export:
         raise UserError(
-            f"{out} is there already and is no export, so it is not replaced; choose another --out"
+            f"{out} already exists and is not an export, so it is not replaced; choose another "
+            "--out"
         )
-    teacher, average, described = load_student(run)
-    student = Student.from_recipe(parse_recipe(described["recipe"], str(run)), teacher)
+
+    # 2. The student with its averaged weights
+    teacher, average, description = load_student(run)
+    student = Student.from_recipe(parse_recipe(description["recipe"], str(run)), teacher)
     student.trained.load_state_dict(average)
     if (run / "metrics.json").is_file():
-        described = described | {"metrics": read_json(run / "metrics.json")}
+        description = {**description, "metrics": read_json(run / "metrics.json")}
+
+    # 3. Pipeline, LoRA, model card and description
     with exclusive_lock(out), atomic_write(out) as temporary:
         write_pipeline(teacher, student.fused(), temporary, dtype)
         lora = student.lora()
         if lora is not None:
             write_lora(teacher, lora, temporary / "lora", dtype)
-        _write_card(described, teacher, temporary)
+
+        card = model_card(description, teacher, temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / "diffusion2gan.json").write_text(
+            json.dumps(description, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def write_pipeline(
     teacher: Teacher, student: dict[str, Tensor], folder: Path, dtype: torch.dtype
 ) -> None:
-    """The teacher's pipeline with the student's network and a scheduler for exactly one step at T.
+    """Writes the teacher's pipeline with the student's weights and a one-step scheduler.
 
-    The teacher itself is left as it is.
+    The teacher in memory is not modified.
     """
-    pipeline, name = copy.copy(teacher.pipeline), teacher.family.network
-    for part, module in pipeline.components.items():
-        if isinstance(module, nn.Module) and (part == name or dtype != torch.float32):
-            setattr(pipeline, part, copy.deepcopy(module))
-    network = getattr(pipeline, name)
+    # A shallow copy of the pipeline, with deep copies of the components that change
+    pipeline = copy.copy(teacher.pipeline)
+    network_name = teacher.family.network
+    for name, component in pipeline.components.items():
+        changes = name == network_name or dtype != torch.float32
+        if isinstance(component, nn.Module) and changes:
+            setattr(pipeline, name, copy.deepcopy(component))
+
+    # The student
+    network = getattr(pipeline, network_name)
     network.load_state_dict(student)
-    if name == "unet":  # so that a call without height and width makes pictures of the trained size
+    if network_name == "unet":
+        # A call without height and width then generates images of the size of the pairs
         network.register_to_config(sample_size=teacher.latent_shape[1])
     pipeline.scheduler = one_step_scheduler(teacher)
     if "requires_safety_checker" in pipeline.config:
         pipeline.register_to_config(requires_safety_checker=False)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline.to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.json"):
-        _forget_origin(path)
+        remove_local_path(path)
 
 
 def write_lora(teacher: Teacher, lora: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
-    """`pytorch_lora_weights.safetensors`, which the teacher's own pipeline takes by `load_lora_weights`."""
+    """Writes `pytorch_lora_weights.safetensors`, for the teacher's `load_lora_weights`."""
     layers = {name: weight.detach().to(dtype).contiguous() for name, weight in lora.items()}
-    type(teacher.pipeline).save_lora_weights(
-        folder, **{f"{teacher.family.network}_lora_layers": layers}
-    )
+    argument = f"{teacher.family.network}_lora_layers"
+    type(teacher.pipeline).save_lora_weights(folder, **{argument: layers})
 
 
-def _forget_origin(path: Path) -> None:
-    """Drops diffusers' `_name_or_path` from a config: where the teacher lay on this machine is nobody's business."""
+def remove_local_path(path: Path) -> None:
+    """Removes `_name_or_path`, the teacher's location on this machine, from a diffusers config."""
     config = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_card(described: dict[str, Any], teacher: Teacher, folder: Path) -> None:
-    recipe, pairs = described["recipe"], described["pairs"]
-    licence = licence_of(teacher)
-    call = {
-        "absent": "".join(f", {name}=None" for name in absent_parts(folder)),
-        "size": ""
-        if teacher.family.network == "unet"
-        else ", height={}, width={}".format(*teacher.pixels),
-    }
-    lora = (
-        LORA.format(scheduler=type(one_step_scheduler(teacher)).__name__, **call)
-        if recipe["lora_rank"]
-        else ""
-    )
-    text = CARD.format(
+def model_card(description: dict[str, Any], teacher: Teacher, folder: Path) -> str:
+    """The model card of the exported pipeline in `folder`, as markdown for a model hub."""
+    recipe = description["recipe"]
+    pairs = description["pairs"]
+
+    # Arguments that the examples need: components that are absent, and the size of a transformer's
+    # images (a UNet has it in its config)
+    absent = "".join(f", {name}=None" for name in absent_components(folder))
+    size = ""
+    if teacher.family.network == "transformer":
+        height, width = teacher.image_size
+        size = f", height={height}, width={width}"
+
+    lora = ""
+    trained_weights = "all"
+    if recipe["lora_rank"]:
+        scheduler = type(one_step_scheduler(teacher)).__name__
+        lora = LORA_USAGE.format(scheduler=scheduler, absent=absent, size=size)
+        trained_weights = f"a LoRA of rank {recipe['lora_rank']}, merged into the network"
+
+    licence = read_licence(teacher)
+    return MODEL_CARD.format(
         teacher=pairs["teacher"],
         revision=pairs["revision"],
-        count=pairs["count"],
+        num_pairs=pairs["count"],
         steps=pairs["num_inference_steps"],
         guidance=pairs["guidance_scale"],
-        seen=described["pairs_seen"],
+        pairs_seen=description["pairs_seen"],
         loss=recipe["loss"],
-        kind=f"a LoRA of rank {recipe['lora_rank']}, fused" if lora else "all weights trained",
+        trained_weights=trained_weights,
+        absent=absent,
+        size=size,
         lora=lora,
-        measured=measured(described),
+        metrics=format_metrics(description),
         licence=licence or "other",
-        licence_told=licence or "not stated in its folder, so look where it came from",
-        **call,
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    (folder / "diffusion2gan.json").write_text(
-        json.dumps(described, indent=2) + "\n", encoding="utf-8"
+        licence_note=licence or "its folder does not state it; see where the teacher was published",
     )
 
 
-def licence_of(teacher: Teacher) -> str | None:
-    """What the teacher's own card says, `license:` in its README.md; None where it says nothing."""
+def read_licence(teacher: Teacher) -> str | None:
+    """The `license:` field of the teacher's model card (README.md), or None."""
     if teacher.folder is None:
         return None
-    card = (teacher.folder if teacher.folder.is_dir() else teacher.folder.parent) / "README.md"
-    found = (
-        re.search(r"^license(?:_name)?: *(\S+)", card.read_text("utf-8"), re.M)
-        if card.is_file()
-        else None
-    )
-    return found.group(1) if found else None
+    folder = teacher.folder if teacher.folder.is_dir() else teacher.folder.parent
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    field = re.search(r"^license(?:_name)?: *(\S+)", card.read_text("utf-8"), re.M)
+    return field.group(1) if field else None
 
 
-def measured(described: dict[str, Any]) -> str:
-    """The numbers of the run's metrics.json, where `evaluate` wrote one there."""
-    metrics = described.get("metrics") or {}
-    numbers = [f"{key} {value:.4g}" for key, value in metrics.items() if isinstance(value, float)]
+def format_metrics(description: dict[str, Any]) -> str:
+    """The metrics that `evaluate` wrote to the run's metrics.json, if any."""
+    metrics = description.get("metrics") or {}
+    numbers = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)]
     return ", ".join(numbers) if numbers else "not measured"

@@ -1,4 +1,4 @@
-"""`diffusion2gan generate`: prompts → a picture, or a grid of them."""
+"""`diffusion2gan generate`: writes one image file with a grid of generated images."""
 
 from __future__ import annotations
 
@@ -24,33 +24,38 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 def generate(
     system: System, prompts: Sequence[str], seed: int, per_prompt: int, out: Path
 ) -> float:
-    """One row a prompt, `per_prompt` pictures each from seeds seed, seed+1, …; returns seconds per picture.
+    """Writes one row per prompt, with `per_prompt` images each from seeds seed, seed+1, ….
 
-    Under torchrun the ranks share the rows, and the first writes the same picture as one process would.
+    Under torchrun the ranks share the rows, and rank 0 writes the same file that a single process
+    would write. Returns seconds per image.
     """
     if out.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--out {out}: name a picture file ({', '.join(SUFFIXES)})")
+        raise UserError(f"--out {out}: the file's name must end with one of {', '.join(SUFFIXES)}")
     if not prompts or any(not prompt.strip() for prompt in prompts):
-        raise UserError("a prompt is empty; give --prompt some words")
+        raise UserError("a prompt is empty; give each --prompt some words")
     warn_truncated(system.tokenizer, prompts, system.num_tokens)
+
     noise = noise_from_seeds([seed + i for i in range(per_prompt)], system.latent_shape)
     system.generate(prompts[:1], noise[:1])  # warm up
-    total, rows = len(prompts) * per_prompt, list[torch.Tensor]()
-    with connect_ranks(torch.device("cpu")) as group, Bar("generate", total) as bar:
+
+    num_images = len(prompts) * per_prompt
+    rows: list[torch.Tensor] = []
+    with connect_ranks(torch.device("cpu")) as group, Bar("generate", num_images) as bar:
         start = time.perf_counter()
         for first in range(0, len(prompts), group.ranks.world_size):
-            mine = first + group.ranks.rank  # beyond the last at the end of the last round
-            blank = np.zeros((per_prompt, *system.pixels, 3), np.uint8)
-            made = (
-                system.generate([prompts[mine]] * per_prompt, noise)
-                if mine < len(prompts)
-                else blank
-            )
-            rows += group.all_gather(torch.from_numpy(made))[: len(prompts) - first]
+            # One row per rank. In the last round some ranks may have none, and send a blank one.
+            index = first + group.ranks.rank
+            if index < len(prompts):
+                row = system.generate([prompts[index]] * per_prompt, noise)
+            else:
+                row = np.zeros((per_prompt, *system.image_size, 3), np.uint8)
+
+            gathered = group.all_gather(torch.from_numpy(row))
+            rows += gathered[: len(prompts) - first]
             bar.reach(len(rows) * per_prompt)
-        seconds = (time.perf_counter() - start) / total
+        seconds = (time.perf_counter() - start) / num_images
+
     if group.ranks.is_main:
-        write_image(
-            out, contact_sheet(from_uint8(torch.cat(rows).numpy()), columns=per_prompt).save
-        )
+        sheet = contact_sheet(from_uint8(torch.cat(rows).numpy()), columns=per_prompt)
+        write_image(out, sheet.save)
     return seconds

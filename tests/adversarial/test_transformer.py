@@ -89,7 +89,7 @@ def test_it_reads_noise_once_trained_prompt_and_each_row_alone(teacher: Teacher)
     stirred(made)
     whole = made(noise, cond, latents)
     other_noise = made(noise.flip(0), cond, latents)
-    other_prompt = made(noise, cond.each(lambda x: x.flip(0)), latents)
+    other_prompt = made(noise, cond.map(lambda x: x.flip(0)), latents)
     blind = stirred(made_of(teacher, noise_input=False))
     for a, b in zip(blind(noise, cond, latents), blind(noise.flip(0), cond, latents), strict=True):
         assert torch.equal(a, b)
@@ -116,7 +116,7 @@ def test_r1_is_finite_differences(teacher: Teacher) -> None:
     """
     made = stirred(made_of(teacher), 0.02).double()
     noise, cond, latents = inputs(teacher, 1)
-    noise, latents, cond = noise.double(), latents.double(), cond.each(lambda x: x.double())
+    noise, latents, cond = noise.double(), latents.double(), cond.map(lambda x: x.double())
     x, step = latents.clone().requires_grad_(), 1e-3
     with plain_attention():
         (gradient,) = torch.autograd.grad(sum(logits.sum() for logits in made(noise, cond, x)), x)

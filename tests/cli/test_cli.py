@@ -229,7 +229,7 @@ def test_folders_that_are_no_supported_pipeline_are_refused(
         ["compare", "--system", "one={}", "--prompts", prompts, "--out", tmp_path / "c"],
     ):
         missing = [str(arg).format(tmp_path / "nowhere") for arg in argv]
-        assert_refused(run(*missing), 2, "nowhere is no diffusers pipeline", "is not a folder")
+        assert_refused(run(*missing), 2, "nowhere is not a diffusers pipeline", "is not a folder")
 
         unsupported = [str(arg).format(unsupported_pipeline) for arg in argv]
         assert_refused(

@@ -171,18 +171,18 @@ def test_images_by_caption_index(tmp_path: Path) -> None:
     images = open_images("gigagan", folder)
     assert np.array_equal(images.read([2])[0], np.asarray(Image.open(folder / "000002.png")))
     assert images.formats == ["png"] and images.note == "pictures"
-    with pytest.raises(UserError, match="has no picture of caption 3"):
+    with pytest.raises(UserError, match="has no image for caption 3"):
         images.read(range(5))
     (folder / "other_000002.jpg").write_bytes(b"not a picture")
     with pytest.raises(UserError, match="both of caption 2"):
         open_images("gigagan", folder)
-    with pytest.raises(UserError, match="cannot be read as a picture"):
+    with pytest.raises(UserError, match="cannot be read as an image"):
         read_image(folder / "other_000002.jpg")
     (folder / "other_000002.jpg").rename(folder / "cover.jpg")
-    with pytest.raises(UserError, match="is named by its caption's number"):
+    with pytest.raises(UserError, match="must contain its caption's index"):
         open_images("gigagan", folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no pictures"):
+    with pytest.raises(UserError, match="contains no images"):
         open_images("gigagan", tmp_path / "empty")
 
 
@@ -199,7 +199,7 @@ def test_the_pocket_protocol_measures_a_folder_and_refuses_other_sizes(tmp_path:
         64,
         3,
     )
-    with pytest.raises(UserError, match="takes neither steps nor guidance"):
+    with pytest.raises(UserError, match="neither a number of steps nor a guidance scale"):
         run.open_system(str(folder), 4)
 
 
@@ -395,11 +395,11 @@ def test_cocos_own_layout_by_the_command(
     with pytest.raises(UserError, match="it is another list"):
         measured("--clip", tiny_clip, "--captions-sha256", "0" * 64)
     (coco / "val2014" / "COCO_val2014_000000000043.jpg").write_bytes(b"\xff\xd8 cut off")
-    with pytest.raises(UserError, match=r"000000000043.jpg cannot be read as a picture"):
+    with pytest.raises(UserError, match=r"000000000043.jpg cannot be read as an image"):
         measured("--clip", tiny_clip)
     (coco / "made" / "000005.png").unlink()
     with pytest.raises(
-        UserError, match=r"no picture of caption 5; .* It has 6 pictures, and 7 are asked for"
+        UserError, match=r"no image for caption 5\. .* has 6 images, and 7 are needed"
     ):
         measured("--clip", tiny_clip)
 

@@ -90,7 +90,7 @@ def test_a_network_loads_with_any_vae(
     of_pipeline = PixelLPIPS.from_pretrained(tmp_path / "network", vae=load_vae(tiny_teacher))
     assert of_pipeline(a, b).shape == (2,)
 
-    with pytest.raises(UserError, match="holds no VAE"):
+    with pytest.raises(UserError, match="contains no VAE"):
         PixelLPIPS.from_pretrained(tmp_path / "network", vae=tmp_path / "nowhere")
     with pytest.raises(UserError, match="needs their VAE"):
         PixelLPIPS.from_pretrained(tmp_path / "network")

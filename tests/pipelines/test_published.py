@@ -1,4 +1,4 @@
-"""Published systems on tiny random models in each one's own layout: settings, and pictures by the formula."""
+"""Published systems on tiny random models: their settings, and images by their formulas."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.noise import noise_from_seeds
-from diffusion2gan.pipelines.published import ROWS
+from diffusion2gan.pipelines.published import SYSTEMS
 from diffusion2gan.pipelines.system import System, load_system
 from diffusion2gan.pocket import models
 
@@ -46,14 +46,15 @@ def tiny_unet(**more: object) -> UNet2DConditionModel:
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole SDXL folder: two text encoders, size ids, Euler steps."""
+    """A complete SDXL folder: two text encoders, size ids, Euler steps."""
     folder = tmp_path_factory.mktemp("sdxl")
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        words = models.tokenizer()
-        first = models.text_encoder(len(words))
-        width = first.config.hidden_size
-        config = CLIPTextConfig(**{**first.config.to_dict(), "projection_dim": 16})
+        tokenizer = models.tokenizer()
+        text_encoder = models.text_encoder(len(tokenizer))
+        width = text_encoder.config.hidden_size
+        config = CLIPTextConfig(**{**text_encoder.config.to_dict(), "projection_dim": 16})
+        text_encoder_2 = CLIPTextModelWithProjection(config)
         unet = tiny_unet(
             cross_attention_dim=2 * width,
             addition_embed_type="text_time",
@@ -67,15 +68,16 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
             steps_offset=1,
             timestep_spacing="leading",
         )
+        vae = models.vae()
         StableDiffusionXLPipeline(
-            models.vae(), first, CLIPTextModelWithProjection(config), words, words, unet, scheduler
+            vae, text_encoder, text_encoder_2, tokenizer, tokenizer, unet, scheduler
         ).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def lcm(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole LCM folder: a UNet that is told the guidance."""
+    """A complete LCM folder: its UNet takes the guidance scale as an input."""
     folder = tmp_path_factory.mktemp("lcm") / "lcm"
     shutil.copytree(tiny_teacher, folder)
     width = models.text_encoder(len(models.tokenizer())).config.hidden_size
@@ -86,17 +88,15 @@ def lcm(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder / "scheduler"
     )
     index = json.loads((folder / "model_index.json").read_text())
-    index |= {
-        "_class_name": "LatentConsistencyModelPipeline",
-        "scheduler": ["diffusers", "LCMScheduler"],
-    }
+    index["_class_name"] = "LatentConsistencyModelPipeline"
+    index["scheduler"] = ["diffusers", "LCMScheduler"]
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
 @pytest.fixture(scope="module")
 def weights(sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of UNet files as they are published: the base's weights, one layer of them moved."""
+    """UNet files under their published names: the base's weights with one layer changed."""
     folder = tmp_path_factory.mktemp("weights")
     state = UNet2DConditionModel.from_pretrained(sdxl / "unet").state_dict()
     state["conv_out.bias"] = state["conv_out.bias"] + 0.3
@@ -108,51 +108,53 @@ def weights(sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def unet_input(system: System, noise: torch.Tensor) -> tuple[list[float], torch.Tensor]:
-    """(the timesteps the UNet is asked at, its first answer), and pictures made meanwhile."""
-    seen: list[tuple[float, torch.Tensor]] = []
+def record_unet_calls(system: System, noise: torch.Tensor) -> tuple[list[float], torch.Tensor]:
+    """Generates an image; returns all timesteps of the UNet's calls, and its first output."""
+    timesteps: list[float] = []
+    outputs: list[torch.Tensor] = []
 
-    def note(module: object, args: tuple[torch.Tensor, ...], output: object) -> None:
-        seen.append((float(args[1]), output[0]))  # type: ignore[index]
+    def record(module: object, args: tuple[torch.Tensor, ...], output: object) -> None:
+        timesteps.append(float(args[1]))
+        outputs.append(output[0])  # type: ignore[index]
 
-    handle = system.pipeline.unet.register_forward_hook(note)
+    handle = system.pipeline.unet.register_forward_hook(record)
     system.generate(PROMPTS[:1], noise)
     handle.remove()
-    return [t for t, _ in seen], seen[0][1]
+    return timesteps, outputs[0]
 
 
-def decoded(system: System, latents: torch.Tensor) -> np.ndarray:
+def decode(system: System, latents: torch.Tensor) -> np.ndarray:
+    """The image [H, W, 3] in 0 … 255 of one image's latents."""
     vae = system.pipeline.vae
     with torch.no_grad():
         images = vae.decode(latents / vae.config.scaling_factor).sample
     return ((images.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()[0]
 
 
-def latents_of(system: System, noise: torch.Tensor) -> torch.Tensor:
-    out = system.pipeline(
+def generate_latents(system: System, noise: torch.Tensor) -> torch.Tensor:
+    return system.pipeline(
         PROMPTS[:1],
         latents=noise,
         num_inference_steps=system.num_inference_steps,
         guidance_scale=system.guidance_scale,
         output_type="latent",
         **system.call,
-    )
-    return out.images
+    ).images
 
 
-def test_instaflow_is_one_euler_step_of_its_velocity(tiny_teacher: Path) -> None:
+def test_instaflow_is_one_euler_step(tiny_teacher: Path) -> None:
     system = load_system(f"instaflow-0.9b={tiny_teacher}")
     noise = noise_from_seeds([3], system.latent_shape)
-    timesteps, velocity = unet_input(system, noise)
-    assert timesteps == [1000] and (system.num_inference_steps, system.guidance_scale) == (1, 0)
-    torch.testing.assert_close(latents_of(system, noise), noise + velocity)
-    assert (
-        np.abs(system.generate(PROMPTS[:1], noise)[0] - decoded(system, noise + velocity)).max()
-        <= 1
-    )
+    timesteps, velocity = record_unet_calls(system, noise)
+    assert timesteps == [1000]
+    assert (system.num_inference_steps, system.guidance_scale) == (1, 0)
+
+    torch.testing.assert_close(generate_latents(system, noise), noise + velocity)
+    image = system.generate(PROMPTS[:1], noise)[0]
+    assert np.abs(image - decode(system, noise + velocity)).max() <= 1
 
 
-def test_sd15_is_ddim_at_any_number_of_steps(sd_style_teacher: Path) -> None:
+def test_sd15_is_ddim_with_any_number_of_steps(sd_style_teacher: Path) -> None:
     system = load_system(f"sd15={sd_style_teacher}", 7)
     assert (system.num_inference_steps, system.guidance_scale) == (7, 3)
     assert isinstance(system.pipeline.scheduler, DDIMScheduler)
@@ -161,14 +163,15 @@ def test_sd15_is_ddim_at_any_number_of_steps(sd_style_teacher: Path) -> None:
     assert np.array_equal(system.generate(PROMPTS[:1], noise), plain.generate(PROMPTS[:1], noise))
 
 
-def test_sdxl_lightning_in_one_step_is_what_its_unet_says(sdxl: Path, weights: Path) -> None:
+def test_sdxl_lightning_in_one_step_returns_the_unets_output(sdxl: Path, weights: Path) -> None:
     system = load_system(
         f"sdxl-lightning={sdxl}+{weights / 'sdxl_lightning_1step_x0_unet.safetensors'}"
     )
     noise = noise_from_seeds([5], system.latent_shape)
-    timesteps, answer = unet_input(system, noise)
-    assert timesteps == [999] and system.num_inference_steps == 1 and system.guidance_scale == 0
-    torch.testing.assert_close(latents_of(system, noise), answer, rtol=1e-4, atol=1e-4)
+    timesteps, output = record_unet_calls(system, noise)
+    assert timesteps == [999]
+    assert (system.num_inference_steps, system.guidance_scale) == (1, 0)
+    torch.testing.assert_close(generate_latents(system, noise), output, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("steps", [2, 4, 8])
@@ -177,7 +180,7 @@ def test_sdxl_lightning_in_more_steps_predicts_noise(sdxl: Path, weights: Path, 
         f"sdxl-lightning={sdxl}+{weights / f'sdxl_lightning_{steps}step_unet.safetensors'}"
     )
     noise = noise_from_seeds([6], system.latent_shape)
-    timesteps, _ = unet_input(system, noise)
+    timesteps, _ = record_unet_calls(system, noise)
     expected = [round(1000 - i * 1000 / steps) - 1 for i in range(steps)]
     assert system.num_inference_steps == steps and timesteps == expected
     assert system.pipeline.scheduler.config.prediction_type == "epsilon"
@@ -191,89 +194,102 @@ def test_sdxl_lightning_in_more_steps_predicts_noise(sdxl: Path, weights: Path, 
         ("hyper-sd", "Hyper-SDXL-1step-Unet.safetensors", [800]),
     ],
 )
-def test_systems_with_timesteps_of_their_own(
+def test_systems_with_fixed_timesteps(
     sdxl: Path, weights: Path, name: str, file: str, expected: list[int]
 ) -> None:
     system = load_system(f"{name}={sdxl}+{weights / file}")
     noise = noise_from_seeds([7], system.latent_shape)
-    timesteps, eps = unet_input(system, noise)
+    timesteps, eps = record_unet_calls(system, noise)
     assert timesteps == expected and system.guidance_scale == 0
     if len(expected) == 1:
         alpha = float(system.pipeline.scheduler.alphas_cumprod[expected[0]])
         x0 = (noise - (1 - alpha) ** 0.5 * eps) / alpha**0.5
-        torch.testing.assert_close(latents_of(system, noise), x0, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(generate_latents(system, noise), x0, rtol=1e-3, atol=1e-3)
 
 
-def test_sdxl_turbo_starts_at_the_end(sdxl: Path) -> None:
+def test_sdxl_turbo_starts_at_the_last_timestep(sdxl: Path) -> None:
     system = load_system(f"sdxl-turbo={sdxl}")
     noise = noise_from_seeds([8], system.latent_shape)
-    timesteps, eps = unet_input(system, noise)
+    timesteps, eps = record_unet_calls(system, noise)
     assert timesteps == [999] and system.guidance_scale == 0
     sigma = float(system.pipeline.scheduler.sigmas[0])
     start = noise * float(system.pipeline.scheduler.init_noise_sigma)
-    torch.testing.assert_close(latents_of(system, noise), start - sigma * eps, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        generate_latents(system, noise), start - sigma * eps, rtol=1e-3, atol=1e-3
+    )
 
 
-def test_sdxl_and_lcm_make_pictures(sdxl: Path, lcm: Path) -> None:
+def test_sdxl_and_lcm_generate_images(sdxl: Path, lcm: Path) -> None:
     for name, steps, guidance in ((f"sdxl={sdxl}", 50, 5.0), (f"lcm={lcm}", 4, 8.0)):
         system = load_system(name)
         assert (system.num_inference_steps, system.guidance_scale) == (steps, guidance)
-    one = load_system(f"sdxl={sdxl}", 2)
-    assert one.generate(PROMPTS, noise_from_seeds([1, 2], one.latent_shape)).shape == (2, 32, 32, 3)
-    timesteps, _ = unet_input(load_system(f"lcm={lcm}"), noise_from_seeds([9], (4, 8, 8)))
+
+    system = load_system(f"sdxl={sdxl}", 2)
+    images = system.generate(PROMPTS, noise_from_seeds([1, 2], system.latent_shape))
+    assert images.shape == (2, 32, 32, 3)
+
+    timesteps, _ = record_unet_calls(load_system(f"lcm={lcm}"), noise_from_seeds([9], (4, 8, 8)))
     assert timesteps == [999, 759, 499, 259]
 
 
-@pytest.mark.parametrize("which", ["lcm", "sdxl-turbo"])
-def test_what_a_scheduler_draws_depends_on_the_noise_alone(
-    sdxl: Path, lcm: Path, which: str
+@pytest.mark.parametrize("name", ["lcm", "sdxl-turbo"])
+def test_noise_that_a_scheduler_adds_depends_on_the_initial_noise_alone(
+    sdxl: Path, lcm: Path, name: str
 ) -> None:
-    system = (
-        load_system(f"lcm={lcm}", 3) if which == "lcm" else load_system(f"sdxl-turbo={sdxl}", 3)
-    )
+    folder = lcm if name == "lcm" else sdxl
+    system = load_system(f"{name}={folder}", 3)
     noise = noise_from_seeds([1, 2], system.latent_shape)
-    together = system.generate(PROMPTS, noise)
+
+    batch = system.generate(PROMPTS, noise)
     again = system.generate(PROMPTS, noise)
-    alone = system.generate(PROMPTS[1:], noise[1:])
-    assert np.array_equal(together, again) and np.abs(alone[0].astype(int) - together[1]).max() <= 1
+    single = system.generate(PROMPTS[1:], noise[1:])
+    assert np.array_equal(batch, again)
+    assert np.abs(single[0].astype(int) - batch[1]).max() <= 1
 
 
-def test_keys_of_all_rows_differ(sdxl: Path, weights: Path) -> None:
+def test_keys_of_published_systems_differ(sdxl: Path, weights: Path) -> None:
     lightning = f"sdxl-lightning={sdxl}+{weights / 'sdxl_lightning_4step_unet.safetensors'}"
     dmd2 = f"dmd2={sdxl}+{weights / 'dmd2_sdxl_4step_unet_fp16.bin'}"
     systems = [
         load_system(f"sdxl={sdxl}", 4),
         load_system(f"sdxl-turbo={sdxl}", 4),
         load_system(f"sdxl-turbo={sdxl}"),
+        load_system(lightning),
+        load_system(dmd2),
     ]
-    systems += [load_system(lightning), load_system(dmd2)]
     assert len({system.key for system in systems}) == 5
 
 
-def test_bad_names_and_files(sdxl: Path, tiny_teacher: Path, weights: Path, tmp_path: Path) -> None:
+def test_wrong_names_and_files_are_reported(
+    sdxl: Path, tiny_teacher: Path, weights: Path, tmp_path: Path
+) -> None:
     lightning = weights / "sdxl_lightning_4step_unet.safetensors"
     damaged = tmp_path / "cut_1step.safetensors"
     damaged.write_bytes(lightning.read_bytes()[:1000])
+
     for name, steps, message in (
         (f"sdxl-lihgtning={sdxl}", None, "did you mean 'sdxl-lightning'"),
         (f"sdxl-lightning={sdxl}", None, "its base pipeline and its weights"),
         (f"sdxl-turbo={sdxl}+{lightning}", None, "write it as sdxl-turbo=FOLDER"),
-        (f"sdxl-lightning={sdxl}+{lightning}", 2, "is for 4 steps, --num-inference-steps says 2"),
+        (f"sdxl-lightning={sdxl}+{lightning}", 2, "is for 4 steps, but --num-inference-steps is 2"),
         (f"sdxl-turbo={sdxl}", 9, "is made for 1, 2, 3, 4 steps, not for 9"),
         (f"sdxl-lightning={tiny_teacher}+{lightning}", None, "does not fit the pipeline's UNet"),
-        (f"sdxl-lightning={sdxl}+{tmp_path / 'none.safetensors'}", None, "is no weights file"),
+        (f"sdxl-lightning={sdxl}+{tmp_path / 'none.safetensors'}", None, "is not a weights file"),
         (f"sdxl-lightning={sdxl}+{damaged}", None, "cannot be read"),
         (f"gigagan={sdxl}", None, "no weights are public"),
     ):
         with pytest.raises(UserError, match=message):
             load_system(name, steps)
+
     with pytest.raises(UserError, match="runs without guidance"):
         load_system(f"sdxl-turbo={sdxl}", guidance_scale=5.0)
-    assert all(row.steps for row in ROWS.values())
+    assert all(row.steps for row in SYSTEMS.values())
 
 
-def test_a_lora_is_merged_into_its_base(sdxl: Path, tmp_path: Path) -> None:
+def test_lora_is_merged_into_its_base(sdxl: Path, tmp_path: Path) -> None:
     layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+
+    # A published LoRA of one layer
     base = load_system(f"sdxl={sdxl}", 2)
     weight = base.pipeline.unet.get_submodule(layer).weight
     with torch.random.fork_rng():
@@ -287,14 +303,18 @@ def test_a_lora_is_merged_into_its_base(sdxl: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="needs the package peft: pip install peft"):
             load_system(name)
         pytest.skip("peft is not installed")
+
+    # W + B·A, and DDIM
     system = load_system(name)
     torch.testing.assert_close(system.pipeline.unet.get_submodule(layer).weight, weight + up @ down)
-    timesteps, _ = unet_input(system, noise_from_seeds([3], system.latent_shape))
-    assert timesteps == [999, 499] and isinstance(system.pipeline.scheduler, DDIMScheduler)
-    one = load_system(
+    timesteps, _ = record_unet_calls(system, noise_from_seeds([3], system.latent_shape))
+    assert timesteps == [999, 499]
+    assert isinstance(system.pipeline.scheduler, DDIMScheduler)
+
+    # The LoRA for one step passes `eta` to the pipeline
+    one_step = load_system(
         f"hyper-sd-lora-1step={sdxl}+{tmp_path / 'Hyper-SDXL-1step-lora.safetensors'}"
     )
-    assert (
-        one.call == {"eta": 1.0}
-        and one.generate(PROMPTS, noise_from_seeds([1, 2], one.latent_shape)).shape[0] == 2
-    )
+    assert one_step.call == {"eta": 1.0}
+    images = one_step.generate(PROMPTS, noise_from_seeds([1, 2], one_step.latent_shape))
+    assert len(images) == 2

@@ -1,9 +1,10 @@
-"""Every family's ODE, encoder and decoder against its own stock pipeline; what is refused by name."""
+"""Every family's ODE, encoder and decoder against its stock pipeline, and refused models."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from tiny_families import FAMILIES, ONE_EACH, RESOLUTION, SIZE
+from tiny_families import FAMILIES, ONE_EACH, RESOLUTION, SIZE, sd15, unet
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
@@ -25,13 +26,14 @@ Folder = Callable[[str], Path]
 
 
 def stock(folder: Path) -> Any:
-    """The stock pipeline with the deterministic first-order solver of its kind, built here by hand."""
-    without = (
-        {"text_encoder_3": None, "tokenizer_3": None} if folder.name == "sd3_without_t5" else {}
-    )
-    pipeline = DiffusionPipeline.from_pretrained(folder, **without)
+    """The stock pipeline with a deterministic first-order solver, built without this package."""
+    options: dict[str, Any] = {}
+    if folder.name == "sd3_without_t5":
+        options = {"text_encoder_3": None, "tokenizer_3": None}
+    pipeline = DiffusionPipeline.from_pretrained(folder, **options)
     pipeline.set_progress_bar_config(disable=True)
-    if folder.name.startswith("sd1") or folder.name.startswith("sd2") or folder.name == "sdxl":
+
+    if folder.name.startswith(("sd1", "sd2", "sdxl")):
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     if folder.name == "sana":
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -39,17 +41,20 @@ def stock(folder: Path) -> Any:
 
 
 def stock_call(pipeline: Any, noise: Tensor, **options: Any) -> Tensor:
-    """Its latents [B, C, h, w], whatever layout and size it thinks of."""
-    size = RESOLUTION["sana" if type(pipeline).__name__ == "SanaPipeline" else "sd15"]
-    accepted = inspect.signature(pipeline.__call__).parameters
-    options |= {"use_resolution_binning": False} if "use_resolution_binning" in accepted else {}
-    packed = type(pipeline).__name__ == "FluxPipeline"
-    if packed:
+    """Latents [B, C, h, w] of the stock pipeline at the size of the tests."""
+    kind = type(pipeline).__name__
+    size = RESOLUTION["sana" if kind == "SanaPipeline" else "sd15"]
+    if "use_resolution_binning" in inspect.signature(pipeline.__call__).parameters:
+        options["use_resolution_binning"] = False
+    if kind == "FluxPipeline":
         noise = pipeline._pack_latents(noise, len(noise), 16, SIZE, SIZE)
-    out = pipeline(
+
+    latents = pipeline(
         PROMPTS, latents=noise, height=size, width=size, output_type="latent", **options
     ).images
-    return pipeline._unpack_latents(out, size, size, 8) if packed else out
+    if kind == "FluxPipeline":
+        return pipeline._unpack_latents(latents, size, size, 8)
+    return latents
 
 
 def load(folder: Path) -> Any:
@@ -58,39 +63,43 @@ def load(folder: Path) -> Any:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize(("steps", "guidance_scale"), [(10, 3.0), (50, 3.0), (10, 0.0)])
-def test_the_ode_is_the_stock_pipelines(
+def test_ode_matches_the_stock_pipeline(
     name: str, steps: int, guidance_scale: float, family_folder: Folder
 ) -> None:
     if name == "flux_schnell" and guidance_scale > 0:
-        pytest.skip("it has no guidance; test_a_teacher_without_guidance_refuses_one")
+        pytest.skip("no guidance; see test_teacher_without_guidance_refuses_it")
     if name not in ONE_EACH and steps == 50:
-        pytest.skip("fifty steps of one member of each family are enough")
+        pytest.skip("50 steps are tested for one member of each family")
     folder = family_folder(name)
     teacher = load(folder)
     noise = noise_from_seeds([1, 2], teacher.latent_shape)
+    cond, uncond = teacher.encode(PROMPTS), teacher.unconditional().expand(2)
+
+    # The same latents
     expected = stock_call(
         stock(folder), noise, num_inference_steps=steps, guidance_scale=guidance_scale
     )
-    uncond = teacher.unconditional().expand(2)
-    found = solve_ode(teacher, noise, teacher.encode(PROMPTS), uncond, steps, guidance_scale)
+    found = solve_ode(teacher, noise, cond, uncond, steps, guidance_scale)
     assert found.dtype == torch.float32 and found.isfinite().all()
     scale = max(1.0, float(expected.square().mean().sqrt()))
     torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-4)
-    others = solve_ode(teacher, noise, teacher.encode(PROMPTS[::-1]), uncond, steps, guidance_scale)
-    assert float((others - expected).abs().max()) > 1e-4 * scale  # the prompt matters
+
+    # The prompt has an effect
+    swapped_cond = teacher.encode(PROMPTS[::-1])
+    swapped = solve_ode(teacher, noise, swapped_cond, uncond, steps, guidance_scale)
+    assert float((swapped - expected).abs().max()) > 1e-4 * scale
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux_dev", "sana"])
 def test_guidance_changes_the_latents(name: str, family_folder: Folder) -> None:
     teacher = load(family_folder(name))
     noise, cond = noise_from_seeds([1], teacher.latent_shape), teacher.encode(PROMPTS[:1])
-    a, b = (
-        solve_ode(teacher, noise, cond, teacher.unconditional(), 3, scale) for scale in (2.0, 6.0)
-    )
-    assert float((a - b).abs().max()) > 1e-4
+    weak = solve_ode(teacher, noise, cond, teacher.unconditional(), 3, 2.0)
+    strong = solve_ode(teacher, noise, cond, teacher.unconditional(), 3, 6.0)
+    assert float((weak - strong).abs().max()) > 1e-4
 
 
-def test_a_teacher_without_guidance_refuses_one(family_folder: Folder) -> None:
+def test_teacher_without_guidance_refuses_it(family_folder: Folder) -> None:
     teacher = load(family_folder("flux_schnell"))
     cond = teacher.encode(PROMPTS[:1])
     with pytest.raises(
@@ -100,20 +109,27 @@ def test_a_teacher_without_guidance_refuses_one(family_folder: Folder) -> None:
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
-def test_latents_are_decoded_as_the_stock_pipeline_does(name: str, family_folder: Folder) -> None:
+def test_decode_matches_the_stock_pipeline(name: str, family_folder: Folder) -> None:
     teacher, pipeline = load(family_folder(name)), stock(family_folder(name))
-    seen: list[Tensor] = []
-    pipeline.vae.decode, real = (
-        (lambda x, **options: seen.append(x) or real(x, **options)),
-        pipeline.vae.decode,
-    )
     size = RESOLUTION[name]
-    options = {"use_resolution_binning": False} if name == "sana" else {}
     noise = noise_from_seeds([1, 2], teacher.latent_shape)
-    given = pipeline._pack_latents(noise, 2, 16, SIZE, SIZE) if name == "flux_dev" else noise
-    shown = pipeline(
+
+    # Count the calls of the stock pipeline's decoder
+    decoded: list[Tensor] = []
+    decode = pipeline.vae.decode
+
+    def counting_decode(latents: Tensor, **options: Any) -> Any:
+        decoded.append(latents)
+        return decode(latents, **options)
+
+    pipeline.vae.decode = counting_decode
+
+    # Images of the stock pipeline
+    options = {"use_resolution_binning": False} if name == "sana" else {}
+    latents = pipeline._pack_latents(noise, 2, 16, SIZE, SIZE) if name == "flux_dev" else noise
+    expected = pipeline(
         PROMPTS,
-        latents=given,
+        latents=latents,
         height=size,
         width=size,
         num_inference_steps=2,
@@ -121,52 +137,60 @@ def test_latents_are_decoded_as_the_stock_pipeline_does(name: str, family_folder
         output_type="pt",
         **options,
     ).images
+
+    # Images of the teacher from the stock pipeline's latents
     latents = stock_call(pipeline, noise, num_inference_steps=2, guidance_scale=0)
     images = teacher.decode(latents)
-    assert images.shape[-2:] == teacher.pixels == (size, size)
-    torch.testing.assert_close((images + 1) / 2, shown, rtol=0, atol=1e-4)
-    assert len(seen) == 1
+    assert images.shape[-2:] == teacher.image_size == (size, size)
+    torch.testing.assert_close((images + 1) / 2, expected, rtol=0, atol=1e-4)
+    assert len(decoded) == 1
 
 
 @pytest.mark.parametrize("name", ONE_EACH)
-def test_conditionings_join_and_part_again(name: str, family_folder: Folder) -> None:
+def test_conditionings_are_sliced_and_concatenated(name: str, family_folder: Folder) -> None:
     teacher = load(family_folder(name))
     both = teacher.encode(PROMPTS)
     joined = type(both).concat(both.rows(slice(0, 1)), both.rows(slice(1, 2)))
-    assert joined.tensors().keys() == both.tensors().keys() and len(joined) == 2
-    assert all(torch.equal(joined.tensors()[key], value) for key, value in both.tensors().items())
-    many = teacher.unconditional().expand(3)
-    assert all(len(value) == 3 for value in many.tensors().values())
+    assert len(joined) == 2
+    assert joined.tensors().keys() == both.tensors().keys()
+    for key, value in both.tensors().items():
+        assert torch.equal(joined.tensors()[key], value), key
+
+    expanded = teacher.unconditional().expand(3)
+    assert all(len(value) == 3 for value in expanded.tensors().values())
 
 
-def test_sdxls_network_reads_pooled_text_and_sizes(family_folder: Folder) -> None:
+def test_sdxl_uses_pooled_text_and_sizes(family_folder: Folder) -> None:
     folder = family_folder("sdxl")
-    small, large = (load_teacher(str(folder), resolution=side) for side in (64, 128))
+    small = load_teacher(str(folder), resolution=64)
+    large = load_teacher(str(folder), resolution=128)
+
+    # Sizes in pixels follow the resolution
     cond = small.encode(PROMPTS)
     assert cond.time_ids is not None and cond.time_ids.tolist() == [[64, 64, 0, 0, 64, 64]] * 2
     assert large.latent_shape == (4, 16, 16) and large.encode(PROMPTS[:1]).time_ids[0, 0] == 128
+
+    # Both have an effect on the output
     noise = noise_from_seeds([1, 2], small.latent_shape)
-    answer = small.denoise(noise, 999, cond)
+    x0 = small.denoise(noise, 999, cond)
     for name in ("pooled_prompt_embeds", "time_ids"):
-        changed = type(cond)(**cond.tensors() | {name: cond.tensors()[name] * 2})
-        assert float((small.denoise(noise, 999, changed) - answer).abs().max()) > 1e-4
-    assert (
-        float(small.unconditional().prompt_embeds.abs().max()) == 0
-    )  # force_zeros_for_empty_prompt
+        changed = type(cond)(**{**cond.tensors(), name: cond.tensors()[name] * 2})
+        assert float((small.denoise(noise, 999, changed) - x0).abs().max()) > 1e-4
+
+    # force_zeros_for_empty_prompt
+    assert float(small.unconditional().prompt_embeds.abs().max()) == 0
 
 
-def test_tokens_are_packed_and_unpacked_as_flux_does(family_folder: Folder) -> None:
-    x, pipeline = (
-        torch.arange(2 * 16 * 4 * 6.0).reshape(2, 16, 4, 6),
-        stock(family_folder("flux_schnell")),
-    )
+def test_packing_matches_flux(family_folder: Folder) -> None:
+    pipeline = stock(family_folder("flux_schnell"))
+    x = torch.arange(2 * 16 * 4 * 6.0).reshape(2, 16, 4, 6)
     assert torch.equal(pack(x), pipeline._pack_latents(x, 2, 16, 4, 6))
     assert torch.equal(unpack(pack(x), (4, 6)), x)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_one_step_ends_at_the_networks_x0(name: str, family_folder: Folder) -> None:
-    """From the last timestep; Stable Diffusion's leading spacing starts elsewhere, and is left out."""
+def test_one_ode_step_gives_the_networks_x0(name: str, family_folder: Folder) -> None:
+    """For models whose steps start at the last timestep: not Stable Diffusion's leading spacing."""
     teacher = load(family_folder(name))
     if name in ("sd15", "sd21", "sdxl"):
         pytest.skip("its steps do not start at the last timestep")
@@ -177,31 +201,30 @@ def test_one_step_ends_at_the_networks_x0(name: str, family_folder: Folder) -> N
     )
 
 
-def test_resolutions_that_do_not_fit_are_said(family_folder: Folder) -> None:
+def test_resolution_that_does_not_fit_is_reported(family_folder: Folder) -> None:
     for name, unit in (("sd15", 8), ("flux_dev", 16), ("sd3", 16), ("sana", 32)):
-        with pytest.raises(UserError, match=f"resolution {unit + 1}.*steps of {unit} pixels"):
+        with pytest.raises(UserError, match=f"resolution {unit + 1}.*multiple of {unit} pixels"):
             load_teacher(str(family_folder(name)), resolution=unit + 1)
 
 
-def altered(folder: Path, to: Path, file: str, **settings: Any) -> Path:
-    import shutil
-
+def copy_with_settings(folder: Path, to: Path, file: str, **settings: Any) -> Path:
+    """Copies a pipeline and changes settings in one of its JSON files."""
     shutil.copytree(folder, to)
     path = to / file
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     return to
 
 
-def test_models_that_cannot_teach_are_refused_by_name(
-    family_folder: Folder, tmp_path: Path
-) -> None:
+def test_models_that_cannot_teach_are_refused(family_folder: Folder, tmp_path: Path) -> None:
     sd = family_folder("sd15")
-    refiner = altered(
+
+    refiner = copy_with_settings(
         sd, tmp_path / "a", "model_index.json", _class_name="StableDiffusionXLImg2ImgPipeline"
     )
     with pytest.raises(UserError, match="the SDXL refiner"):
         load_teacher(str(refiner))
-    refiner = altered(
+
+    refiner = copy_with_settings(
         family_folder("sdxl"),
         tmp_path / "b",
         "model_index.json",
@@ -210,7 +233,8 @@ def test_models_that_cannot_teach_are_refused_by_name(
     )
     with pytest.raises(UserError, match="no text_encoder: it is the SDXL refiner"):
         load_teacher(str(refiner))
-    zero_snr = altered(
+
+    zero_snr = copy_with_settings(
         sd, tmp_path / "c", "scheduler/scheduler_config.json", rescale_betas_zero_snr=True
     )
     with pytest.raises(UserError, match="ε with zero terminal SNR"):
@@ -218,7 +242,7 @@ def test_models_that_cannot_teach_are_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    ("kind", "told"),
+    ("kind", "message"),
     [
         (
             "StableDiffusionInpaintPipeline",
@@ -229,30 +253,24 @@ def test_models_that_cannot_teach_are_refused_by_name(
         ("AuraFlowPipeline", "not supported; supported: StableDiffusionPipeline"),
     ],
 )
-def test_other_pipelines_are_refused_with_what_to_give(
-    kind: str, told: str, tmp_path: Path
-) -> None:
+def test_other_pipelines_are_refused_with_a_remedy(kind: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": kind}))
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=message) as raised:
         load_teacher(str(tmp_path))
-    assert "CONTRIBUTING.md" in str(error.value)
+    assert "CONTRIBUTING.md" in str(raised.value)
 
 
-def test_a_missing_third_text_encoder_is_said(family_folder: Folder, tmp_path: Path) -> None:
-    import shutil
-
+def test_missing_third_text_encoder_is_reported(family_folder: Folder, tmp_path: Path) -> None:
     shutil.copytree(family_folder("sd3"), tmp_path / "sd3")
     shutil.rmtree(tmp_path / "sd3" / "text_encoder_3")
-    with pytest.raises(UserError, match="text_encoder_3") as error:
+    with pytest.raises(UserError, match="text_encoder_3") as raised:
         load_teacher(str(tmp_path / "sd3"))
-    assert "[null, null]" in str(error.value)
+    assert "[null, null]" in str(raised.value)
 
 
-def test_an_inpainting_model_is_refused(tmp_path: Path) -> None:
-    from tiny_families import sd15, unet
-
+def test_inpainting_model_is_refused(tmp_path: Path) -> None:
     pipeline = sd15()
     pipeline.unet = unet(in_channels=9)
     pipeline.save_pretrained(tmp_path / "inpaint")
-    with pytest.raises(UserError, match="takes 9 channels, its VAE makes 4: it is an inpainting"):
+    with pytest.raises(UserError, match="takes 9 channels, but its VAE has 4: it is an inpainting"):
         load_teacher(str(tmp_path / "inpaint"))

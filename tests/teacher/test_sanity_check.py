@@ -1,7 +1,8 @@
-"""ε and v mixed up are told from the teacher's first x0; a sound teacher is left in peace."""
+"""A wrong prediction type is detected from x0 of pure noise; a right one gives no warning."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,43 +20,51 @@ from diffusion2gan.teacher.sanity_check import warn_if_implausible
 PROMPTS = ["a large striped red ring", "a small blue star on pink"]
 
 
-class SaysEpsilon(nn.Module):
-    """The pocket's network, trained to predict v, made to answer the ε that it means: ε = σ·x_t + α·v."""
+class EpsilonNetwork(nn.Module):
+    """The pocket teacher's network, trained to predict v, converted to ε = σ·x_t + α·v."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
-        self.network, self.config, self._teacher = (
-            teacher.network,
-            teacher.network.config,
-            (teacher,),
-        )
+        self.network = teacher.network
+        self.config = teacher.network.config
+        self.level = teacher.level
 
     def forward(self, x: Tensor, timestep: float, *args: Any, **kwargs: Any) -> Any:
-        alpha, sigma = self._teacher[0].level(timestep)
-        return SimpleNamespace(
-            sample=sigma * x + alpha * self.network(x, timestep, *args, **kwargs).sample
-        )
+        alpha, sigma = self.level(timestep)
+        v = self.network(x, timestep, *args, **kwargs).sample
+        return SimpleNamespace(sample=sigma * x + alpha * v)
 
 
-@pytest.mark.parametrize("says", ["v_prediction", "epsilon"])
+@pytest.mark.parametrize("predicts", ["v_prediction", "epsilon"])
 @pytest.mark.parametrize("read_as", ["v_prediction", "epsilon"])
-def test_a_mix_up_is_told(says: str, read_as: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_warns_exactly_if_the_prediction_type_is_wrong(
+    predicts: str, read_as: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = load_teacher()
     assert teacher.prediction_type == "v_prediction"
-    teacher.network = SaysEpsilon(teacher) if says == "epsilon" else teacher.network
+    if predicts == "epsilon":
+        teacher.network = EpsilonNetwork(teacher)
     teacher.prediction_type = read_as
-    told = warn_if_implausible(
-        teacher, noise_from_seeds([1, 2], teacher.latent_shape), teacher.encode(PROMPTS)
-    )
-    assert told == (says != read_as)
-    assert (f"read as {read_as}" in capsys.readouterr().err) == told
+
+    noise = noise_from_seeds([1, 2], teacher.latent_shape)
+    warned = warn_if_implausible(teacher, noise, teacher.encode(PROMPTS))
+    assert warned == (predicts != read_as)
+    assert (f"read as {read_as}" in capsys.readouterr().err) == warned
 
 
-def test_pairs_says_it_once_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_making_pairs_warns_once_and_continues(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = load_teacher()
     teacher.prediction_type = "epsilon"
     spec = PairsSpec(teacher.name, teacher.revision, "words", 4, 0, 1, 1.0, teacher.latent_shape, 2)
-    make_pairs(teacher, lambda indices: ["a star"] * len(indices), spec, tmp_path / "pairs")
+
+    def prompts(indices: Sequence[int]) -> list[str]:
+        return ["a star"] * len(indices)
+
+    make_pairs(teacher, prompts, spec, tmp_path / "pairs")
     assert capsys.readouterr().err.count("looks wrong") == 1
-    make_pairs(teacher, lambda indices: ["a star"] * len(indices), spec, tmp_path / "pairs")
-    assert "looks wrong" not in capsys.readouterr().err  # nothing was made
+
+    # All pairs exist already
+    make_pairs(teacher, prompts, spec, tmp_path / "pairs")
+    assert "looks wrong" not in capsys.readouterr().err

@@ -19,7 +19,7 @@ from diffusion2gan.adversarial.transformer import TransformerDiscriminator
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.teacher.conditioning import Conditioning
-from diffusion2gan.teacher.families import added
+from diffusion2gan.teacher.families import added_cond_kwargs
 from diffusion2gan.teacher.pipeline import Teacher
 
 DECODER_BLOCKS = {
@@ -128,7 +128,7 @@ class DiffusionDiscriminator(nn.Module):
 
     def _conditions(self, cond: Conditioning, latents: Tensor) -> tuple[Tensor, Tensor]:
         """The embedding [B, E] that every block adds, and the tokens [B, T, D] that its cross-attention reads."""
-        unet, more = self.unet, added(cond) or {}
+        unet, more = self.unet, added_cond_kwargs(cond) or {}
         emb = unet.time_embedding(unet.get_time_embed(latents, self.timestep))
         aug_emb = unet.get_aug_embed(emb, cond.prompt_embeds, more)
         emb = emb if aug_emb is None else emb + aug_emb

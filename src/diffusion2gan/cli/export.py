@@ -15,35 +15,37 @@ def export(
         Path, typer.Argument(callback=local_path, help="A run's folder, or one of its checkpoints.")
     ],
     out: Annotated[Path, typer.Option(callback=local_path, help="The pipeline folder to write.")],
-    half: Annotated[bool, typer.Option("--half", help="float16 weights.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Write float16 weights.")] = False,
 ) -> None:
-    """Write a pipeline folder that stock diffusers runs with num_inference_steps=1, guidance_scale=0."""
+    """Write the student as a pipeline folder for stock diffusers.
+
+    It runs with num_inference_steps=1 and guidance_scale=0.
+    """
     import torch
 
     from diffusion2gan import export as job
 
     job.export(run, out, torch.float16 if half else torch.float32)
-    typer.echo(
-        f"{out}: DiffusionPipeline.from_pretrained({str(out)!r})(prompt, num_inference_steps=1, guidance_scale=0)"
-    )
+    call = "(prompt, num_inference_steps=1, guidance_scale=0)"
+    typer.echo(f"{out}: DiffusionPipeline.from_pretrained({str(out)!r}){call}")
 
 
 def generate(
     student: Annotated[
         str, typer.Argument(help="pocket-student, pocket-teacher or a pipeline folder.")
     ],
-    prompt: Annotated[list[str], typer.Option(help="Repeat it for several prompts, one row each.")],
-    out: Annotated[Path, typer.Option(callback=local_path, help="The picture to write.")],
+    prompt: Annotated[list[str], typer.Option(help="A prompt; repeat it for more rows.")],
+    out: Annotated[Path, typer.Option(callback=local_path, help="The image file to write.")],
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     per_prompt: Annotated[
-        int, typer.Option(min=1, help="Pictures a prompt, from seeds seed, seed+1, …")
+        int, typer.Option(min=1, help="Images per prompt, from seeds seed, seed+1, …")
     ] = 4,
     num_inference_steps: Annotated[int | None, typer.Option(min=1)] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0.0)] = None,
     device: DeviceOption = "cpu",
     precision: PrecisionOption = "float32",
 ) -> None:
-    """Make pictures and print the seconds each took."""
+    """Generate images and print the seconds per image."""
     from diffusion2gan import generate as job
     from diffusion2gan.pipelines.system import load_system
     from diffusion2gan.runtime.distributed import get_ranks, rank_device
@@ -53,6 +55,7 @@ def generate(
     )
     seconds = job.generate(system, prompt, seed, per_prompt, out)
     if get_ranks().is_main:
+        num_images = len(prompt) * per_prompt
         typer.echo(
-            f"{out}: {len(prompt) * per_prompt} pictures, {system.note}, {seconds:.4f} seconds per picture"
+            f"{out}: {num_images} pictures, {system.note}, {seconds:.4f} seconds per picture"
         )

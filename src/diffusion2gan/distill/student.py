@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from diffusion2gan.errors import UserError, nearest
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.teacher.conditioning import Conditioning
-from diffusion2gan.teacher.pipeline import Teacher, sharing_weights
+from diffusion2gan.teacher.pipeline import Teacher, copy_sharing_weights
 
 OUTPUT_LAYERS = ("conv_out", "proj_out")  # the last layer of a UNet, and of a transformer
 
@@ -45,7 +45,8 @@ class Student(nn.Module):
 
         # Network
         if lora_rank > 0:
-            self.network = add_lora(sharing_weights(teacher.network), lora_rank, lora_targets)
+            network = copy_sharing_weights(teacher.network)
+            self.network = add_lora(network, lora_rank, lora_targets)
         else:
             self.network = copy.deepcopy(teacher.network).requires_grad_(True)
         keep_output_in_float32(self.network)

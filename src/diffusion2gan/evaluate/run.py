@@ -37,9 +37,9 @@ from diffusion2gan.evaluate.pictures import (
 from diffusion2gan.evaluate.protocols import POCKET, describe, get_protocol, read_captions
 from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pipelines.image_folder import ImageFolder, open_system
-from diffusion2gan.pipelines.system import System, check_device, load_system
+from diffusion2gan.pipelines.system import System, load_system
 from diffusion2gan.pocket import scenes
-from diffusion2gan.runtime.distributed import get_ranks, rank_device
+from diffusion2gan.runtime.distributed import get_ranks, rank_device, resolve_device
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.images import to_uint8
 
@@ -137,7 +137,7 @@ def evaluate_published(
         )
     prompts = read_captions(captions, chosen.count, captions_sha256)
     device = device if get_ranks().is_main else rank_device(device)
-    check_device(device)
+    resolve_device(device, "give --device cpu")
     spaces = {
         "inception": backbones.inception(inception, device=device) if inception else None,
         "clip": backbones.clip(clip, device) if clip else None,

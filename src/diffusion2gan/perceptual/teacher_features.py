@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS
 from diffusion2gan.perceptual.vgg import VGG
-from diffusion2gan.teacher.pipeline import Teacher, sharing_weights
+from diffusion2gan.teacher.pipeline import Teacher, copy_sharing_weights
 
 # A transformer's tokens are read after each quarter of its blocks except the last quarter, whose
 # features are mostly about the network's output.
@@ -37,7 +37,7 @@ class TeacherFeatures(nn.Module):
 
     def __init__(self, teacher: Teacher, bfloat16: bool = False) -> None:
         super().__init__()
-        self.network: Any = sharing_weights(teacher.network)
+        self.network: Any = copy_sharing_weights(teacher.network)
         self.config = {"in_channels": teacher.latent_shape[0]}
         self.smallest_side = 1
         self.autocast = bfloat16

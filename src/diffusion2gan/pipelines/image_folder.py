@@ -1,4 +1,4 @@
-"""A folder of pictures in the place of a system, by caption index."""
+"""A folder of images that takes the place of a system, indexed by caption."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.pipelines.system import System, load_system
 from diffusion2gan.runtime.files import sha256
 
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 Pictures = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Pictures that are there already, by caption index. `key` names their contents."""
+    """Existing images, one per caption. `key` is a digest of their contents."""
 
     name: str
     files: Mapping[int, Path]
@@ -33,54 +32,26 @@ class ImageFolder:
 
     @property
     def formats(self) -> list[str]:
-        """Their file formats, such as png; jpg pictures have lost something before they are measured."""
+        """Their file formats, such as png. Images in jpg have lost detail before evaluation."""
         return sorted({path.suffix.lower().lstrip(".") for path in self.files.values()})
 
     def read(self, indices: Sequence[int]) -> list[Pictures]:
-        """[H, W, 3] each. Raises UserError where an index has no picture, or it cannot be read."""
+        """The images of captions, [H, W, 3] uint8 each.
+
+        Raises UserError if a caption has no image or its file cannot be read.
+        """
         self.check(indices)
-        return [read_image(self.files[i]) for i in indices]
+        return [read_image(self.files[index]) for index in indices]
 
     def check(self, indices: Sequence[int]) -> None:
-        """Raises UserError where an index has no picture."""
-        missing = [i for i in indices if i not in self.files]
+        """Raises UserError if a caption has no image."""
+        missing = [index for index in indices if index not in self.files]
         if missing:
             raise UserError(
-                f"{self.name} has no picture of caption {missing[0]}; a file's number is its caption's, from 0: "
-                f"000000.png is caption 0's. It has {len(self.files)} pictures, and {len(indices)} are asked for."
+                f"{self.name} has no image for caption {missing[0]}. The number in a file's name "
+                "is its caption's index, from 0: 000000.png belongs to caption 0. The folder has "
+                f"{len(self.files)} images, and {len(indices)} are needed."
             )
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The pictures in and below `folder`, by name. Raises UserError where there is none."""
-    if not folder.is_dir():
-        raise UserError(f"no folder of pictures: {folder}")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
-    if not files:
-        raise UserError(f"{folder} holds no pictures ({', '.join(sorted(IMAGES))})")
-    return files
-
-
-def open_images(name: str, folder: Path) -> ImageFolder:
-    """A system's pictures, named by caption index: 000000.png, gigagan_12.jpg: the last number counts.
-
-    Raises UserError where a name has no number or two have the same.
-    """
-    found: dict[int, Path] = {}
-    for path in image_files(folder):
-        numbers = re.findall(r"\d+", path.stem)
-        if not numbers:
-            raise UserError(
-                f"{path}: a picture is named by its caption's number, such as 000000.png for caption 0"
-            )
-        index = int(numbers[-1])
-        if index in found:
-            raise UserError(
-                f"{path} and {found[index]} are both of caption {index}; keep one of them"
-            )
-        found[index] = path
-    told = "".join(f"{index}:{sha256(path)}\n" for index, path in sorted(found.items()))
-    return ImageFolder(name, found, hashlib.sha256(told.encode()).hexdigest()[:16])
 
 
 def open_system(
@@ -91,26 +62,65 @@ def open_system(
     precision: str = "float32",
     resolution: int | None = None,
 ) -> System | ImageFolder:
-    """A system by `load_system`, or a folder of pictures: FOLDER or NAME=FOLDER without a model_index.json."""
+    """A system as `load_system` loads it, or a folder of images.
+
+    A folder without a model_index.json is a folder of images: FOLDER or NAME=FOLDER.
+    """
     label, equals, path = name.partition("=")
     folder = Path(path if equals else name)
-    if folder.is_dir() and not (folder / "model_index.json").exists() and "+" not in name:
-        if (num_inference_steps, guidance_scale) != (None, None):
+    has_pipeline = (folder / "model_index.json").exists()
+    if folder.is_dir() and not has_pipeline and "+" not in name:
+        if num_inference_steps is not None or guidance_scale is not None:
             raise UserError(
-                f"{folder} is a folder of pictures: it takes neither steps nor guidance"
+                f"{folder} is a folder of images, to which neither a number of steps nor a "
+                "guidance scale applies; leave both out"
             )
         return open_images(label, folder)
     return load_system(name, num_inference_steps, guidance_scale, device, precision, resolution)
 
 
+def open_images(name: str, folder: Path) -> ImageFolder:
+    """The images of a folder. The last number in a file's name is its caption's index.
+
+    Examples: 000000.png, gigagan_12.jpg. Raises UserError if a name has no number or two have the
+    same one.
+    """
+    files: dict[int, Path] = {}
+    for path in image_files(folder):
+        numbers = re.findall(r"\d+", path.stem)
+        if not numbers:
+            raise UserError(
+                f"{path}: the name of an image must contain its caption's index, such as "
+                "000000.png for caption 0"
+            )
+        index = int(numbers[-1])
+        if index in files:
+            raise UserError(
+                f"{path} and {files[index]} are both for caption {index}; keep one of them"
+            )
+        files[index] = path
+
+    digests = [f"{index}:{sha256(path)}\n" for index, path in sorted(files.items())]
+    return ImageFolder(name, files, hashlib.sha256("".join(digests).encode()).hexdigest()[:16])
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images in `folder` and below it, sorted by path. Raises UserError if there is none."""
+    if not folder.is_dir():
+        raise UserError(f"no folder of images: {folder}")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not files:
+        raise UserError(f"{folder} contains no images ({', '.join(sorted(SUFFIXES))})")
+    return files
+
+
 def read_image(path: Path) -> Pictures:
-    """[H, W, 3] uint8. Raises UserError where the file is no picture or damaged."""
+    """[H, W, 3] uint8. Raises UserError if the file is not an image or is damaged."""
     try:
-        with Image.open(path) as opened:
-            return np.asarray(opened.convert("RGB"))
-    except (
-        Exception
-    ) as error:  # Pillow raises many kinds on damaged files: OSError, SyntaxError, struct.error, …
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:
+        # For damaged files Pillow raises many kinds: OSError, SyntaxError, struct.error, …
         raise UserError(
-            f"{path} cannot be read as a picture ({type(error).__name__}: {error}); replace it"
+            f"{path} cannot be read as an image ({type(error).__name__}: {error}); replace it"
         ) from error

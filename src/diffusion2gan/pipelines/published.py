@@ -1,4 +1,4 @@
-"""Published systems: which scheduler, steps, guidance and prediction type each was made for. One row a system."""
+"""Published few-step systems, with the scheduler, steps, guidance and prediction type of each."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
 
 class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
-    """Euler steps of dx/dt = v(x, t), t from 0 (noise) to 1, the network told (1 − t)·1000 (Liu et al. 2024).
+    """Euler steps of dx/dt = v(x, t) for t from 0 (noise) to 1 (data) (Liu et al. 2024).
 
-    Diffusers' own flow schedulers go the other way round and do not fit `StableDiffusionPipeline`.
+    The network's timestep is (1 − t)·1000. diffusers' flow schedulers have the opposite direction
+    and do not fit `StableDiffusionPipeline`.
     """
 
     order = 1
@@ -41,8 +42,8 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self.timesteps = torch.empty(0)
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        steps = torch.arange(num_inference_steps, device=device) / num_inference_steps
-        self.timesteps = self.config.num_train_timesteps * (1 - steps)
+        t = torch.arange(num_inference_steps, device=device) / num_inference_steps
+        self.timesteps = self.config.num_train_timesteps * (1 - t)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         return sample
@@ -50,116 +51,189 @@ class RectifiedFlowScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def step(
         self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True
     ) -> SchedulerOutput | tuple[Tensor]:
-        following = sample + model_output / len(self.timesteps)
-        return SchedulerOutput(prev_sample=following) if return_dict else (following,)
+        next_sample = sample + model_output / len(self.timesteps)
+        if return_dict:
+            return SchedulerOutput(prev_sample=next_sample)
+        return (next_sample,)
 
 
 @dataclass(frozen=True)
-class Row:
-    """How a system is run: its scheduler with `settings`, one of `steps` (none: any; the first if not said).
+class PublishedSystem:
+    """How a published system is run.
 
-    `at[n]` adds settings for n steps, `timesteps[n]` names the timesteps of n steps, `call` are further arguments of
-    the pipeline. `weights`: published as UNet or LoRA files for a base pipeline. `where`: its public home.
+    - `source`: where it is published.
+    - `scheduler`: the class of its scheduler, and `settings` that differ from the base pipeline's.
+    - `steps`: the numbers of steps it was made for; the first is the default.
+    - `any_steps`: any other number of steps is possible, too.
+    - `settings_by_steps`: further scheduler settings for a number of steps.
+    - `timesteps`: the timesteps for a number of steps, if the scheduler does not choose them.
+    - `call`: further arguments of the pipeline's call.
+    - `weights`: it is published as a UNet or LoRA file for a base pipeline.
     """
 
-    where: str
+    source: str
     scheduler: type
     steps: tuple[int, ...]
     guidance_scale: float
     settings: Mapping[str, Any] = field(default_factory=dict)
-    at: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    settings_by_steps: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     timesteps: Mapping[int, list[int]] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
     weights: bool = False
     any_steps: bool = False
 
 
-UNCLIPPED = {"clip_sample": False, "thresholding": False}
-TRAILING = {"timestep_spacing": "trailing"}
-DMD2_STEPS = {1: [399], 4: [999, 749, 499, 249]}
-
-# From each one's public model card. sd15 and sdxl: DDIM as the paper's teachers; its guidance for SDXL is not published
-# and 5.0 is diffusers' default. One line adds another.
-ROWS: dict[str, Row] = {
-    "sd15": Row("stable-diffusion-v1-5", DDIMScheduler, (50,), 3.0, UNCLIPPED, any_steps=True),
-    "sdxl": Row(
-        "stable-diffusion-xl-base-1.0", DDIMScheduler, (50,), 5.0, UNCLIPPED, any_steps=True
+# Settings are from the systems' public model cards. sd15 and sdxl are DDIM, as the teachers in the
+# paper; the paper does not give its guidance scale for SDXL, and 5.0 is diffusers' default.
+SYSTEMS: dict[str, PublishedSystem] = {
+    "sd15": PublishedSystem(
+        source="stable-diffusion-v1-5",
+        scheduler=DDIMScheduler,
+        steps=(50,),
+        any_steps=True,
+        guidance_scale=3.0,
+        settings={"clip_sample": False, "thresholding": False},
     ),
-    "instaflow-0.9b": Row("instaflow_0_9B_from_sd_1_5", RectifiedFlowScheduler, (1,), 0.0),
-    "sdxl-turbo": Row("sdxl-turbo", EulerAncestralDiscreteScheduler, (1, 2, 3, 4), 0.0, TRAILING),
-    "sdxl-lightning": Row(
-        "SDXL-Lightning",
-        EulerDiscreteScheduler,
-        (1, 2, 4, 8),
-        0.0,
-        TRAILING,
-        at={1: {"prediction_type": "sample"}},
+    "sdxl": PublishedSystem(
+        source="stable-diffusion-xl-base-1.0",
+        scheduler=DDIMScheduler,
+        steps=(50,),
+        any_steps=True,
+        guidance_scale=5.0,
+        settings={"clip_sample": False, "thresholding": False},
+    ),
+    "instaflow-0.9b": PublishedSystem(
+        source="instaflow_0_9B_from_sd_1_5",
+        scheduler=RectifiedFlowScheduler,
+        steps=(1,),
+        guidance_scale=0.0,
+    ),
+    "sdxl-turbo": PublishedSystem(
+        source="sdxl-turbo",
+        scheduler=EulerAncestralDiscreteScheduler,
+        steps=(1, 2, 3, 4),
+        guidance_scale=0.0,
+        settings={"timestep_spacing": "trailing"},
+    ),
+    "sdxl-lightning": PublishedSystem(
+        source="SDXL-Lightning",
+        scheduler=EulerDiscreteScheduler,
+        steps=(1, 2, 4, 8),
+        guidance_scale=0.0,
+        settings={"timestep_spacing": "trailing"},
+        settings_by_steps={1: {"prediction_type": "sample"}},
         weights=True,
     ),
-    "lcm": Row("LCM_Dreamshaper_v7", LCMScheduler, (4, 1, 2, 3, 5, 6, 7, 8), 8.0),
-    "dmd2": Row("DMD2", LCMScheduler, (1, 4), 0.0, timesteps=DMD2_STEPS, weights=True),
-    "hyper-sd": Row("Hyper-SD, UNet", LCMScheduler, (1,), 0.0, timesteps={1: [800]}, weights=True),
-    "hyper-sd-lora": Row(
-        "Hyper-SD, LoRA of 2 to 8 steps", DDIMScheduler, (2, 4, 8), 0.0, TRAILING, weights=True
+    "lcm": PublishedSystem(
+        source="LCM_Dreamshaper_v7",
+        scheduler=LCMScheduler,
+        steps=(4, 1, 2, 3, 5, 6, 7, 8),
+        guidance_scale=8.0,
     ),
-    "hyper-sd-lora-1step": Row(
-        "Hyper-SD, LoRA of 1 step", TCDScheduler, (1,), 0.0, call={"eta": 1.0}, weights=True
+    "dmd2": PublishedSystem(
+        source="DMD2",
+        scheduler=LCMScheduler,
+        steps=(1, 4),
+        guidance_scale=0.0,
+        timesteps={1: [399], 4: [999, 749, 499, 249]},
+        weights=True,
+    ),
+    "hyper-sd": PublishedSystem(
+        source="Hyper-SD, UNet",
+        scheduler=LCMScheduler,
+        steps=(1,),
+        guidance_scale=0.0,
+        timesteps={1: [800]},
+        weights=True,
+    ),
+    "hyper-sd-lora": PublishedSystem(
+        source="Hyper-SD, LoRA for 2 to 8 steps",
+        scheduler=DDIMScheduler,
+        steps=(2, 4, 8),
+        guidance_scale=0.0,
+        settings={"timestep_spacing": "trailing"},
+        weights=True,
+    ),
+    "hyper-sd-lora-1step": PublishedSystem(
+        source="Hyper-SD, LoRA for 1 step",
+        scheduler=TCDScheduler,
+        steps=(1,),
+        guidance_scale=0.0,
+        call={"eta": 1.0},
+        weights=True,
     ),
 }
+
+# Systems of which only images are public.
 PICTURES_ONLY = {
-    "gigagan": "no weights are public: give a folder of its pictures, named by caption index"
+    "gigagan": "no weights are public: give a folder of its images, named by caption index"
 }
 
 
-def steps_of(name: str, asked: int | None, weights: Path | None) -> int:
-    """How many steps: as `asked`, as the weights' file name says (`…_4step_…`), or the row's first.
+def choose_num_steps(name: str, requested: int | None, weights: Path | None) -> int:
+    """The number of steps: as requested, as in the weights' file name, or the system's default.
 
-    Raises UserError where the system is not made for so many, or the file is of another number.
+    A file name gives it as in `…_4step_…`. Raises UserError if the system was not made for that
+    number of steps, or the file is for another one.
     """
-    row = ROWS[name]
-    told = re.search(r"(\d+)[-_]?steps?", weights.name, re.I) if weights else None
-    of_file = int(told[1]) if told else None
-    if asked is not None and of_file is not None and asked != of_file:
+    system = SYSTEMS[name]
+    in_name = re.search(r"(\d+)[-_]?steps?", weights.name, re.I) if weights else None
+    steps_of_file = int(in_name[1]) if in_name else None
+    if requested is not None and steps_of_file is not None and requested != steps_of_file:
         raise UserError(
-            f"{weights} is for {of_file} steps, --num-inference-steps says {asked}; give the file for it"
+            f"{weights} is for {steps_of_file} steps, but --num-inference-steps is {requested}; "
+            f"give the file for {requested} steps, or leave the option out"
         )
-    steps = asked or of_file or row.steps[0]
-    if not row.any_steps and steps not in row.steps:
-        raise UserError(
-            f"{name} is made for {', '.join(map(str, sorted(row.steps)))} steps, not for {steps}"
-        )
+
+    steps = requested or steps_of_file or system.steps[0]
+    if steps not in system.steps and not system.any_steps:
+        supported = ", ".join(str(number) for number in sorted(system.steps))
+        raise UserError(f"{name} is made for {supported} steps, not for {steps}")
     return steps
 
 
-def scheduler_of(row: Row, config: Mapping[str, Any], num_inference_steps: int) -> Any:
-    """The row's scheduler, with the base pipeline's noise schedule and the row's settings."""
-    if row.scheduler is RectifiedFlowScheduler:
+def build_scheduler(
+    system: PublishedSystem, config: Mapping[str, Any], num_inference_steps: int
+) -> Any:
+    """The system's scheduler with the base pipeline's noise schedule."""
+    if system.scheduler is RectifiedFlowScheduler:
         return RectifiedFlowScheduler()
-    return row.scheduler.from_config(config, **row.settings, **row.at.get(num_inference_steps, {}))  # type: ignore[attr-defined]
+    more = system.settings_by_steps.get(num_inference_steps, {})
+    return system.scheduler.from_config(config, **system.settings, **more)  # type: ignore[attr-defined]
 
 
-def call_of(row: Row, num_inference_steps: int) -> dict[str, Any]:
+def call_arguments(system: PublishedSystem, num_inference_steps: int) -> dict[str, Any]:
     """Further arguments of the pipeline's call."""
-    steps = row.timesteps.get(num_inference_steps)
-    return dict(row.call) | ({"timesteps": steps} if steps else {})
+    arguments = dict(system.call)
+    if num_inference_steps in system.timesteps:
+        arguments["timesteps"] = system.timesteps[num_inference_steps]
+    return arguments
 
 
 def load_weights(pipeline: DiffusionPipeline, path: Path) -> None:
-    """Puts a published UNet, or a LoRA, into its base pipeline. Raises UserError where it does not fit."""
+    """Loads a published UNet or LoRA into its base pipeline.
+
+    Raises UserError if the file cannot be read or does not fit.
+    """
     if not path.is_file() or path.suffix not in SUFFIXES:
         raise UserError(
-            f"{path} is no weights file ({', '.join(SUFFIXES)}); write the system as NAME=PIPELINE+FILE"
+            f"{path} is not a weights file ({', '.join(SUFFIXES)}); write the system as "
+            "NAME=PIPELINE+FILE"
         )
-    tensors = _read(path)
-    if any("lora" in key for key in tensors):
-        _load_lora(pipeline, path, tensors)
+    tensors = _read_tensors(path)
+    if any("lora" in name for name in tensors):
+        _merge_lora(pipeline, path, tensors)
         return
-    expected, there = set(pipeline.unet.state_dict()), set(tensors)
-    if expected != there:
-        missing, more = sorted(expected - there), sorted(there - expected)
+
+    expected = set(pipeline.unet.state_dict())
+    found = set(tensors)
+    if expected != found:
+        missing = sorted(expected - found)
+        unknown = sorted(found - expected)
         raise UserError(
-            f"{path} does not fit the pipeline's UNet: {len(missing)} tensors are missing (such as {missing[:1]}) and "
-            f"{len(more)} are unknown (such as {more[:1]}). Is the base the model it was made from?"
+            f"{path} does not fit the pipeline's UNet: {len(missing)} tensors are missing (such as "
+            f"{missing[:1]}) and {len(unknown)} are unknown (such as {unknown[:1]}). Check that "
+            "the base pipeline is the model that the weights were made from."
         )
     try:
         pipeline.unet.load_state_dict(tensors)
@@ -167,16 +241,17 @@ def load_weights(pipeline: DiffusionPipeline, path: Path) -> None:
         raise UserError(f"{path} does not fit the pipeline's UNet: {error}") from error
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # a damaged file raises by its format: safetensors, zip, unpickling
-        raise UserError(f"{path} cannot be read ({error}); fetch it again") from error
+    except Exception as error:
+        # Damaged files raise errors of their format: safetensors, zip, unpickling
+        raise UserError(f"{path} cannot be read ({error}); download it again") from error
 
 
-def _load_lora(pipeline: DiffusionPipeline, path: Path, tensors: dict[str, Tensor]) -> None:
+def _merge_lora(pipeline: DiffusionPipeline, path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         pipeline.load_lora_weights(tensors)
         pipeline.fuse_lora()

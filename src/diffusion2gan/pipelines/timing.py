@@ -1,4 +1,4 @@
-"""Seconds, pictures a second and memory of a function that makes pictures."""
+"""Time and memory of a function that generates images."""
 
 from __future__ import annotations
 
@@ -10,59 +10,58 @@ from pathlib import Path
 import numpy as np
 import torch
 
-REPEATS, FEW, PATIENCE_S = (
-    20,
-    5,
-    10.0,
-)  # at most; at least; and no more than at least once so long has passed
+REPEATS = 20  # calls that are timed at most
+MIN_REPEATS = 5  # calls that are timed in any case
+MAX_SECONDS = 10.0  # after this time, no call is started beyond the minimum
 
 
 def latencies(
     call: Callable[[], object], repeats: int = REPEATS, device: str = "cpu"
 ) -> list[float]:
-    """Seconds of each of `repeats` calls after one that is not counted; of fewer (five at least) where they are slow.
+    """Seconds of each of up to `repeats` calls, after one warm-up call that is not counted.
 
-    On a GPU the clock is read when all of a call's work is done.
+    Slow calls are repeated less often, at least five times. On a GPU the clock is read when all
+    work of a call is done.
     """
     call()
     seconds: list[float] = []
-    while len(seconds) < repeats and (len(seconds) < FEW or sum(seconds) < PATIENCE_S):
-        seconds.append(seconds_of(call, device))
+    while len(seconds) < repeats and (len(seconds) < MIN_REPEATS or sum(seconds) < MAX_SECONDS):
+        seconds.append(measure_seconds(call, device))
     return seconds
 
 
-def seconds_of(call: Callable[[], object], device: str = "cpu") -> float:
+def measure_seconds(call: Callable[[], object], device: str = "cpu") -> float:
     """Seconds of one call."""
-    _wait(device)
+    _synchronize(device)
     start = time.perf_counter()
     call()
-    _wait(device)
+    _synchronize(device)
     return time.perf_counter() - start
 
 
 def median_and_p90(seconds: list[float]) -> tuple[float, float]:
-    """The middle one, and the one that nine of ten stay below (linear between neighbours)."""
+    """The median and the 90th percentile (linear between neighbours)."""
     return float(np.median(seconds)), float(np.quantile(seconds, 0.9))
 
 
 def peak_memory_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
-    """The most memory held during `call`: of a GPU what torch's tensors took, otherwise the whole process's.
+    """Peak memory during `call`: of torch's tensors on a GPU, of the process on other devices.
 
-    None where the system does not tell (it is asked of Linux, in /proc/self).
+    None if the operating system does not report it (it is read from Linux's /proc/self).
     """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         call()
         return int(torch.cuda.max_memory_allocated(device))
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         call()
-        told = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
         return None
-    return int(told[1]) * 1024 if told else None
+    return int(peak[1]) * 1024 if peak else None
 
 
-def _wait(device: str) -> None:
+def _synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)

@@ -52,7 +52,7 @@ def serve_student(
         shared_teacher = None
         if teacher is not None:
             # The student's resolution, so that both start from the same noise
-            resolution, _ = shared_student.system.pixels
+            resolution, _ = shared_student.system.image_size
             shared_teacher = SharedSystem(_load_generator(teacher, device, precision, resolution))
         page = student_page(shared_student, shared_teacher, history)
         launch(page, host, free_port)

@@ -1,4 +1,7 @@
-"""A VAE alone: pictures ↔ latents × scaling_factor. diffusers loads when a VAE does: a latent distance needs none."""
+"""A VAE without its pipeline: images ↔ latents × scaling_factor.
+
+diffusers is imported when a VAE is loaded, because a distance between latents does not need it.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +14,28 @@ from torch import Tensor
 from diffusion2gan import assets
 from diffusion2gan.errors import UserError
 from diffusion2gan.runtime.files import read_json, sha256
-from diffusion2gan.teacher.hub import find
+from diffusion2gan.teacher.hub import find_model
 
 
 def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
-    """`pocket`, the folder of an AutoencoderKL or AutoencoderDC, or a pipeline's (or its hub id): frozen, float32.
+    """Loads a frozen VAE in float32, from safetensors only.
 
-    Safetensors only. Raises UserError where there is none, or it does not load.
+    `name`: `pocket`, the folder of an AutoencoderKL or AutoencoderDC, or a pipeline (folder or hub
+    id), of which the VAE is taken. Raises UserError if there is no VAE or it does not load.
     """
-    folder = _folder(name)
+    folder = _find_vae(name)
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{folder} holds no VAE: neither config.json nor vae/config.json. Give `pocket`, or a folder that "
-            "`AutoencoderKL.save_pretrained` or a pipeline's `save_pretrained` wrote."
+            f"{folder} contains no VAE: it has neither config.json nor vae/config.json. Give "
+            "`pocket`, or a folder that `AutoencoderKL.save_pretrained` or a pipeline's "
+            "`save_pretrained` wrote."
         )
     from diffusers import AutoencoderDC, AutoencoderKL
 
-    kind = (
-        AutoencoderDC
-        if read_json(folder / "config.json").get("_class_name") == "AutoencoderDC"
-        else AutoencoderKL
-    )
+    class_name = read_json(folder / "config.json").get("_class_name")
+    vae_class = AutoencoderDC if class_name == "AutoencoderDC" else AutoencoderKL
     try:
-        vae = kind.from_pretrained(
+        vae = vae_class.from_pretrained(
             folder,
             torch_dtype=torch.float32,
             use_safetensors=True,
@@ -46,20 +48,20 @@ def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
 
 
 def vae_revision(name: str | Path) -> str:
-    """A digest of its weights."""
-    return sha256(_folder(name))[:16]
+    """A digest of a VAE's weights."""
+    return sha256(_find_vae(name))[:16]
 
 
-def _folder(name: str | Path) -> Path:
-    folder = assets.folder("teacher") if str(name) == "pocket" else find(str(name))[0]
+def _find_vae(name: str | Path) -> Path:
+    """The folder of a VAE, or of the VAE inside a pipeline's folder."""
+    folder = assets.folder("teacher") if str(name) == "pocket" else find_model(str(name))[0]
     return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
 
 
 def spatial_factor(vae: Any) -> int:
-    """How many times smaller its latents are."""
-    widths = (
-        getattr(vae.config, "encoder_block_out_channels", None) or vae.config.block_out_channels
-    )
+    """Pixels per latent along each side."""
+    widths = getattr(vae.config, "encoder_block_out_channels", None)
+    widths = widths or vae.config.block_out_channels
     return int(2 ** (len(widths) - 1))
 
 
@@ -69,28 +71,36 @@ def num_latent_channels(vae: Any) -> int:
 
 @torch.no_grad()
 def encode(vae: Any, images: Tensor) -> Tensor:
-    """Latents × scaling_factor, [B, C, h, w] float32: the posterior's mean. `images` [B, 3, H, W] in [−1, 1]."""
+    """Latents × scaling_factor [B, C, h, w] in float32 from `images` [B, 3, H, W] in [−1, 1].
+
+    The mean of the posterior; AutoencoderDC has no posterior, only latents.
+    """
     encoded = vae.encode(images.to(vae.dtype))
-    mean = (
-        encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
-    )  # a DC-AE has no posterior
+    mean = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
     shift, factor = normalisation(vae, mean)
     return ((mean - shift) * factor).float()
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Images [B, 3, H, W], about [−1, 1], not clamped, of latents × scaling_factor; differentiable."""
+    """Images [B, 3, H, W] from latents × scaling_factor; about [−1, 1], not clamped.
+
+    Differentiable.
+    """
     shift, factor = normalisation(vae, latents)
-    return torch.as_tensor(
-        vae.decode((latents / factor + shift).to(vae.dtype), return_dict=False)[0]
-    )
+    raw = (latents / factor + shift).to(vae.dtype)
+    return torch.as_tensor(vae.decode(raw, return_dict=False)[0])
 
 
 def normalisation(vae: Any, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-    """(shift, factor): latents are (the VAE's own − shift) · factor, as its stock pipelines have it."""
+    """(shift, factor) such that latents = (raw VAE latents − shift) · factor, as in diffusers.
+
+    Numbers, or tensors [1, C, 1, 1] on the device of `like` if the VAE has statistics per channel.
+    """
     config = vae.config
-    mean, std = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    mean = getattr(config, "latents_mean", None)
+    std = getattr(config, "latents_std", None)
     if mean is not None and std is not None:
-        channel_mean, channel_std = (like.new_tensor(x).reshape(1, -1, 1, 1) for x in (mean, std))
+        channel_mean = like.new_tensor(mean).reshape(1, -1, 1, 1)
+        channel_std = like.new_tensor(std).reshape(1, -1, 1, 1)
         return channel_mean, config.scaling_factor / channel_std
     return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor

@@ -1,4 +1,4 @@
-"""What a network is told of its prompts: the same few named tensors for every family."""
+"""The text conditioning of a denoising network: the same few named tensors for every family."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Of B prompts: `prompt_embeds` [B, T, D], and what else the family has; all but it may be absent.
+    """Conditioning of B prompts. Only `prompt_embeds` is always present.
 
-    `pooled_prompt_embeds` [B, P] (SDXL, SD3, Flux); `time_ids` [B, 6], SDXL's sizes in pixels; `prompt_attention_mask`
-    [B, T], Sana's; `guidance` [B], the guidance scale that a guidance-distilled Flux reads (absent: 0).
+    - `prompt_embeds` [B, T, D]: the encoded tokens.
+    - `pooled_prompt_embeds` [B, P]: SDXL, SD3 and Flux.
+    - `time_ids` [B, 6]: SDXL's image sizes and crop in pixels.
+    - `prompt_attention_mask` [B, T]: Sana.
+    - `guidance` [B]: the guidance scale for a guidance-distilled Flux; 0 if absent.
     """
 
     prompt_embeds: Tensor
@@ -24,34 +27,39 @@ class Conditioning:
     guidance: Tensor | None = None
 
     @classmethod
-    def concat(cls, *parts: Conditioning) -> Conditioning:
-        """All rows of all parts, in order; every part has the same tensors."""
-        joined = {
-            name: torch.cat([part.tensors()[name] for part in parts]) for name in parts[0].tensors()
-        }
+    def concat(cls, *conditionings: Conditioning) -> Conditioning:
+        """All rows in order. The conditionings must have the same tensors."""
+        joined = {}
+        for name in conditionings[0].tensors():
+            joined[name] = torch.cat([cond.tensors()[name] for cond in conditionings])
         return cls(**joined)
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those that are there, by name."""
-        named = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        """The tensors that are present, by name."""
+        present = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            if tensor is not None:
+                present[field.name] = tensor
+        return present
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
-        return Conditioning(**{name: change(tensor) for name, tensor in self.tensors().items()})
+    def map(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Applies a function to each tensor."""
+        return Conditioning(**{name: function(tensor) for name, tensor in self.tensors().items()})
 
     def rows(self, rows: slice) -> Conditioning:
-        return self.each(lambda tensor: tensor[rows])
+        return self.map(lambda tensor: tensor[rows])
 
     def expand(self, count: int) -> Conditioning:
-        """One row, seen `count` times without a copy."""
-        return self.each(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
+        """Repeats a single row `count` times without a copy."""
+        return self.map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
     def to(self, device: torch.device | str) -> Conditioning:
-        return self.each(lambda tensor: tensor.to(device))
+        return self.map(lambda tensor: tensor.to(device))
 
     def with_guidance(self, guidance_scale: float) -> Conditioning:
-        """The same, told of a guidance scale."""
+        """The same conditioning with a guidance scale for the network."""
         return replace(self, guidance=self.prompt_embeds.new_full((len(self),), guidance_scale))

@@ -1,4 +1,7 @@
-"""A hub's model, as far as it is on this machine already; nothing is downloaded. And no code of a model's own."""
+"""Models of the Hugging Face hub that are already in this machine's cache. Nothing is downloaded.
+
+Also the check that a model folder needs no custom Python code.
+"""
 
 from __future__ import annotations
 
@@ -12,59 +15,68 @@ from huggingface_hub import constants, snapshot_download
 from diffusion2gan.errors import UserError
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w.-]+))?")
-LIBRARIES = {
-    "diffusers",
-    "transformers",
-    "stable_diffusion",
-    None,
-}  # stable_diffusion: the safety checker's, of old
+
+# The libraries whose classes a model_index.json may name. `stable_diffusion` is the old name of
+# the safety checker's module; None marks an absent component.
+LIBRARIES = {"diffusers", "transformers", "stable_diffusion", None}
 
 
-def find(name: str) -> tuple[Path, str]:
-    """A folder's path → itself and its last part; `org/name` or `org/name@revision` → its place in the hub's cache.
+def find_model(name: str) -> tuple[Path, str]:
+    """Resolves a model's name to its folder and a display name.
 
-    That is told as `org/name@commit`. Raises UserError where it is neither; it says which cache was looked in.
+    An existing path, or a name that cannot be a hub id: the path and its last component. A hub id
+    `org/name` or `org/name@revision`: the snapshot folder in the hub's cache, and
+    `org/name@commit`. Raises UserError, naming the cache, if the id is not in it.
     """
     path = Path(name)
-    wanted = HUB_ID.fullmatch(name)
-    if path.exists() or not wanted:
+    hub_id = HUB_ID.fullmatch(name)
+    if path.exists() or not hub_id:
         return path, path.name
-    repository, revision = wanted[1], wanted[2] or "main"
+
+    repository = hub_id[1]
+    revision = hub_id[2] or "main"
     try:
         folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{name} is not a folder here, and as a model of the hub it is not in the cache {constants.HF_HUB_CACHE} "
-            f"(revision {revision}; HF_HOME moves it). Nothing here downloads: run `hf download {repository} "
-            f"--revision {revision}` first, where there is a network, or give a folder."
+            f"{name} is not a folder, and as a hub id it is not in the cache "
+            f"{constants.HF_HUB_CACHE} (revision {revision}; HF_HOME changes the location). This "
+            f"program does not download models: run `hf download {repository} --revision "
+            f"{revision}` first, on a machine with internet access, or give a folder."
         ) from error
     return folder, f"{repository}@{folder.name}"
 
 
-def check_no_code(folder: Path) -> None:
-    """Raises UserError where a pipeline folder asks for Python code that comes with it: none is ever run."""
+def check_no_custom_code(folder: Path) -> None:
+    """Raises UserError if a pipeline folder needs Python code that comes with it.
+
+    Such code is never run.
+    """
+    # Classes in model_index.json that are from other libraries
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    asking = [name for name, kind in index.items() if _is_own_code(name, kind)]
-    for config in sorted(folder.glob("*/*config.json")):
+    custom = {name for name, value in index.items() if _is_custom_class(name, value)}
+
+    # Components with an `auto_map`, transformers' way to name classes in the model's folder
+    for path in sorted(folder.glob("*/*config.json")):
         try:
-            told = json.loads(config.read_text(encoding="utf-8"))
+            config = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            continue  # said where it is loaded
-        asking += [config.parent.name] if isinstance(told, dict) and told.get("auto_map") else []
-    if asking:
+            continue  # reported when the component is loaded
+        if isinstance(config, dict) and config.get("auto_map"):
+            custom.add(path.parent.name)
+
+    if custom:
         raise UserError(
-            f"{folder} asks for code of its own ({', '.join(sorted(set(asking)))}), and code that comes with a model "
-            "is never run here. Give a pipeline of diffusers' and transformers' own classes."
+            f"{folder} needs custom code ({', '.join(sorted(custom))}), and code that comes with a "
+            "model is never run. Give a pipeline that uses only classes of diffusers and "
+            "transformers."
         )
 
 
-def _is_own_code(name: str, kind: Any) -> bool:
-    """Whether an entry of model_index.json names a class of neither library."""
+def _is_custom_class(name: str, value: Any) -> bool:
+    """Whether an entry of model_index.json names a class outside `LIBRARIES`."""
     if name == "_class_name":
-        return isinstance(kind, list)
-    return (
-        not name.startswith("_")
-        and isinstance(kind, list)
-        and len(kind) == 2
-        and kind[0] not in LIBRARIES
-    )
+        return isinstance(value, list)
+    if name.startswith("_") or not isinstance(value, list):
+        return False
+    return len(value) == 2 and value[0] not in LIBRARIES

@@ -1,4 +1,4 @@
-"""Finding, checking and loading a teacher."""
+"""Finds, checks and loads a teacher."""
 
 from __future__ import annotations
 
@@ -34,75 +34,99 @@ def load_teacher(
     loras: str | None = None,
     vae: str | None = None,
 ) -> Teacher:
-    """`pocket`, the folder of a supported diffusers pipeline, a .safetensors of one's weights, or a hub's id: float32.
+    """Loads a teacher in float32.
 
-    `resolution`, the pictures' side in pixels, is the model's own if not given. `config` is a single file's pipeline
-    folder; `loras`, `PATH[@SCALE]` with commas between, are merged into the weights; `vae` takes the VAE's place.
-    An id, `org/name` or `org/name@revision`, is looked up in the hub's cache on this machine; nothing is downloaded.
-    Raises UserError where something is not there, is not supported, or does not fit.
+    `name`: `pocket` (the embedded teacher); the folder of a supported diffusers pipeline; a
+        .safetensors file with the weights of one; or a hub id, `org/name` or `org/name@revision`,
+        which is looked up in this machine's hub cache. Nothing is downloaded.
+    `resolution`: side of the images in pixels, the model's default if not given.
+    `config`: for a single file, the pipeline folder with configs, scheduler and tokenizers.
+    `loras`: LoRAs to merge into the weights, `PATH[@SCALE]`, separated by commas.
+    `vae`: a VAE that replaces the pipeline's.
+
+    Raises UserError if something does not exist, is not supported or does not fit.
     """
-    single, base = (
-        variants.is_single_file(name),
-        hub.find(config)[0] if config is not None else None,
-    )
+    # 1. Where the model is
+    single_file = variants.is_single_file(name)
+    config_folder = hub.find_model(config)[0] if config is not None else None
     if name == "pocket":
-        source, told = assets.folder("teacher"), name
+        source = assets.folder("teacher")
+        display_name = name
+    elif single_file:
+        source = Path(name)
+        display_name = source.name
     else:
-        source, told = (Path(name), Path(name).name) if single else hub.find(name)
-    if single:
-        family = check_pipeline_folder(base) if base is not None else None
-        pipeline = variants.load_single_file(source, base, family)
+        source, display_name = hub.find_model(name)
+
+    # 2. The pipeline
+    if single_file:
+        pipeline_class = check_pipeline_folder(config_folder) if config_folder is not None else None
+        pipeline = variants.load_single_file(source, config_folder, pipeline_class)
         pipeline.set_progress_bar_config(disable=True)
     else:
         check_pipeline_folder(source)
         pipeline = load_pipeline(source)
-    check_family(pipeline, source)
-    if loras and variants.has_peft():
+    check_can_teach(pipeline, source)
+
+    # 3. Changes to its weights
+    if loras:
         variants.merge_loras(pipeline, loras)
     if vae:
         variants.replace_vae(pipeline, vae)
-    revision = variants.revision_of(source, base, loras, vae)
-    teacher = Teacher(pipeline.to(device), told, revision, resolution, source)
+
+    # 4. The teacher
+    revision = variants.compute_revision(source, config_folder, loras, vae)
+    teacher = Teacher(pipeline.to(device), display_name, revision, resolution, source)
     check_resolution(teacher)
     return teacher
 
 
 def check_pipeline_folder(folder: Path) -> str:
-    """The class name in `model_index.json`. Raises UserError where there is none or it is not supported."""
+    """The pipeline class named in a folder's `model_index.json`.
+
+    Raises UserError if there is none, if it is not supported, or if it needs custom code.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
-        what = "is not a folder" if not folder.is_dir() else "has no model_index.json"
+        reason = "has no model_index.json" if folder.is_dir() else "is not a folder"
         raise UserError(
-            f"{folder} is no diffusers pipeline: it {what}. Give `pocket` or a folder that "
-            "`DiffusionPipeline.save_pretrained` wrote, or the id of a model in the hub's cache, such as org/name."
+            f"{folder} is not a diffusers pipeline: it {reason}. Give `pocket`, a folder that "
+            "`DiffusionPipeline.save_pretrained` wrote, or the id of a model in the hub's cache, "
+            "such as org/name."
         )
     try:
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        pipeline_class = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(
             f"{index} does not name a pipeline class ({error}); save the pipeline again."
         ) from error
-    hub.check_no_code(folder)
-    if (name := str(name)) not in FAMILIES:
-        what = f" ({REFUSED[name]})" if name in REFUSED else ""
+
+    hub.check_no_custom_code(folder)
+    if pipeline_class not in FAMILIES:
+        reason = f" ({REFUSED[pipeline_class]})" if pipeline_class in REFUSED else ""
         raise UserError(
-            f"{folder} is a {name}{what}, which is not supported; supported: {', '.join(FAMILIES)}. Convert it, choose "
-            "another teacher, or add its family: CONTRIBUTING.md shows how."
+            f"{folder} is a {pipeline_class}{reason}, which is not supported; supported: "
+            f"{', '.join(FAMILIES)}. Convert it, choose another teacher, or add support for its "
+            "class as CONTRIBUTING.md describes."
         )
-    return name
+    return pipeline_class
 
 
 def load_pipeline(folder: Path) -> DiffusionPipeline:
-    """`DiffusionPipeline.from_pretrained` from disk alone: float32, safetensors only, no remote code, no checker.
+    """Loads a pipeline from disk alone: float32, safetensors only, no custom code.
 
-    `folder` has a `model_index.json`; which classes may teach is `check_pipeline_folder`'s to say.
+    Stable Diffusion's safety checker is left out. `folder` must have a `model_index.json`; whether
+    its class is supported is checked by `check_pipeline_folder`. Raises UserError if the pipeline
+    is incomplete or does not load.
     """
-    hub.check_no_code(folder)
-    options: dict[str, Any] = absent_parts(folder)
+    hub.check_no_custom_code(folder)
+    options: dict[str, Any] = absent_components(folder)
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     if index["_class_name"] == "StableDiffusionPipeline":
-        options |= {"safety_checker": None, "requires_safety_checker": False}
-    check_whole(folder, index, options)
+        options["safety_checker"] = None
+        options["requires_safety_checker"] = False
+    check_complete(folder, index, options)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -119,63 +143,84 @@ def load_pipeline(folder: Path) -> DiffusionPipeline:
     return pipeline
 
 
-def check_whole(folder: Path, index: dict[str, Any], without: dict[str, Any]) -> None:
-    """Raises UserError where a part that `index` names has no folder."""
-    parts = [name for name, kind in index.items() if isinstance(kind, list) and name not in without]
-    missing = [name for name in parts if not name.startswith("_") and not (folder / name).is_dir()]
-    if not missing:
-        return
-    optional = " Stable Diffusion 3 runs without its third encoder: write text_encoder_3 and tokenizer_3 as [null, null]"
-    raise UserError(
-        f"{folder} has no {missing[0]}, which its model_index.json names: it was not copied or downloaded whole."
-        + (f"{optional} there." if missing[0].endswith("_3") else "")
-    )
+def absent_components(folder: Path) -> dict[str, None]:
+    """The components that `model_index.json` marks as absent, such as SD3's T5 encoder.
 
-
-def absent_parts(folder: Path) -> dict[str, None]:
-    """Those that a folder says it is without, as SD3's T5: `from_pretrained` must be told so again."""
+    `from_pretrained` needs them as arguments, each None.
+    """
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    return {
-        name: None for name, kind in index.items() if isinstance(kind, list) and kind[0] is None
-    }
+    absent: dict[str, None] = {}
+    for name, value in index.items():
+        if isinstance(value, list) and value[0] is None:
+            absent[name] = None
+    return absent
 
 
-def check_family(pipeline: Any, folder: Path) -> None:
-    """Raises UserError where a pipeline of a supported class holds a model that cannot teach."""
-    family = FAMILIES[type(pipeline).__name__]
-    config, network = pipeline.scheduler.config, getattr(pipeline, family.network).config
-    prediction = config.get("prediction_type", "epsilon")
-    known = (
-        PREDICTIONS[:3] if not family.flow else ("epsilon", "flow_prediction")
-    )  # "epsilon": not said
-    if prediction not in known:
-        raise UserError(f"{folder} predicts {prediction!r}; supported: {', '.join(known)}.")
-    if prediction == "epsilon" and config.get("rescale_betas_zero_snr", False):
+def check_complete(folder: Path, index: dict[str, Any], left_out: dict[str, Any]) -> None:
+    """Raises UserError if a component of `index`, other than `left_out`, has no folder."""
+    for name, value in index.items():
+        is_component = isinstance(value, list) and not name.startswith("_")
+        if not is_component or name in left_out or (folder / name).is_dir():
+            continue
+        hint = ""
+        if name.endswith("_3"):
+            hint = (
+                " Stable Diffusion 3 also runs without its third text encoder: for that, set "
+                "text_encoder_3 and tokenizer_3 to [null, null] in model_index.json."
+            )
         raise UserError(
-            f"{folder} predicts ε with zero terminal SNR, where ε says nothing of the picture at the last timestep; "
-            "its scheduler_config.json should say v_prediction, or rescale_betas_zero_snr: false."
+            f"{folder} has no {name}, which its model_index.json names: the pipeline was not "
+            f"copied or downloaded completely.{hint}"
         )
+
+
+def check_can_teach(pipeline: Any, folder: Path) -> None:
+    """Raises UserError if a pipeline of a supported class contains a model that cannot teach."""
+    family = FAMILIES[type(pipeline).__name__]
+    scheduler = pipeline.scheduler.config
+    network = getattr(pipeline, family.network).config
+
+    # Prediction type. Flow schedulers without the setting report diffusers' default, "epsilon".
+    prediction = scheduler.get("prediction_type", "epsilon")
+    supported = ("epsilon", "flow_prediction") if family.flow else PREDICTIONS[:3]
+    if prediction not in supported:
+        raise UserError(f"{folder} predicts {prediction!r}; supported: {', '.join(supported)}.")
+    if prediction == "epsilon" and scheduler.get("rescale_betas_zero_snr", False):
+        raise UserError(
+            f"{folder} predicts ε with zero terminal SNR. At its last timestep the input is pure "
+            "noise, so ε carries no information about the image. Correct its "
+            "scheduler_config.json: either prediction_type: v_prediction, or "
+            "rescale_betas_zero_snr: false."
+        )
+
+    # Not a text-to-image model that starts from noise
     if "text_encoder" in pipeline.components and pipeline.text_encoder is None:
         raise UserError(
-            f"{folder} has no text_encoder: it is the SDXL refiner, or not whole; give the base model's pipeline."
+            f"{folder} has no text_encoder: it is the SDXL refiner, or incomplete; give the base "
+            "model's pipeline."
         )
     if getattr(network, "time_cond_proj_dim", None) is not None:
         raise UserError(
-            f"{folder} is already distilled (its network reads a guidance scale); give its own teacher."
+            f"{folder} is already distilled (its network takes the guidance scale as an input); "
+            "give the model it was distilled from."
         )
-    channels, latents = network.in_channels // family.packed**2, pipeline.vae.config.latent_channels
-    if channels != latents:
+    input_channels = network.in_channels // family.packed**2
+    latent_channels = pipeline.vae.config.latent_channels
+    if input_channels != latent_channels:
         raise UserError(
-            f"{folder} takes {channels} channels, its VAE makes {latents}: it is an inpainting or editing model; give "
-            "a text-to-image one."
+            f"the network of {folder} takes {input_channels} channels, but its VAE has "
+            f"{latent_channels}: it is an inpainting or editing model; give a text-to-image one."
         )
 
 
 def check_resolution(teacher: Teacher) -> None:
-    """Raises UserError where the asked resolution is no whole number of the network's patches."""
+    """Raises UserError if the requested resolution is not a multiple of the network's patches."""
+    if teacher.resolution is None:
+        return
     patch = teacher.family.packed * getattr(teacher.network.config, "patch_size", 1)
     unit = teacher.spatial_factor * patch
-    if teacher.resolution is not None and (teacher.resolution <= 0 or teacher.resolution % unit):
+    if teacher.resolution <= 0 or teacher.resolution % unit:
         raise UserError(
-            f"resolution {teacher.resolution}: {teacher.name} makes pictures in steps of {unit} pixels."
+            f"resolution {teacher.resolution} does not fit {teacher.name}: it must be a positive "
+            f"multiple of {unit} pixels."
         )

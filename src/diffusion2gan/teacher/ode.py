@@ -19,23 +19,36 @@ def solve_ode(
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Tensor:
-    """Latents [B, C, h, w] (float32, × scaling_factor) that DDIM, or Euler for flows, reaches from `noise`.
+    """Integrates the teacher's probability-flow ODE from `noise` [B, C, h, w] to latents.
 
-    Timesteps are those of the teacher's own scheduler settings, `num_inference_steps` of them. Classifier-free
-    guidance (Ho & Salimans 2022, eq. 6) is taken between x0s, which is the same as between ε or v because all are
-    affine in each other at one x_t; `guidance_scale` ≤ 1 turns it off, as in diffusers. A guidance-distilled teacher
-    (FLUX.1-dev) reads the scale instead, and `uncond` is not used. Raises UserError where the teacher knows no guidance
-    at all and one is asked for.
+    The solver is DDIM, or Euler for flow models, at `num_inference_steps` timesteps of the
+    teacher's scheduler settings. Per step, with network output x0(x, c) converted to x0:
+
+        x0 = x0(x, uncond) + s·(x0(x, cond) − x0(x, uncond))        classifier-free guidance
+        x  = α'·x0 + σ'·(x − α·x0)/σ                                see `schedule.ode_step`
+
+    Guidance (Ho & Salimans 2022, eq. 6) is applied to x0, which equals applying it to ε or v,
+    because all are affine in each other at the same x_t. `guidance_scale` s ≤ 1 turns it off, as
+    in diffusers. A guidance-distilled teacher (FLUX.1-dev) takes the scale as an input instead,
+    and `uncond` is not used.
+
+    Returns float32 latents [B, C, h, w], multiplied by the VAE's scaling factor. Raises UserError
+    if guidance is requested from a teacher that has none (FLUX.1-schnell).
     """
-    guided = teacher.is_guided(guidance_scale)
-    cond = cond.with_guidance(guidance_scale) if teacher.guidance == "read" else cond
+    use_cfg = teacher.uses_classifier_free_guidance(guidance_scale)
+    if teacher.guidance == "embedded":
+        cond = cond.with_guidance(guidance_scale)
+
     x = noise
-    for timestep, here, there in teacher.steps(num_inference_steps):
-        if guided:
+    for timestep, current, target in teacher.steps(num_inference_steps):
+        # 1. The network's x0: [B, C, h, w]
+        if use_cfg:
             both = teacher.denoise(torch.cat([x, x]), timestep, Conditioning.concat(uncond, cond))
-            without, with_prompt = both.chunk(2)
-            x0 = without + guidance_scale * (with_prompt - without)
+            x0_uncond, x0_cond = both.chunk(2)
+            x0 = x0_uncond + guidance_scale * (x0_cond - x0_uncond)
         else:
             x0 = teacher.denoise(x, timestep, cond)
-        x = ode_step(x, x0, here, there)
+
+        # 2. One step towards it
+        x = ode_step(x, x0, current, target)
     return x

@@ -1,4 +1,4 @@
-"""The scheduler of a one-step student, and how to recognise it."""
+"""The scheduler of a one-step student."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 
 from diffusion2gan.teacher.pipeline import Teacher
 
-FLOW_SHIFT = 1e9  # a flow's shift: σ/(σ + (1−σ)/shift) is one in float32 at every σ that a scheduler asks for
+# A flow scheduler maps σ to σ/(σ + (1−σ)/shift). With this shift the result is 1 in float32 at
+# every σ that a scheduler uses.
+FLOW_SHIFT = 1e9
 
 
 def one_step_scheduler(teacher: Teacher) -> LCMScheduler | FlowMatchEulerDiscreteScheduler:
-    """A stock scheduler whose one step is x0 at T, and which never runs another number of them wrongly.
+    """A stock diffusers scheduler that returns the network's x0 at T after one step.
 
-    Diffusion: LCMScheduler with `original_inference_steps=1` starts at the last timestep and returns x0 (its boundary
-    terms are 6e-8 there); any other number of steps raises. Flows: Euler with so large a shift that every step but the
-    last stays at σ = 1, so any number of steps gives the same x0, or raises where diffusers counts equal timesteps.
+    It never gives a wrong result with more steps. Diffusion models: LCMScheduler with
+    `original_inference_steps=1` starts at the last timestep and returns x0 (its boundary terms
+    are 6e-8 there); any other number of steps raises an error. Flow models: Euler with so large a
+    shift that every step but the last stays at σ = 1, so any number of steps gives the same x0, or
+    raises an error where diffusers rejects equal timesteps.
     """
     config = teacher.scheduler.config
-    if not teacher.family.flow:
-        return LCMScheduler.from_config(config, original_inference_steps=1, clip_sample=False)
-    return FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=config.num_train_timesteps, shift=FLOW_SHIFT
-    )
+    if teacher.family.flow:
+        return FlowMatchEulerDiscreteScheduler(
+            num_train_timesteps=config.num_train_timesteps, shift=FLOW_SHIFT
+        )
+    return LCMScheduler.from_config(config, original_inference_steps=1, clip_sample=False)
 
 
 def is_one_step(scheduler: Any) -> bool:
-    """Whether it is `export`'s: a student's, for exactly one step."""
+    """Whether a scheduler was made by `one_step_scheduler`, so the pipeline is a student."""
     if isinstance(scheduler, LCMScheduler):
         return bool(scheduler.config.original_inference_steps == 1)
-    return (
-        isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
-        and scheduler.config.shift == FLOW_SHIFT
-    )
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        return bool(scheduler.config.shift == FLOW_SHIFT)
+    return False

@@ -1,4 +1,4 @@
-"""The only door to diffusers: any supported pipeline folder becomes `encode`, `denoise` and `decode`."""
+"""The teacher: a frozen diffusers pipeline with `encode`, `denoise` and `decode`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from diffusion2gan.runtime.progress import console
 from diffusion2gan.teacher import autoencoder
 from diffusion2gan.teacher.conditioning import Conditioning as Conditioning
 from diffusion2gan.teacher.families import FAMILIES
+from diffusion2gan.teacher.pipeline_info import PipelineInfo
 from diffusion2gan.teacher.prompt_cache import PromptCache
 from diffusion2gan.teacher.schedule import Level, Step, to_x0
 
 
 class Teacher:
-    """A frozen text-to-image pipeline. Everything is in eval mode and needs no gradient.
+    """A text-to-image pipeline in eval mode, without gradients.
 
-    `resolution` in pixels; the model's own if not given.
+    `name` and `revision` identify it in pair sets and runs. `resolution` is the side of its images
+    in pixels, the model's default if not given. `folder` is the folder or file it was read from.
     """
 
     def __init__(
@@ -36,192 +38,222 @@ class Teacher:
         resolution: int | None = None,
         folder: Path | None = None,
     ) -> None:
-        self.name, self.revision, self.resolution, self.folder = name, revision, resolution, folder
+        self.name = name
+        self.revision = revision
+        self.resolution = resolution
+        self.folder = folder
+
+        # Components
         self.pipeline = pipeline
         self.family = FAMILIES[type(pipeline).__name__]
-        for part in pipeline.components.values():
-            if isinstance(part, nn.Module):
-                part.eval().requires_grad_(False)
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.eval().requires_grad_(False)
         self.network: Any = getattr(pipeline, self.family.network)
         self.vae = pipeline.vae
-        self.tokenizer = getattr(pipeline, self.family.tokenizer) or pipeline.tokenizer
-        self.scheduler: Any = (euler if self.family.flow else ddim)(pipeline.scheduler.config)
-        self.prediction_type: str = (
-            "flow_prediction" if self.family.flow else self.scheduler.config.prediction_type
-        )
-        self.truncation_warned = False
         self.device: torch.device = next(self.network.parameters()).device
+
+        # Noise schedule
+        if self.family.flow:
+            self.scheduler: Any = euler_scheduler(pipeline.scheduler.config)
+            self.prediction_type: str = "flow_prediction"
+        else:
+            self.scheduler = ddim_scheduler(pipeline.scheduler.config)
+            self.prediction_type = self.scheduler.config.prediction_type
+
+        # Sizes and limits
+        self.spatial_factor = autoencoder.spatial_factor(self.vae)
+        latent_size = None
+        if resolution is not None:
+            latent_size = (resolution // self.spatial_factor,) * 2
+        info = PipelineInfo(pipeline, latent_size)
+        self.latent_shape = info.latent_shape
+        self.image_size = info.image_size
+        self.tokenizer = info.tokenizer
+        self.num_tokens = info.num_tokens
+
+        # Prompts
+        self.truncation_warned = False
         self.prompts: PromptCache | None = None
 
     def cache_prompts(self, prompts: PromptCache) -> None:
-        """From now on prompts are looked up there, and the text encoders are gone."""
+        """Makes `encode` read from `prompts`, and drops the text encoders to free their memory."""
         self.prompts = prompts
-        for name in [name for name in self.pipeline.components if name.startswith("text_encoder")]:
+        encoders = [name for name in self.pipeline.components if name.startswith("text_encoder")]
+        for name in encoders:
             setattr(self.pipeline, name, None)
 
     def offload(self, *, network: bool, vae: bool) -> None:
-        """Moves what is not needed for now to the CPU; `decode` takes the VAE back while it works."""
-        for part in ([self.network] if network else []) + ([self.vae] if vae else []):
-            part.to("cpu")
+        """Moves the network or the VAE to the CPU. `decode` moves the VAE back while it runs."""
+        if network:
+            self.network.to("cpu")
+        if vae:
+            self.vae.to("cpu")
+
+    # Prompts
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The network's conditioning of B prompts. Long prompts are truncated as in diffusers."""
+        if self.prompts is not None:
+            return self.prompts.read(prompts).to(self.device)
+        if not self.truncation_warned:
+            self.truncation_warned = warn_truncated(self.tokenizer, prompts, self.num_tokens)
+        return self.family.encode(self.pipeline, prompts, self.image_size).to(self.device)
+
+    @torch.no_grad()
+    def unconditional(self) -> Conditioning:
+        """One row: the conditioning without a prompt, as in the stock pipeline's guidance."""
+        return self.family.unconditional(self.pipeline, self.image_size).to(self.device)
+
+    # Denoising
+
+    def denoise(
+        self, x_t: Tensor, timestep: float, cond: Conditioning, network: nn.Module | None = None
+    ) -> Tensor:
+        """x0 [B, C, h, w] in float32, from the teacher's network or another of the same kind."""
+        output = self.family.output(network or self.network, x_t, timestep, cond)
+        return to_x0(output, x_t, self.level(timestep), self.prediction_type)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [−1, 1] from latents × scaling_factor."""
+        previous_device = self.vae.device
+        images = autoencoder.decode(self.vae.to(latents.device), latents).clamp(-1, 1)
+        self.vae.to(previous_device)
+        return images
+
+    # Guidance
 
     @property
-    def spatial_factor(self) -> int:
-        return autoencoder.spatial_factor(self.vae)
+    def guidance(self) -> Literal["classifier_free", "embedded", "none"]:
+        """How the model is guided.
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        size = (
-            getattr(self.network.config, "sample_size", None) or self.pipeline.default_sample_size
-        )
-        if self.resolution is not None:
-            size = self.resolution // self.spatial_factor
-        height, width = (size, size) if isinstance(size, int) else size
-        return (self.network.config.in_channels // self.family.packed**2, height, width)
+        `classifier_free`: two network evaluations per step. `embedded`: the network takes the
+        scale as an input (FLUX.1-dev). `none`: distilled without guidance (FLUX.1-schnell).
+        """
+        embedded = getattr(self.network.config, "guidance_embeds", None)
+        if embedded is None or self.family.packed == 1:
+            return "classifier_free"
+        return "embedded" if embedded else "none"
 
-    @property
-    def pixels(self) -> tuple[int, int]:
-        """Height and width of its pictures."""
-        _, height, width = self.latent_shape
-        return (height * self.spatial_factor, width * self.spatial_factor)
+    def uses_classifier_free_guidance(self, guidance_scale: float) -> bool:
+        """Whether `guidance_scale` needs a second, unconditional network evaluation per step.
 
-    @property
-    def num_tokens(self) -> int:
-        """How much of a prompt is read, in its tokenizer's tokens."""
-        limit = int(self.tokenizer.model_max_length)
-        return limit if self.family.num_tokens is None else min(limit, self.family.num_tokens)
-
-    @property
-    def guidance(self) -> Literal["between", "read", "none"]:
-        """Classifier-free; a number that the network reads (FLUX.1-dev); or unknown to it (FLUX.1-schnell)."""
-        reads = getattr(self.network.config, "guidance_embeds", None)
-        if reads is None or self.family.packed == 1:
-            return "between"
-        return "read" if reads else "none"
-
-    def is_guided(self, guidance_scale: float) -> bool:
-        """Whether `guidance_scale` asks for classifier-free guidance. Raises UserError where there can be none."""
+        Raises UserError if guidance is requested from a teacher that has none.
+        """
         if self.guidance == "none" and guidance_scale > 1:
             raise UserError(
-                f"{self.name} was distilled without guidance and cannot use guidance_scale = {guidance_scale}; set "
-                "--guidance-scale 0."
+                f"{self.name} was distilled without guidance and cannot use guidance_scale = "
+                f"{guidance_scale}; set --guidance-scale 0."
             )
-        return self.guidance == "between" and guidance_scale > 1
+        return self.guidance == "classifier_free" and guidance_scale > 1
+
+    # Noise schedule
 
     @property
     def last_timestep(self) -> int:
-        """T: the largest training timestep, where the one-step student works."""
-        return int(self.scheduler.config.num_train_timesteps) - (0 if self.family.flow else 1)
+        """T: the largest training timestep, at which the one-step student runs."""
+        num_timesteps = int(self.scheduler.config.num_train_timesteps)
+        return num_timesteps if self.family.flow else num_timesteps - 1
 
     def alpha_bar(self, timestep: int) -> float:
-        """A diffusion model's ᾱ at `timestep`; a negative one means the end of the ODE."""
+        """ᾱ of a diffusion model at `timestep`; a negative timestep is the end of the ODE."""
         if timestep < 0:
             return float(self.scheduler.final_alpha_cumprod)
         return float(self.scheduler.alphas_cumprod[timestep])
 
     def level(self, timestep: float) -> Level:
+        """The noise level at a timestep."""
         if self.family.flow:
             return Level.flow(timestep / self.scheduler.config.num_train_timesteps)
         return Level.diffusion(self.alpha_bar(int(timestep)))
 
     def steps(self, num_inference_steps: int) -> list[Step]:
-        """The ODE's steps, in order, at the timesteps of the teacher's own scheduler settings."""
+        """The ODE's steps in order, at the timesteps of the teacher's scheduler settings."""
         if self.family.flow:
             return self._flow_steps(num_inference_steps)
+        return self._diffusion_steps(num_inference_steps)
+
+    def _diffusion_steps(self, num_inference_steps: int) -> list[Step]:
         self.scheduler.set_timesteps(num_inference_steps)
         stride = self.scheduler.config.num_train_timesteps // num_inference_steps
         timesteps = self.scheduler.timesteps.tolist()
         return [Step(t, self.level(t), self.level(t - stride)) for t in timesteps]
 
     def _flow_steps(self, num_inference_steps: int) -> list[Step]:
-        """Flux spaces σ from 1 to 1/steps, the others as their scheduler does; then each one's own shift."""
+        """Flux spaces σ from 1 to 1/steps, other models as their scheduler does.
+
+        Each scheduler then applies its shift.
+        """
         config = self.scheduler.config
-        spacing: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if config.use_dynamic_shifting:
-            spacing["mu"] = shift_of(config, self.num_image_tokens)
+            options["mu"] = compute_dynamic_shift(config, self.num_image_tokens)
         if self.family.packed > 1 and not config.get("use_flow_sigmas", False):
-            spacing["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
-        self.scheduler.set_timesteps(num_inference_steps, **spacing)
-        sigmas = self.scheduler.sigmas.tolist()
-        levels = pairwise(map(Level.flow, sigmas))
-        return [
-            Step(t, *both)
-            for t, both in zip(self.scheduler.timesteps.tolist(), levels, strict=True)
-        ]
+            options["sigmas"] = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+        self.scheduler.set_timesteps(num_inference_steps, **options)
+
+        # One σ more than timesteps: the last is the end of the ODE
+        timesteps = self.scheduler.timesteps.tolist()
+        levels = [Level.flow(sigma) for sigma in self.scheduler.sigmas.tolist()]
+        steps = []
+        for timestep, (current, target) in zip(timesteps, pairwise(levels), strict=True):
+            steps.append(Step(timestep, current, target))
+        return steps
 
     @property
     def num_image_tokens(self) -> int:
-        """A transformer's tokens of one picture."""
+        """Number of tokens of one image in a transformer."""
         _, height, width = self.latent_shape
         patch = self.family.packed * self.network.config.patch_size
         return (height // patch) * (width // patch)
 
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Prompts → what the network reads. Too long ones are cut as diffusers cuts them."""
-        if self.prompts is not None:
-            return self.prompts.read(prompts).to(self.device)
-        if not self.truncation_warned:
-            self.truncation_warned = warn_truncated(self.tokenizer, prompts, self.num_tokens)
-        return self.family.encode(self.pipeline, prompts, self.pixels).to(self.device)
 
-    @torch.no_grad()
-    def unconditional(self) -> Conditioning:
-        """One row: what the network reads for no prompt, as the stock pipeline guides away from it."""
-        return self.family.unconditional(self.pipeline, self.pixels).to(self.device)
+def copy_sharing_weights(network: Any) -> Any:
+    """A copy of a network's modules with the same parameter and buffer tensors.
 
-    def denoise(
-        self, x_t: Tensor, timestep: float, cond: Conditioning, network: nn.Module | None = None
-    ) -> Tensor:
-        """x0 [B, C, h, w] in float32, by the teacher's network or another of its kind."""
-        output = self.family.output(network or self.network, x_t, timestep, cond)
-        return to_x0(output, x_t, self.level(timestep), self.prediction_type)
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [−1, 1] of latents × scaling_factor."""
-        at_rest = self.vae.device
-        images = autoencoder.decode(self.vae.to(latents.device), latents).clamp(-1, 1)
-        self.vae.to(at_rest)
-        return images
-
-
-def sharing_weights(network: Any) -> Any:
-    """A copy of the modules around the very same tensors: what is put into it leaves the original alone."""
-    return copy.deepcopy(network, {id(x): x for x in (*network.parameters(), *network.buffers())})
+    Modules can be added to the copy, or removed, without a change to the original.
+    """
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    return copy.deepcopy(network, shared)
 
 
 def warn_truncated(tokenizer: Any, prompts: Sequence[str], limit: int | None = None) -> bool:
-    """Says how many prompts are cut, if any, at the tokenizer's own limit or `limit`; returns whether it said so."""
+    """Warns if any prompt is longer than `limit` tokens (default: the tokenizer's limit).
+
+    Returns whether it warned.
+    """
     limit = limit or tokenizer.model_max_length
-    lengths = [
-        len(ids) for ids in tokenizer(list(prompts), truncation=False, verbose=False).input_ids
-    ]
-    num_long = sum(length > limit for length in lengths)
+    token_ids = tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+    num_long = sum(len(ids) > limit for ids in token_ids)
     if num_long:
         console.print(
-            f"warning: {num_long} of {len(prompts)} prompts are longer than the tokenizer's {limit} tokens and are cut "
-            "there, as diffusers does (said once).",
+            f"warning: {num_long} of {len(prompts)} prompts are longer than the tokenizer's limit "
+            f"of {limit} tokens and are truncated, as in diffusers (this warning appears once).",
             soft_wrap=True,
         )
     return num_long > 0
 
 
-def ddim(config: Any) -> DDIMScheduler:
-    """Deterministic DDIM with a pipeline's own noise schedule and step spacing, never clipping latents."""
+def ddim_scheduler(config: Any) -> DDIMScheduler:
+    """Deterministic DDIM with a pipeline's noise schedule and step spacing, without clipping."""
     return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
 
 
-def euler(config: Any) -> FlowMatchEulerDiscreteScheduler:
-    """Deterministic Euler with a flow pipeline's own shift, whatever its scheduler calls it."""
+def euler_scheduler(config: Any) -> FlowMatchEulerDiscreteScheduler:
+    """Deterministic Euler with a flow pipeline's shift, named `flow_shift` or `shift`."""
     shift = config.get("flow_shift", config.get("shift", 1.0))
     return FlowMatchEulerDiscreteScheduler.from_config(
         config, shift=shift, stochastic_sampling=False
     )
 
 
-def shift_of(config: Any, num_tokens: int) -> float:
-    """µ of a schedule shifted by resolution: linear in the number of image tokens (Esser et al. 2024, 5.3.2)."""
-    slope = (config.max_shift - config.base_shift) / (
-        config.max_image_seq_len - config.base_image_seq_len
-    )
+def compute_dynamic_shift(config: Any, num_tokens: int) -> float:
+    """µ of a schedule that is shifted by resolution: linear in the number of image tokens.
+
+    Esser et al. 2024, section 5.3.2.
+    """
+    token_range = config.max_image_seq_len - config.base_image_seq_len
+    slope = (config.max_shift - config.base_shift) / token_range
     return float(config.base_shift + slope * (num_tokens - config.base_image_seq_len))

@@ -1,4 +1,4 @@
-"""Prompt embeddings computed once and kept on disk, so that training needs no text encoder."""
+"""Prompt embeddings on disk, computed once, so that training needs no text encoder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PROMPTS_PER_FILE = 128
 
 
 class PromptCache:
-    """`read(prompts)` → the Conditioning that `encode` gave them, in float32 on the CPU.
+    """Reads the Conditioning that `encode` computed for prompts, in float32 on the CPU.
 
-    Missing files are written at birth, whole or not at all, so an interrupted start continues; a prompt takes as many
-    bytes as its tensors in `dtype`.
+    Creating the cache computes the files that are missing. Each is written atomically, so an
+    interrupted start resumes. A prompt takes the bytes of its tensors in `dtype`.
     """
 
     def __init__(
@@ -32,49 +32,63 @@ class PromptCache:
         encode: Callable[[list[str]], Conditioning],
         dtype: torch.dtype = torch.float16,
     ) -> None:
-        self._folder = folder
+        # Where each prompt is stored: path and row
         unique = list(dict.fromkeys(prompts))
-        parts = [unique[i : i + PROMPTS_PER_FILE] for i in range(0, len(unique), PROMPTS_PER_FILE)]
-        self._names = [
-            f"{hashlib.sha256(chr(10).join(part).encode()).hexdigest()[:16]}.safetensors"
-            for part in parts
-        ]
-        self._place = {
-            prompt: (i, j) for i, part in enumerate(parts) for j, prompt in enumerate(part)
-        }
-        missing = [i for i, name in enumerate(self._names) if not (folder / name).exists()]
-        if missing:
-            with Bar(
-                "prompts", len(unique), len(unique) - sum(len(parts[i]) for i in missing)
-            ) as bar:
-                for i in missing:
-                    self._write(folder / self._names[i], encode(parts[i]), dtype)
-                    bar.advance(len(parts[i]))
+        self._location: dict[str, tuple[Path, int]] = {}
+        missing: list[tuple[Path, list[str]]] = []
+        num_missing = 0
+        for start in range(0, len(unique), PROMPTS_PER_FILE):
+            chunk = unique[start : start + PROMPTS_PER_FILE]
+            path = folder / _file_name(chunk)
+            for row, prompt in enumerate(chunk):
+                self._location[prompt] = (path, row)
+            if not path.exists():
+                missing.append((path, chunk))
+                num_missing += len(chunk)
 
-    def _write(self, path: Path, cond: Conditioning, dtype: torch.dtype) -> None:
-        sizes = cond.time_ids  # whole numbers above 2048 are not all float16
-        kept = {name: tensor.to(dtype) for name, tensor in cond.tensors().items()}
-        kept |= {} if sizes is None else {"time_ids": sizes.float()}
-        folded = {name: tensor.contiguous().cpu() for name, tensor in kept.items()}
-        if not all(tensor.isfinite().all() for tensor in folded.values()):
-            raise UserError(f"prompt embeddings do not fit into {dtype}; set prompt_embeds=encoded")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
-            save_file(folded, temporary)
+        # Encode what is not on disk yet
+        if missing:
+            with Bar("prompts", len(unique), len(unique) - num_missing) as bar:
+                for path, chunk in missing:
+                    _write(path, encode(chunk), dtype)
+                    bar.advance(len(chunk))
 
     def read(self, prompts: Sequence[str]) -> Conditioning:
+        """The stored rows of `prompts`, in order. Raises UserError if a prompt is not stored."""
         rows = []
         for prompt in prompts:
-            if prompt not in self._place:
+            if prompt not in self._location:
                 raise UserError(
-                    f"no embedding is kept of the prompt {prompt!r}; set prompt_embeds=encoded"
+                    f"the cache has no embedding of the prompt {prompt!r}; "
+                    "set prompt_embeds=encoded to encode prompts during training"
                 )
-            file, row = self._place[prompt]
-            with safe_open(self._folder / self._names[file], framework="pt") as kept:
-                names = list(kept.keys())
-                rows.append(
-                    Conditioning(
-                        **{name: kept.get_slice(name)[row : row + 1].float() for name in names}
-                    )
-                )
+            path, row = self._location[prompt]
+            with safe_open(path, framework="pt") as file:
+                tensors = {}
+                for name in list(file.keys()):
+                    tensors[name] = file.get_slice(name)[row : row + 1].float()
+            rows.append(Conditioning(**tensors))
         return Conditioning.concat(*rows)
+
+
+def _file_name(prompts: list[str]) -> str:
+    digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    return f"{digest[:16]}.safetensors"
+
+
+def _write(path: Path, cond: Conditioning, dtype: torch.dtype) -> None:
+    """Stores a Conditioning in `dtype`. Raises UserError if a value overflows."""
+    tensors = {name: tensor.to(dtype) for name, tensor in cond.tensors().items()}
+    if cond.time_ids is not None:
+        # Sizes in pixels: float16 does not represent all integers above 2048
+        tensors["time_ids"] = cond.time_ids.float()
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(
+            f"prompt embeddings are too large for {dtype}; "
+            "set prompt_embeds=encoded to encode prompts during training"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        save_file(tensors, temporary)

@@ -1,4 +1,7 @@
-"""Whether a teacher's output is read as what it was trained to say: ε, v and flows mixed up make noise, silently."""
+"""A check that the teacher's prediction type is right.
+
+A network trained for v but read as ε, or the reverse, produces noise without an error.
+"""
 
 from __future__ import annotations
 
@@ -9,29 +12,32 @@ from diffusion2gan.runtime.progress import console
 from diffusion2gan.teacher.conditioning import Conditioning
 from diffusion2gan.teacher.pipeline import Teacher
 
-LARGEST_STD, LARGEST_CORRELATION = (
-    3.0,
-    0.5,
-)  # of x0 at T: a mean of latents, whose own std is about 1; judgement
+# Limits for x0 at the last timestep. It is close to the mean of all latents, and latents have a
+# standard deviation of about 1. Both values are chosen by judgement.
+MAX_STD = 3.0
+MAX_CORRELATION = 0.5
 
 
 @torch.no_grad()
 def warn_if_implausible(teacher: Teacher, noise: Tensor, cond: Conditioning) -> bool:
-    """Looks at x0 at the last timestep, from `noise` [B, C, h, w]; says if it looks wrong, and returns whether it did.
+    """Warns if x0 from pure `noise` [B, C, h, w] is implausible. Returns whether it warned.
 
-    There the network knows next to nothing of the picture, so x0 is an average of many: small, and unlike the noise. v
-    taken for ε comes out 14.6 times too large; ε taken for v, or an untrained flow, is the noise itself.
+    At the last timestep the input contains almost no image, so x0 is an average over many images:
+    small, and uncorrelated with the noise. If v is read as ε, x0 is 14.6 times too large; if ε is
+    read as v, or a flow is untrained, x0 is the noise itself.
     """
     x0 = teacher.denoise(noise, teacher.last_timestep, cond)
     std = float(x0.std())
     correlation = float(torch.corrcoef(torch.stack([x0.flatten(), noise.flatten()]))[0, 1])
-    if std <= LARGEST_STD and abs(correlation) <= LARGEST_CORRELATION:
+    if std <= MAX_STD and abs(correlation) <= MAX_CORRELATION:
         return False
+
     console.print(
-        f"warning: what {teacher.name} makes of pure noise looks wrong: standard deviation {std:.3g} (about 1 or less "
-        f"is usual), correlation with the noise {correlation:.2f} (about 0 is usual). It is read as "
-        f"{teacher.prediction_type}; if the model was trained to predict something else, set prediction_type in its "
-        "scheduler/scheduler_config.json and make the pairs anew.",
+        f"warning: the output of {teacher.name} for pure noise looks wrong: its standard deviation "
+        f"is {std:.3g} (usually about 1 or less) and its correlation with the noise is "
+        f"{correlation:.2f} (usually about 0). The output is read as {teacher.prediction_type}; if "
+        "the model was trained to predict something else, set prediction_type in its "
+        "scheduler/scheduler_config.json and make the pairs again.",
         soft_wrap=True,
     )
     return True

@@ -1,4 +1,4 @@
-"""The noise schedule's algebra: noise levels, and what a network's output means. Pure functions, float32."""
+"""Noise levels, network outputs and ODE steps as pure functions, in the papers' notation."""
 
 from __future__ import annotations
 
@@ -10,40 +10,47 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
 
 
 class Level(NamedTuple):
-    """A noise level: x_t = alpha·x0 + sigma·ε; numbers, or tensors [B, 1, 1, 1]."""
+    """A noise level: x_t = α·x0 + σ·ε. `alpha` and `sigma` are numbers or tensors [B, 1, 1, 1]."""
 
     alpha: Tensor | float
     sigma: Tensor | float
 
     @classmethod
     def diffusion(cls, alpha_bar: Tensor | float) -> Level:
-        """Variance-preserving: √ᾱ and √(1−ᾱ) (Ho et al. 2020, eq. 4)."""
+        """Variance-preserving: α = √ᾱ and σ = √(1−ᾱ) (Ho et al. 2020, eq. 4)."""
         return cls(alpha_bar**0.5, (1 - alpha_bar) ** 0.5)
 
     @classmethod
     def flow(cls, sigma: Tensor | float) -> Level:
-        """The straight path from data to noise: 1−σ and σ (Liu et al. 2023; Esser et al. 2024, eq. 13)."""
+        """The straight path from data to noise: α = 1−σ.
+
+        Liu et al. 2023; Esser et al. 2024, eq. 13.
+        """
         return cls(1 - sigma, sigma)
 
 
 class Step(NamedTuple):
-    """One step of the ODE: the timestep that the network is told, the levels before and after."""
+    """One step of the ODE: the network's timestep, and the noise levels before and after it."""
 
     timestep: float
-    here: Level
-    there: Level
+    current: Level
+    target: Level
 
 
 def to_x0(output: Tensor, x_t: Tensor, level: Level, prediction_type: str) -> Tensor:
-    """x0 from a network's output at a noise level; all [B, C, h, w], in float32.
+    """Converts a network's output at a noise level to x0. All are [B, C, h, w]; float32 result.
 
-    epsilon: x0 = (x_t − σ·ε) / α (Ho et al. 2020, eq. 15): at Stable Diffusion's last timestep α² = 0.0047 and an
-    error in ε grows 14.6 times, which is why this never runs in reduced precision.
-    v_prediction: x0 = α·x_t − σ·v (Salimans & Ho 2022, appendix D). sample: the output itself.
-    flow_prediction: v = ε − x0, so x0 = x_t − σ·v (Esser et al. 2024, eq. 8).
+    - epsilon: x0 = (x_t − σ·ε) / α (Ho et al. 2020, eq. 15). At Stable Diffusion's last timestep
+      α² = 0.0047, so an error in ε is amplified 14.6 times; this is why the conversion never
+      runs in reduced precision.
+    - v_prediction: x0 = α·x_t − σ·v (Salimans & Ho 2022, appendix D).
+    - sample: the output itself.
+    - flow_prediction: v = ε − x0, so x0 = x_t − σ·v (Esser et al. 2024, eq. 8).
     """
-    output, x_t = output.float(), x_t.float()
+    output = output.float()
+    x_t = x_t.float()
     alpha, sigma = level
+
     match prediction_type:
         case "epsilon":
             return (x_t - sigma * output) / alpha
@@ -58,11 +65,14 @@ def to_x0(output: Tensor, x_t: Tensor, level: Level, prediction_type: str) -> Te
     )
 
 
-def ode_step(x_t: Tensor, x0: Tensor, here: Level, there: Level) -> Tensor:
-    """One deterministic step: keep x0 and ε, move to another level.
+def ode_step(x_t: Tensor, x0: Tensor, current: Level, target: Level) -> Tensor:
+    """One deterministic step from noise level `current` to `target`, with x0 and ε held fixed.
 
-    Between diffusion levels this is DDIM (Song et al. 2021, eq. 12 with σ = 0), between flow levels Euler's step
-    x + (σ' − σ)·v, because v = ε − x0 there.
+        ε    = (x_t − α·x0) / σ
+        x_t' = α'·x0 + σ'·ε
+
+    Between diffusion levels this is DDIM (Song et al. 2021, eq. 12 with σ = 0). Between flow
+    levels it is Euler's step x_t + (σ' − σ)·v, because v = ε − x0.
     """
-    eps = (x_t - here.alpha * x0) / here.sigma
-    return there.alpha * x0 + there.sigma * eps
+    eps = (x_t - current.alpha * x0) / current.sigma
+    return target.alpha * x0 + target.sigma * eps

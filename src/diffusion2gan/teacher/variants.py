@@ -1,4 +1,4 @@
-"""What a teacher can be besides a folder: a single file, a folder with LoRAs merged into it, another VAE."""
+"""Teachers that are not a plain pipeline folder: a single file, merged LoRAs, another VAE."""
 
 from __future__ import annotations
 
@@ -17,55 +17,49 @@ from diffusion2gan.runtime.files import sha256
 from diffusion2gan.teacher import autoencoder
 from diffusion2gan.teacher.families import FAMILIES
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def is_single_file(name: str) -> bool:
-    """Raises UserError where it is a pickle: loading one can run what is in it."""
-    if name.endswith(PICKLES):
+    """Whether `name` is a .safetensors file. Raises UserError if it is a pickle.
+
+    Loading a pickle can run code that is stored in it.
+    """
+    if name.endswith(PICKLE_SUFFIXES):
+        converted = Path(name).with_suffix(".safetensors")
         raise UserError(
-            f"{name} is a pickle, which can run code when it is read, so it is not. Where you trust it, convert it "
-            'once, elsewhere: python -c "import sys, torch; from safetensors.torch import save_file; d = torch.load('
-            "sys.argv[1], weights_only=True); d = d.get('state_dict', d); save_file({k: v.contiguous() for k, v in "
-            f"d.items() if hasattr(v, 'shape')}}, sys.argv[2])\" {name} {Path(name).with_suffix('.safetensors')}"
+            f"{name} is a pickle, which can run code when it is loaded, so it is refused. If you "
+            "trust it, convert it once: "
+            'python -c "import sys, torch; from safetensors.torch import save_file; '
+            "d = torch.load(sys.argv[1], weights_only=True); d = d.get('state_dict', d); "
+            "save_file({k: v.contiguous() for k, v in d.items() if hasattr(v, 'shape')}, "
+            f'sys.argv[2])" {name} {converted}'
         )
     return name.endswith(".safetensors")
 
 
-def load_single_file(file: Path, config: Path | None, family: str | None) -> Any:
-    """A pipeline from one .safetensors, float32. `config` is a pipeline's folder of the same `family` of models.
+def load_single_file(file: Path, config: Path | None, pipeline_class: str | None) -> Any:
+    """Loads a pipeline in float32 from one .safetensors file.
 
-    A UNet's file holds the whole model: the folder gives configs and tokenizers alone. A transformer's holds the
-    transformer: all else comes from the folder. Raises UserError where one is missing or they do not fit.
+    `config` is the folder of a pipeline of the same class, `pipeline_class`. A UNet model's file
+    contains all weights, and the folder gives only configs and tokenizers. A transformer model's
+    file contains the transformer, and all else comes from the folder. Raises UserError if one is
+    missing or they do not fit each other.
     """
     if not file.is_file():
         raise UserError(f"no such file: {file}")
-    if config is None or family is None:
+    if config is None or pipeline_class is None:
         raise UserError(
-            f"{file} holds weights alone: name a pipeline folder of the same kind of model beside it (configs, "
-            "scheduler and tokenizers are read from there): --teacher-config FOLDER, or teacher_config=FOLDER."
+            f"{file} contains only weights. Also name a pipeline folder of the same kind of model, "
+            "from which configs, scheduler and tokenizers are read: --teacher-config FOLDER, or "
+            "teacher_config=FOLDER in a recipe."
         )
-    kind: Any = getattr(diffusers, family)
-    options: dict[str, Any] = {"torch_dtype": torch.float32, "local_files_only": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            if FAMILIES[family].network == "unet":
-                no_checker = {"safety_checker": None} if family == "StableDiffusionPipeline" else {}
-                return kind.from_single_file(str(file), config=str(config), **options, **no_checker)
-            network = network_class(config)
-            transformer = network.from_single_file(
-                str(file), config=str(config), subfolder="transformer", **options
-            )
-            absent = (
-                {"text_encoder_3": None, "tokenizer_3": None}
-                if not (config / "text_encoder_3").is_dir()
-                else {}
-            )
-            absent = absent if family == "StableDiffusion3Pipeline" else {}
-            return kind.from_pretrained(
-                config, transformer=transformer, use_safetensors=True, **options, **absent
-            )
+            if FAMILIES[pipeline_class].network == "unet":
+                return _load_unet_file(file, config, pipeline_class)
+            return _load_transformer_file(file, config, pipeline_class)
         except (
             SingleFileComponentError,
             OSError,
@@ -74,102 +68,152 @@ def load_single_file(file: Path, config: Path | None, family: str | None) -> Any
             RuntimeError,
             AttributeError,
         ) as error:
-            told = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise UserError(
-                f"{file} does not load as the {family} that {config} describes: {told}"
+                f"{file} does not load as the {pipeline_class} that {config} describes: "
+                f"{_first_line(error)}"
             ) from error
 
 
-def network_class(config: Path) -> Any:
-    """The class of a pipeline folder's transformer."""
-    return getattr(
-        diffusers,
-        json.loads((config / "transformer" / "config.json").read_text("utf-8"))["_class_name"],
+def _load_unet_file(file: Path, config: Path, pipeline_class: str) -> Any:
+    options: dict[str, Any] = {}
+    if pipeline_class == "StableDiffusionPipeline":
+        options["safety_checker"] = None
+    kind: Any = getattr(diffusers, pipeline_class)
+    return kind.from_single_file(
+        str(file), config=str(config), torch_dtype=torch.float32, local_files_only=True, **options
+    )
+
+
+def _load_transformer_file(file: Path, config: Path, pipeline_class: str) -> Any:
+    # The transformer, of the class that the folder's config names
+    transformer_config = json.loads((config / "transformer" / "config.json").read_text("utf-8"))
+    transformer_class: Any = getattr(diffusers, transformer_config["_class_name"])
+    transformer = transformer_class.from_single_file(
+        str(file),
+        config=str(config),
+        subfolder="transformer",
+        torch_dtype=torch.float32,
+        local_files_only=True,
+    )
+
+    # The pipeline around it
+    options: dict[str, Any] = {}
+    has_third_encoder = (config / "text_encoder_3").is_dir()
+    if pipeline_class == "StableDiffusion3Pipeline" and not has_third_encoder:
+        options["text_encoder_3"] = None
+        options["tokenizer_3"] = None
+    kind: Any = getattr(diffusers, pipeline_class)
+    return kind.from_pretrained(
+        config,
+        transformer=transformer,
+        torch_dtype=torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+        **options,
     )
 
 
 def merge_loras(pipeline: Any, loras: str) -> None:
-    """Adds LoRAs to the pipeline's weights for good: `PATH[@SCALE]`, several with commas between.
+    """Merges LoRAs permanently into a pipeline's weights: `PATH[@SCALE]`, separated by commas.
 
-    Raises UserError without peft, or where one is not there or was made for another model.
+    Raises UserError if peft is not installed, or if a LoRA does not exist or does not fit.
     """
-    for lora in loras.split(","):
-        path, scale = lora_of(lora)
-        before = (
-            {name: len(parts) for name, parts in pipeline.get_list_adapters().items()}
-            if has_peft()
-            else {}
-        )
+    _require_peft()
+    kind = type(pipeline).__name__
+    for text in loras.split(","):
+        path, scale = parse_lora(text)
+
+        # Load it as an adapter. A LoRA without any matching layer adds no adapter, or an error.
+        adapters_before = _count_adapters(pipeline)
         try:
             pipeline.load_lora_weights(str(path), adapter_name="merged", local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
-            told = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise UserError(
-                f"the LoRA {path} does not fit a {type(pipeline).__name__} like this teacher ({told}); it was made for "
-                "another base model."
+                f"the LoRA {path} does not fit this teacher's {kind} ({_first_line(error)}); it "
+                "was made for another base model."
             ) from error
-        if pipeline.get_list_adapters() == before:
+        if _count_adapters(pipeline) == adapters_before:
             raise UserError(
-                f"the LoRA {path} changes nothing in a {type(pipeline).__name__}: it was made for another base model."
+                f"the LoRA {path} has no layer of this teacher's {kind}; it was made for another "
+                "base model."
             )
+
+        # Merge it into the weights
         pipeline.fuse_lora(lora_scale=scale)
         pipeline.unload_lora_weights()
 
 
-def has_peft() -> bool:
-    """Raises UserError where peft is not installed."""
+def _require_peft() -> None:
+    """Raises UserError if peft is not installed."""
     try:
         import peft  # noqa: F401
     except ImportError as error:
         raise UserError(
             "a teacher with a LoRA needs peft: pip install 'diffusion2gan[lora]'"
         ) from error
-    return True
 
 
-def lora_of(text: str) -> tuple[Path, float]:
-    """`PATH[@SCALE]` → path and scale, 1 if not given. Raises UserError where there is no such file."""
+def _count_adapters(pipeline: Any) -> dict[str, int]:
+    """Number of LoRA adapters per component."""
+    return {name: len(adapters) for name, adapters in pipeline.get_list_adapters().items()}
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """`PATH[@SCALE]` → path and scale, 1 by default.
+
+    Raises UserError if the scale is not a number or the file does not exist.
+    """
     path, at, scale = text.strip().rpartition("@")
     if not at:
-        path, scale = text.strip(), "1"
+        path = text.strip()
+        scale = "1"
     try:
         number = float(scale)
     except ValueError:
         raise UserError(
-            f"the LoRA {text!r}: what follows @ is its scale, a number, not {scale!r}"
+            f"the LoRA {text!r}: the text after @ must be a number, its scale, not {scale!r}"
         ) from None
-    is_single_file(path)
+    is_single_file(path)  # refuses pickles
     if not Path(path).exists():
         raise UserError(f"no such LoRA: {path}")
     return Path(path), number
 
 
 def replace_vae(pipeline: Any, name: str) -> None:
-    """Another VAE for the same latents. Raises UserError where its latents are of another kind."""
+    """Replaces a pipeline's VAE. Raises UserError if the new VAE's latents differ in shape."""
     vae = autoencoder.load_vae(name, pipeline.device)
-    kinds = [
-        (autoencoder.num_latent_channels(x), autoencoder.spatial_factor(x))
-        for x in (pipeline.vae, vae)
-    ]
-    if kinds[0] != kinds[1]:
-        (channels, factor), (its_channels, its_factor) = kinds
+    channels = autoencoder.num_latent_channels(pipeline.vae)
+    factor = autoencoder.spatial_factor(pipeline.vae)
+    new_channels = autoencoder.num_latent_channels(vae)
+    new_factor = autoencoder.spatial_factor(vae)
+    if (channels, factor) != (new_channels, new_factor):
         raise UserError(
-            f"the teacher's latents have {channels} channels and are {factor} times smaller than its pictures, those "
-            f"of the VAE {name} {its_channels} and {its_factor}; give a VAE of the same latents."
+            f"the VAE {name} does not fit the teacher: its latents have {new_channels} channels "
+            f"and are {new_factor} times smaller than the images; the teacher's have {channels} "
+            f"channels and are {factor} times smaller. Give a VAE for the same latents."
         )
     pipeline.register_modules(vae=vae)
 
 
-def revision_of(source: Path, config: Path | None, loras: str | None, vae: str | None) -> str:
-    """A digest of all weights that make the teacher; a plain folder's is its own."""
+def compute_revision(source: Path, config: Path | None, loras: str | None, vae: str | None) -> str:
+    """A digest of all weights of a teacher; for a plain folder, the digest of the folder."""
     digest = sha256(source)[:16]
-    extras = (
-        [sha256(lora_of(lora)[0]) + f"@{lora_of(lora)[1]}" for lora in loras.split(",")]
-        if loras
-        else []
-    )
-    extras += [autoencoder.vae_revision(vae)] if vae else []
-    extras += [sha256(config)] if config and source.is_file() else []
+
+    extras = []
+    if loras:
+        for text in loras.split(","):
+            path, scale = parse_lora(text)
+            extras.append(f"{sha256(path)}@{scale}")
+    if vae:
+        extras.append(autoencoder.vae_revision(vae))
+    if config and source.is_file():
+        extras.append(sha256(config))
+
     if not extras:
         return digest
     return hashlib.sha256("+".join([digest, *extras]).encode()).hexdigest()[:16]
+
+
+def _first_line(error: Exception) -> str:
+    message = str(error).strip()
+    return message.splitlines()[0] if message else repr(error)

@@ -1,4 +1,4 @@
-"""An exported folder, run by stock diffusers in a process that knows nothing of this package, is our student."""
+"""An exported folder, run by stock diffusers without this package, matches the student."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 noise, prompts = load_file(sys.argv[1])["noise"], sys.argv[2].split("|")
 found = {}
-for place, folder in enumerate(sys.argv[4:]):
+for index, folder in enumerate(sys.argv[4:]):
     pipe = DiffusionPipeline.from_pretrained(folder)
-    found[f"latents{place}"] = pipe(
-        prompts, latents=noise, num_inference_steps=1, guidance_scale=0, output_type="latent").images
-    found[f"images{place}"] = pipe(
-        prompts, latents=noise, num_inference_steps=1, guidance_scale=0, output_type="pt").images
+    settings = {"latents": noise, "guidance_scale": 0}
+    found[f"latents{index}"] = pipe(
+        prompts, num_inference_steps=1, output_type="latent", **settings).images
+    found[f"images{index}"] = pipe(
+        prompts, num_inference_steps=1, output_type="pt", **settings).images
     try:
-        pipe(prompts, latents=noise, num_inference_steps=2, guidance_scale=0)
+        pipe(prompts, num_inference_steps=2, **settings)
     except ValueError as error:
         print("refused:", error)
 assert "diffusion2gan" not in sys.modules
@@ -51,16 +52,20 @@ save_file(found, sys.argv[3])
 def runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """A run of three steps of each style, so that the averaged weights are neither the teacher's nor the last."""
+    """A run of three steps per style: its averaged weights are not the teacher's nor the last."""
     root = tmp_path_factory.mktemp("runs")
     for style in STYLES:
-        teacher = load_teacher(str(request.getfixturevalue(style)))
+        # Pairs
+        folder = request.getfixturevalue(style)
+        teacher = load_teacher(str(folder))
         spec = PairsSpec(
             teacher.name, teacher.revision, "words", 4, 0, 1, 1.0, teacher.latent_shape, 4
         )
         make_pairs(teacher, lambda indices: ["a star"] * len(indices), spec, root / style / "pairs")
+
+        # Training
         recipe = Recipe(
-            teacher=str(request.getfixturevalue(style)),
+            teacher=str(folder),
             loss="mse",
             total_pairs=6,
             batch_size=2,
@@ -71,14 +76,20 @@ def runs(
     return {style: root / style / "run" for style in STYLES}
 
 
-def test_stock_diffusers_runs_it_exactly(runs: dict[str, Path], tmp_path: Path) -> None:
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square error relative to the root mean square of `expected`."""
+    return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+def test_stock_diffusers_reproduces_the_student(runs: dict[str, Path], tmp_path: Path) -> None:
     noise = noise_from_seeds([1, 2], (4, 16, 16))
     save_file({"noise": noise}, tmp_path / "noise.safetensors")
     for style, run in runs.items():
         export(run, tmp_path / style)
-    outside = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
-        "HF_HUB_OFFLINE": "1"
-    }
+
+    # Run the exports in a process without this package
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
     done = subprocess.run(
         [
             sys.executable,
@@ -91,82 +102,83 @@ def test_stock_diffusers_runs_it_exactly(runs: dict[str, Path], tmp_path: Path) 
         ],
         capture_output=True,
         text=True,
-        env=outside,
+        env=environment,
         cwd=tmp_path,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("refused:") == len(runs), done.stdout
+
+    # Compare with the student in this process
     found = load_file(tmp_path / "found.safetensors")
-    for place, run in enumerate(runs.values()):
+    for index, run in enumerate(runs.values()):
         teacher, average, _ = load_student(run)
         student = Student(teacher)
         student.trained.load_state_dict(average)
         with torch.no_grad():
             expected = student(noise, teacher.encode(PROMPTS))
-            born = teacher.denoise(noise, teacher.last_timestep, teacher.encode(PROMPTS))
-        rms = expected.square().mean().sqrt()
-        assert float((found[f"latents{place}"] - expected).square().mean().sqrt() / rms) < 1e-5
-        assert (
-            float((born - expected).square().mean().sqrt() / rms) > 1e-3
-        )  # it did learn something
+            initial = teacher.denoise(noise, teacher.last_timestep, teacher.encode(PROMPTS))
+        assert relative_error(found[f"latents{index}"], expected) < 1e-5
+        assert relative_error(initial, expected) > 1e-3  # training had an effect
         images = (teacher.decode(expected) + 1) / 2
-        torch.testing.assert_close(found[f"images{place}"], images, rtol=0, atol=1e-3)
+        torch.testing.assert_close(found[f"images{index}"], images, rtol=0, atol=1e-3)
 
 
-def test_the_folder_tells_what_it_is(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_folder_describes_its_run(runs: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "deep" / "export"
     export(runs["tiny_teacher"], out)
-    described = json.loads((out / "diffusion2gan.json").read_text())
-    assert (
-        described["pairs_seen"] == 6
-        and described["recipe"]["loss"] == "mse"
-        and described["pairs"]["count"] == 4
-    )
+
+    description = json.loads((out / "diffusion2gan.json").read_text())
+    assert description["pairs_seen"] == 6
+    assert description["recipe"]["loss"] == "mse"
+    assert description["pairs"]["count"] == 4
     assert "num_inference_steps=1, guidance_scale=0" in (out / "README.md").read_text()
+
     index = json.loads((out / "model_index.json").read_text())
-    assert (
-        index["scheduler"] == ["diffusers", "LCMScheduler"]
-        and index["requires_safety_checker"] is False
-    )
-    assert not list(out.rglob("*.bin")) and [path.name for path in out.parent.iterdir()] == [
-        "export"
-    ]
+    assert index["scheduler"] == ["diffusers", "LCMScheduler"]
+    assert index["requires_safety_checker"] is False
+
+    # No pickles, and no temporary files
+    assert not list(out.rglob("*.bin"))
+    assert [path.name for path in out.parent.iterdir()] == ["export"]
 
 
-def test_no_config_tells_where_the_teacher_lay(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_configs_do_not_contain_the_teachers_path(runs: dict[str, Path], tmp_path: Path) -> None:
     for style, run in runs.items():
         export(run, tmp_path / style)
         teacher = str(load_student(run)[2]["recipe"]["teacher"])
         for path in (tmp_path / style).rglob("*.json"):
-            if path.name != "diffusion2gan.json":  # the recipe, in the user's own words
-                assert (
-                    teacher not in path.read_text() and "_name_or_path" not in path.read_text()
-                ), path
+            if path.name != "diffusion2gan.json":  # it contains the recipe as the user wrote it
+                text = path.read_text()
+                assert teacher not in text and "_name_or_path" not in text, path
 
 
-def test_export_again_replaces_the_export_and_nothing_else(
+def test_export_replaces_an_earlier_export_and_nothing_else(
     runs: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "export"
     export(runs["tiny_teacher"], out)
     first = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+
+    # A second export removes files of the first one
     (out / "stale").write_text("")
     export(runs["tiny_teacher"], out)
     second = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
-    assert (
-        all(torch.equal(first[key], second[key]) for key in first) and not (out / "stale").exists()
-    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not (out / "stale").exists()
+
+    # float16
     export(runs["tiny_teacher"], out, torch.float16)
     half = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(half[key], first[key].half()) for key in first)
 
+    # Other folders and files stay
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    for taken in (mine, mine / "thesis.txt"):
-        with pytest.raises(UserError, match="is no export, so it is not replaced"):
-            export(runs["tiny_teacher"], taken)
+    for existing in (mine, mine / "thesis.txt"):
+        with pytest.raises(UserError, match="is not an export, so it is not replaced"):
+            export(runs["tiny_teacher"], existing)
     assert (mine / "thesis.txt").read_text() == "years of work"
 
 
@@ -175,35 +187,38 @@ def test_a_second_export_at_the_same_time_is_refused(runs: dict[str, Path], tmp_
     with exclusive_lock(out), pytest.raises(UserError, match="is being written by another process"):
         export(runs["tiny_teacher"], out)
     assert not out.exists()
-    export(runs["tiny_teacher"], out)  # its lock is gone with its owner
+    export(runs["tiny_teacher"], out)  # the lock is released
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_teacher_in_memory_is_left_as_it_is(
+def test_teacher_in_memory_is_not_modified(
     runs: dict[str, Path], tmp_path: Path, dtype: torch.dtype
 ) -> None:
     teacher, student, _ = load_student(runs["tiny_teacher"])
     modules = {name: getattr(teacher.pipeline, name) for name in ("unet", "vae", "text_encoder")}
-    before = {
-        (n, k): v.clone() for n, module in modules.items() for k, v in module.state_dict().items()
-    }
+    before = {}
+    for name, module in modules.items():
+        before[name] = {key: value.clone() for key, value in module.state_dict().items()}
     scheduler = teacher.pipeline.scheduler
-    assert any(not torch.equal(before["unet", key], value) for key, value in student.items())
+    assert any(not torch.equal(before["unet"][key], value) for key, value in student.items())
+
     write_pipeline(teacher, student, tmp_path / "out", dtype)
     for name, module in modules.items():
         assert getattr(teacher.pipeline, name) is module
-        assert all(
-            torch.equal(before[name, key], value) for key, value in module.state_dict().items()
-        ), name
+        for key, value in module.state_dict().items():
+            assert torch.equal(before[name][key], value), (name, key)
     assert teacher.pipeline.scheduler is scheduler
 
 
-def test_no_run_and_no_checkpoint_are_said(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_missing_run_and_missing_checkpoint_are_reported(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match=r"contains no run \(recipe\.json is missing\)"):
         export(tmp_path, tmp_path / "out")
-    young = tmp_path / "young"
-    young.mkdir()
-    (young / "recipe.json").write_bytes((runs["tiny_teacher"] / "recipe.json").read_bytes())
+
+    new_run = tmp_path / "new_run"
+    new_run.mkdir()
+    (new_run / "recipe.json").write_bytes((runs["tiny_teacher"] / "recipe.json").read_bytes())
     with pytest.raises(UserError, match="has no checkpoint yet"):
-        export(young, tmp_path / "out")
+        export(new_run, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -174,7 +174,7 @@ def test_images_by_caption_index(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no image for caption 3"):
         images.read(range(5))
     (folder / "other_000002.jpg").write_bytes(b"not a picture")
-    with pytest.raises(UserError, match="both of caption 2"):
+    with pytest.raises(UserError, match="both for caption 2"):
         open_images("gigagan", folder)
     with pytest.raises(UserError, match="cannot be read as an image"):
         read_image(folder / "other_000002.jpg")

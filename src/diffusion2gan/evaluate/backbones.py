@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, from_numpy
@@ -23,6 +22,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.evaluate.metrics import check_features
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256
+from diffusion2gan.teacher.hub import find_model
 
 Pictures = NDArray[np.uint8]
 Features = NDArray[np.float32]
@@ -221,15 +221,11 @@ def _checked(weights: Path, expected: str) -> str:
 
 
 def _folder(name: str) -> Path:
-    """A folder as it is; of an id, where it was already fetched to. Nothing is fetched here."""
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        return Path(snapshot_download(name, local_files_only=True))
-    except Exception as error:  # the hub's own many kinds, and its checks of the id
-        raise UserError(
-            f"{name} is neither a folder nor a model already fetched; run: hf download {name}"
-        ) from error
+    """The folder of a model: a folder as it is, or a hub id's in the local cache."""
+    folder, _ = find_model(name)
+    if not folder.is_dir():
+        raise UserError(f"{name} is neither a folder nor a model's id; give one of the two")
+    return folder
 
 
 def _loaded(kind: Any, folder: Path) -> Any:

@@ -1,150 +1,240 @@
 "use strict";
-const at = id => document.getElementById(id);
-const table = at("grid"), rows = [...table.tBodies[0].rows], heads = [...table.tHead.rows[0].cells].slice(1);
-const names = heads.map(head => head.firstChild.textContent);
-const COLOURS = ["#2f7fc1", "#d9622b", "#2a9d6f", "#b663a6", "#c4901c", "#3fa7b5", "#8a6fd1", "#9a7b4f"];
-const colour = index => COLOURS[index % COLOURS.length];
-const cell = (row, column) => row.cells[column + 1];
-const shown = (row, column) => cell(row, column).dataset.off === undefined && cell(row, column).querySelector(".shot");
-const visible = () => rows.filter(row => !row.hidden);
-const make = (tag, properties = {}, ...children) => {
-  const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children);
-  return node;
-};
 
-// filter: a row stays when its prompt holds every word
-function filter() {
-  const words = at("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
-  for (const row of rows) row.hidden = !words.every(word => row.cells[0].textContent.toLowerCase().includes(word));
-  const left = visible().length;
-  at("count").textContent = words.length ? `${left} of ${rows.length} prompts` : "";
-  at("none").hidden = left > 0;
+// ------------------------------------------------------------------------------------- Helpers
+
+const byId = id => document.getElementById(id);
+
+function createElement(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
 }
-at("filter").addEventListener("input", filter);
-document.querySelector(".bar[data-plain]").removeAttribute("data-plain");
-filter();
 
-// which systems the grid shows; one at least
-const boxes = names.map((name, column) => {
-  const box = make("input", {type: "checkbox", checked: true});
-  const swatch = make("span", {className: "swatch"});
-  swatch.style.setProperty("--colour", colour(column));
-  if (names.length > 1) at("systems").append(make("label", {}, box, make("span", {}, swatch, make("bdi", {textContent: name}))));
+// The table of images: a row per prompt; the first column has the prompts, each other one a system
+const table = byId("grid");
+const rows = [...table.tBodies[0].rows];
+const headings = [...table.tHead.rows[0].cells].slice(1);
+const names = headings.map(heading => heading.firstChild.textContent);
+const getCell = (row, system) => row.cells[system + 1];
+
+const COLOURS = [
+  "#2f7fc1", "#d9622b", "#2a9d6f", "#b663a6", "#c4901c", "#3fa7b5", "#8a6fd1", "#9a7b4f",
+];
+const getColour = system => COLOURS[system % COLOURS.length];
+
+// The button of an image, or a false value if the image is missing or its system hidden
+function getShownButton(row, system) {
+  const cell = getCell(row, system);
+  return cell.dataset.off === undefined && cell.querySelector(".shot");
+}
+
+// ------------------------------------------------------------- Filter: prompts with all words
+
+const getVisibleRows = () => rows.filter(row => !row.hidden);
+
+function filterRows() {
+  const words = byId("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
+  for (const row of rows) {
+    const prompt = row.cells[0].textContent.toLowerCase();
+    row.hidden = !words.every(word => prompt.includes(word));
+  }
+  const numVisible = getVisibleRows().length;
+  byId("count").textContent = words.length ? `${numVisible} of ${rows.length} prompts` : "";
+  byId("none").hidden = numVisible > 0;
+}
+
+byId("filter").addEventListener("input", filterRows);
+document.querySelector(".bar[data-plain]").removeAttribute("data-plain");
+filterRows();
+
+// ---------------------------------------------------- Check boxes: which systems are shown
+
+const boxes = names.map((name, system) => {
+  const box = createElement("input", {type: "checkbox", checked: true});
+  const swatch = createElement("span", {className: "swatch"});
+  swatch.style.setProperty("--colour", getColour(system));
+  const text = createElement("span", {}, swatch, createElement("bdi", {textContent: name}));
+  if (names.length > 1) byId("systems").append(createElement("label", {}, box, text));
   return box;
 });
-at("systems").addEventListener("change", event => {
+
+byId("systems").addEventListener("change", event => {
+  // At least one system stays
   if (!boxes.some(box => box.checked)) event.target.checked = true;
-  for (const row of [table.tHead.rows[0], ...rows])
-    boxes.forEach((box, column) => box.checked ? delete cell(row, column).dataset.off : cell(row, column).dataset.off = "");
-  document.documentElement.style.setProperty("--n", boxes.filter(box => box.checked).length);
-  fit();
+
+  for (const row of [table.tHead.rows[0], ...rows]) {
+    boxes.forEach((box, system) => {
+      const cell = getCell(row, system);
+      if (box.checked) delete cell.dataset.off;
+      else cell.dataset.off = "";
+    });
+  }
+  const numShown = boxes.filter(box => box.checked).length;
+  document.documentElement.style.setProperty("--n", numShown);
+  updateScrolling();
 });
 
-// where the grid fits the page, the page scrolls it; where not, it scrolls in its own box
-const box = table.parentElement;
-const fit = () => box.classList.toggle("fits", table.offsetWidth <= box.clientWidth);
-new ResizeObserver(fit).observe(box);
-fit();
+// A table that fits scrolls with the page, a wider one in its box
+const tableBox = table.parentElement;
 
-// hover: the same spot of every system of the row, twice as large
+function updateScrolling() {
+  tableBox.classList.toggle("fits", table.offsetWidth <= tableBox.clientWidth);
+}
+
+new ResizeObserver(updateScrolling).observe(tableBox);
+updateScrolling();
+
+// --------------- Mouse: zoom into the same position of every image of the row, twice as large
+
 table.addEventListener("pointermove", event => {
   const button = event.pointerType === "mouse" && event.target.closest(".shot");
   if (!button) return;
-  const edge = button.getBoundingClientRect(), row = button.closest("tr");
-  row.style.setProperty("--x", `${100 * (event.clientX - edge.left) / edge.width}%`);
-  row.style.setProperty("--y", `${100 * (event.clientY - edge.top) / edge.height}%`);
+  const bounds = button.getBoundingClientRect();
+  const row = button.closest("tr");
+  row.style.setProperty("--x", `${100 * (event.clientX - bounds.left) / bounds.width}%`);
+  row.style.setProperty("--y", `${100 * (event.clientY - bounds.top) / bounds.height}%`);
 });
-const zoom = on => event => {
-  const row = event.pointerType === "mouse" && event.target.closest(".shot") && event.target.closest("tr");
-  if (row) row.classList.toggle("zoomed", on);
-};
-table.addEventListener("pointerover", zoom(true));
-table.addEventListener("pointerout", zoom(false));
 
-// one picture, large: arrows go from system to system and from prompt to prompt, round the ends and past the gaps
-const large = at("large"), against = at("against"), frame = at("frame"), split = at("split");
-let place = null;
-against.append(make("option", {value: "", textContent: "nothing"}));
-names.forEach((name, column) => against.append(make("option", {value: column, textContent: name})));
-function show(row, column) {
-  const picture = shown(row, column).firstElementChild;
-  place = {row, column};
-  at("large-image").src = picture.src;
-  at("large-image").alt = picture.alt;
-  at("large-name").textContent = names[column];
-  frame.style.setProperty("--ratio", picture.naturalWidth / picture.naturalHeight || 1);
-  const note = heads[column].querySelector(".faint"), size = `${picture.naturalWidth} × ${picture.naturalHeight} px`;
-  at("large-size").textContent = note ? `${note.textContent} · ${size}` : size;
-  at("large-prompt").textContent = row.cells[0].textContent;
-  beside();
-  if (!large.open) large.showModal();
+function setZoom(event, isZoomed) {
+  if (event.pointerType !== "mouse" || !event.target.closest(".shot")) return;
+  event.target.closest("tr").classList.toggle("zoomed", isZoomed);
 }
-// before / after: another system's picture of the same prompt over the left part of this one
-function beside() {
+
+table.addEventListener("pointerover", event => setZoom(event, true));
+table.addEventListener("pointerout", event => setZoom(event, false));
+
+// ------------------------------------------------------------------ Dialog: one image, large
+
+const dialog = byId("large");
+const against = byId("against");
+const frame = byId("frame");
+const split = byId("split");
+let current = null; // the row and system that are shown
+
+against.append(createElement("option", {value: "", textContent: "nothing"}));
+names.forEach((name, system) => {
+  against.append(createElement("option", {value: system, textContent: name}));
+});
+
+function showLarge(row, system) {
+  current = {row, system};
+
+  // Image
+  const image = getShownButton(row, system).firstElementChild;
+  byId("large-image").src = image.src;
+  byId("large-image").alt = image.alt;
+  frame.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight || 1);
+
+  // Texts
+  const note = headings[system].querySelector(".faint");
+  const size = `${image.naturalWidth} × ${image.naturalHeight} px`;
+  byId("large-name").textContent = names[system];
+  byId("large-size").textContent = note ? `${note.textContent} · ${size}` : size;
+  byId("large-prompt").textContent = row.cells[0].textContent;
+
+  updateSlider();
+  if (!dialog.open) dialog.showModal();
+}
+
+// Slider: another system's image of the same prompt covers the left part of this one
+function updateSlider() {
   const other = against.value === "" ? null : Number(against.value);
-  const picture = other !== null && other !== place.column && cell(place.row, other).querySelector("img");
-  frame.toggleAttribute("data-split", Boolean(picture));
-  if (!picture) return at("other-image").removeAttribute("src");
-  at("other-image").src = picture.src;
-  at("other-image").alt = picture.alt;
-  at("left-name").textContent = names[other];
-  at("right-name").textContent = names[place.column];
-  slide();
+  const isDifferent = other !== null && other !== current.system;
+  const image = isDifferent && getCell(current.row, other).querySelector("img");
+  frame.toggleAttribute("data-split", Boolean(image));
+  if (!image) {
+    byId("other-image").removeAttribute("src");
+    return;
+  }
+  byId("other-image").src = image.src;
+  byId("other-image").alt = image.alt;
+  byId("left-name").textContent = names[other];
+  byId("right-name").textContent = names[current.system];
+  moveDivider();
 }
-const slide = () => frame.style.setProperty("--split", `${split.value}%`);
-split.addEventListener("input", slide);
-against.addEventListener("change", beside);
-at("slide").addEventListener("click", () => {
-  const named = word => names.findIndex((name, column) => name.toLowerCase().includes(word) && boxes[column].checked);
-  const teacher = Math.max(0, named("teacher"));
-  for (const row of visible()) {
-    const others = names.map((_, column) => column).filter(column => column !== teacher && shown(row, column));
-    if (!others.length || !cell(row, teacher).querySelector("img")) continue;
+
+function moveDivider() {
+  frame.style.setProperty("--split", `${split.value}%`);
+}
+
+split.addEventListener("input", moveDivider);
+against.addEventListener("change", updateSlider);
+
+// The slider view opens with the teacher on the left, if a system is called that, and the student
+byId("slide").addEventListener("click", () => {
+  const findSystem = word => names.findIndex(
+    (name, system) => name.toLowerCase().includes(word) && boxes[system].checked
+  );
+  const teacher = Math.max(0, findSystem("teacher"));
+  const student = findSystem("student");
+
+  // The first prompt of which both have an image
+  for (const row of getVisibleRows()) {
+    const others = names.map((_, system) => system)
+      .filter(system => system !== teacher && getShownButton(row, system));
+    if (!others.length || !getCell(row, teacher).querySelector("img")) continue;
     against.value = teacher;
-    show(row, others.includes(named("student")) ? named("student") : others[0]);
-    return split.focus();
+    showLarge(row, others.includes(student) ? student : others[0]);
+    split.focus();
+    return;
   }
 });
+
+// Moves to a neighbouring prompt or system; wraps around, and skips missing images
 function step(down, right) {
-  const left = visible();
-  let row = left.indexOf(place.row), column = place.column;
+  const visible = getVisibleRows();
+  let row = visible.indexOf(current.row);
+  let system = current.system;
   do {
-    row = (row + down + left.length) % left.length;
-    column = (column + right + heads.length) % heads.length;
-  } while (!shown(left[row], column));
-  show(left[row], column);
+    row = (row + down + visible.length) % visible.length;
+    system = (system + right + headings.length) % headings.length;
+  } while (!getShownButton(visible[row], system));
+  showLarge(visible[row], system);
 }
-const arrows = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
+
+const ARROWS = {
+  ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0],
+};
+
 table.addEventListener("click", event => {
   const button = event.target.closest(".shot");
-  if (button) show(button.closest("tr"), button.closest("td").cellIndex - 1);
+  if (button) showLarge(button.closest("tr"), button.closest("td").cellIndex - 1);
 });
-large.addEventListener("keydown", event => {
-  if (!(event.key in arrows) || event.altKey || event.ctrlKey || event.metaKey) return;
-  if (event.target === against || (event.target === split && !event.key.endsWith("Up") && !event.key.endsWith("Down"))) return;
+
+dialog.addEventListener("keydown", event => {
+  if (!(event.key in ARROWS) || event.altKey || event.ctrlKey || event.metaKey) return;
+
+  // The list of systems uses all arrow keys, the slider those to the left and right
+  const isVertical = event.key === "ArrowUp" || event.key === "ArrowDown";
+  if (event.target === against || (event.target === split && !isVertical)) return;
   event.preventDefault();
-  step(...arrows[event.key]);
+  step(...ARROWS[event.key]);
 });
-large.addEventListener("click", event => {
+
+dialog.addEventListener("click", event => {
   const button = event.target.closest("button");
   if (button?.dataset.step) step(...button.dataset.step.split(",").map(Number));
-  else if (button || event.target === at("large-image")) large.close();
+  else if (button || event.target === byId("large-image")) dialog.close();
 });
-large.addEventListener("close", () => {
+
+dialog.addEventListener("close", () => {
   against.value = "";
-  shown(place.row, place.column).focus();
+  getShownButton(current.row, current.system).focus();
 });
 
-// the numbers behind the page
-at("download").href = URL.createObjectURL(new Blob([at("raw").textContent], {type: "application/json"}));
+// ------------------------------------------------------------------- Download: the data as JSON
 
-// bars of one metric, and the same against the seconds a picture takes
-const chart = JSON.parse(at("chart-data").textContent);
-const namespace = at("scatter")?.firstElementChild.namespaceURI;
-const brief = number => Number(number.toPrecision(3)).toString();
-function svg(tag, attributes, text) {
-  const node = document.createElementNS(namespace, tag);
+const json = new Blob([byId("raw").textContent], {type: "application/json"});
+byId("download").href = URL.createObjectURL(json);
+
+// --------------------------- Charts: bars of one metric, and the metric versus time per image
+
+const chart = JSON.parse(byId("chart-data").textContent);
+const svgNamespace = byId("scatter")?.firstElementChild.namespaceURI;
+const formatNumber = number => Number(number.toPrecision(3)).toString();
+
+function createSvg(tag, attributes, text) {
+  const node = document.createElementNS(svgNamespace, tag);
   for (const [key, value] of Object.entries(attributes)) {
     if (key === "--colour") node.style.setProperty(key, value);
     else node.setAttribute(key, value);
@@ -152,78 +242,150 @@ function svg(tag, attributes, text) {
   if (text !== undefined) node.textContent = text;
   return node;
 }
-function bars(metric, points) {
-  const top = Math.max(...points.map(point => point.span[1]), 0), low = Math.min(...points.map(point => point.span[0]), 0);
-  const part = value => 100 * (value - low) / (top - low || 1);
-  at("bars").replaceChildren(...points.map(({index, name, value, span}) => {
-    const bar = make("i"), track = make("div", {className: "track"}, bar);
-    track.style.setProperty("--colour", colour(index));
-    bar.style.width = `${part(value)}%`;
-    if (span[1] > span[0]) {
-      const whisker = make("b");
-      whisker.style.left = `${part(span[0])}%`;
-      whisker.style.width = `${part(span[1]) - part(span[0])}%`;
-      track.append(whisker);
+
+function createBar(metric, point, toPercent) {
+  const {system, name, value, interval: [low, high]} = point;
+  const bar = createElement("i");
+  bar.style.width = `${toPercent(value)}%`;
+  const track = createElement("div", {className: "track"}, bar);
+  track.style.setProperty("--colour", getColour(system));
+
+  if (high > low) {
+    const whisker = createElement("b");
+    whisker.style.left = `${toPercent(low)}%`;
+    whisker.style.width = `${toPercent(high) - toPercent(low)}%`;
+    track.append(whisker);
+  }
+
+  const nameText = createElement("bdi", {textContent: name});
+  const valueText = createElement("span", {textContent: formatNumber(value) + metric.unit});
+  const label = createElement("div", {className: "name"}, nameText, valueText);
+  return createElement("div", {}, label, track);
+}
+
+function drawBars(metric, points) {
+  // From the lowest to the highest end of all intervals, and always including zero
+  const low = Math.min(...points.map(point => point.interval[0]), 0);
+  const high = Math.max(...points.map(point => point.interval[1]), 0);
+  const toPercent = value => 100 * (value - low) / (high - low || 1);
+  byId("bars").replaceChildren(...points.map(point => createBar(metric, point, toPercent)));
+}
+
+// Ticks of a logarithmic axis: 1, 2, 5 × powers of ten, or only the powers if these are many
+function computeLogTicks(low, high) {
+  const ticks = [];
+  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
+    for (const digit of [1, 2, 5]) ticks.push(digit * 10 ** power);
+  }
+  const inside = ticks.filter(tick => tick >= low && tick <= high);
+  if (inside.length <= 6) return inside;
+  return inside.filter(tick => Number.isInteger(Math.round(1e6 * Math.log10(tick)) / 1e6));
+}
+
+// Ticks of a linear axis: about three, at multiples of 1, 2, 5 × a power of ten
+function computeLinearTicks(low, high) {
+  const target = (high - low) / 3;
+  const power = 10 ** Math.floor(Math.log10(target));
+  const spacing = power * [1, 2, 5, 10].findLast(n => n * power <= target);
+  const ticks = [];
+  for (let tick = Math.ceil(low / spacing) * spacing; tick <= high; tick += spacing) {
+    ticks.push(tick);
+  }
+  return ticks;
+}
+
+function drawScatter(metric, points) {
+  const width = 480, height = 290;
+  const left = 52, right = width - 14, top = 14, bottom = height - 40;
+
+  // Scales: logarithmic time, and a linear metric with 12 % more room than its intervals need
+  const times = points.map(point => point.seconds);
+  const minTime = Math.min(...times) / 1.6, maxTime = Math.max(...times) * 1.6;
+  const ends = points.flatMap(point => point.interval);
+  const range = Math.max(...ends) - Math.min(...ends);
+  const room = range * 0.12 || Math.abs(ends[0]) * 0.1 || 1;
+  const low = Math.min(...ends) - room, high = Math.max(...ends) + room;
+  const logRange = Math.log(maxTime / minTime);
+  const toX = time => left + (right - left) * Math.log(time / minTime) / logRange;
+  const toY = value => bottom - (bottom - top) * (value - low) / (high - low);
+
+  const root = createSvg("svg", {
+    viewBox: `0 0 ${width} ${height}`,
+    role: "img",
+    "aria-label": byId("scatter-caption").textContent,
+  });
+  const addLine = (x1, x2, y1, y2, more = {}) => {
+    root.append(createSvg("line", {x1, x2, y1, y2, ...more}));
+  };
+  const addText = (x, y, anchor, text, more = {}) => {
+    root.append(createSvg("text", {x, y, "text-anchor": anchor, ...more}, text));
+  };
+
+  // Axes
+  for (const time of computeLogTicks(minTime, maxTime)) {
+    addLine(toX(time), toX(time), top, bottom);
+    addText(toX(time), bottom + 16, "middle", `${formatNumber(time)} s`, {class: "faint"});
+  }
+  for (const value of computeLinearTicks(low, high)) {
+    addLine(left, right, toY(value), toY(value));
+    addText(left - 6, toY(value) + 4, "end", formatNumber(value), {class: "faint"});
+  }
+  addText((left + right) / 2, height - 6, "middle", "seconds per image", {class: "faint"});
+
+  // A dot, an interval and a label per system
+  const labels = [];
+  for (const {system, name, value, interval, seconds} of points) {
+    const x = toX(seconds), y = toY(value), style = {"--colour": getColour(system)};
+    if (interval[1] > interval[0]) {
+      addLine(x, x, toY(interval[0]), toY(interval[1]), {class: "whisker", ...style});
     }
-    const text = make("span", {textContent: brief(value) + metric.unit});
-    return make("div", {}, make("div", {className: "name"}, make("bdi", {textContent: name}), text), track);
-  }));
-}
-function ticks(low, high) { // 1, 2, 5 × powers of ten, of which the scale shows a few
-  const all = [];
-  for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++)
-    for (const digit of [1, 2, 5]) all.push(digit * 10 ** power);
-  const inside = all.filter(tick => tick >= low && tick <= high);
-  return inside.length > 6 ? inside.filter(tick => Number.isInteger(Math.round(1e6 * Math.log10(tick)) / 1e6)) : inside;
-}
-function scatter(metric, points) {
-  const [W, H, L, R, T, B] = [480, 290, 52, 14, 14, 40];
-  const times = points.map(point => point.seconds), spans = points.flatMap(point => point.span);
-  const [t0, t1] = [Math.min(...times) / 1.6, Math.max(...times) * 1.6];
-  const room = (Math.max(...spans) - Math.min(...spans)) * 0.12 || Math.abs(spans[0]) * 0.1 || 1;
-  const [v0, v1] = [Math.min(...spans) - room, Math.max(...spans) + room];
-  const x = seconds => L + (W - L - R) * Math.log(seconds / t0) / Math.log(t1 / t0);
-  const y = value => H - B - (H - T - B) * (value - v0) / (v1 - v0);
-  const root = svg("svg", {viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": at("scatter-caption").textContent});
-  for (const tick of ticks(t0, t1)) {
-    root.append(svg("line", {x1: x(tick), x2: x(tick), y1: T, y2: H - B}));
-    root.append(svg("text", {class: "faint", x: x(tick), y: H - B + 16, "text-anchor": "middle"}, `${brief(tick)} s`));
+    root.append(createSvg("circle", {cx: x, cy: y, r: 7, ...style}));
+
+    // The label moves down until it does not cover an earlier one
+    const isRight = x < width * 0.6;
+    let line = y + 4;
+    const covers = label =>
+      label.isRight === isRight && Math.abs(label.line - line) < 15 && Math.abs(label.x - x) < 150;
+    while (labels.some(covers)) line += 15;
+    labels.push({isRight, line, x});
+    const text = name.length > 26 ? `${name.slice(0, 25)}…` : name;
+    addText(x + (isRight ? 12 : -12), line, isRight ? "start" : "end", text);
   }
-  const power = 10 ** Math.floor(Math.log10((v1 - v0) / 3)), pace = power * [1, 2, 5, 10].findLast(n => n * power <= (v1 - v0) / 3);
-  for (let value = Math.ceil(v0 / pace) * pace; value <= v1; value += pace) {
-    root.append(svg("line", {x1: L, x2: W - R, y1: y(value), y2: y(value)}));
-    root.append(svg("text", {class: "faint", x: L - 6, y: y(value) + 4, "text-anchor": "end"}, brief(value)));
-  }
-  root.append(svg("text", {class: "faint", x: (L + W - R) / 2, y: H - 6, "text-anchor": "middle"}, "seconds a picture"));
-  const taken = [];
-  for (const {index, name, value, span, seconds} of points) {
-    const cx = x(seconds), cy = y(value), paint = {"--colour": colour(index)};
-    if (span[1] > span[0]) root.append(svg("line", {class: "whisker", x1: cx, x2: cx, y1: y(span[0]), y2: y(span[1]), ...paint}));
-    root.append(svg("circle", {cx, cy, r: 7, ...paint}));
-    const right = cx < W * 0.6, text = name.length > 26 ? `${name.slice(0, 25)}…` : name;
-    let line = cy + 4; // below the labels already there
-    while (taken.some(other => other.right === right && Math.abs(other.line - line) < 15 && Math.abs(other.cx - cx) < 150)) line += 15;
-    taken.push({right, line, cx});
-    root.append(svg("text", {x: cx + (right ? 12 : -12), y: line, "text-anchor": right ? "start" : "end"}, text));
-  }
-  at("scatter").replaceChildren(root);
+  byId("scatter").replaceChildren(root);
 }
-function draw() {
-  const metric = chart.metrics.find(one => one.key === at("metric").value);
-  const points = chart.systems.map(({name, values}, index) => ({index, name, triple: values[metric.key], time: values[chart.time]}))
-    .filter(point => point.triple).map(point => ({...point, value: point.triple[0], span: point.triple.slice(1), seconds: point.time?.[0]}));
+
+function drawCharts() {
+  // The systems that have this metric
+  const metric = chart.metrics.find(candidate => candidate.key === byId("metric").value);
+  const points = [];
+  chart.systems.forEach(({name, values}, system) => {
+    const point = values[metric.key];
+    if (!point) return;
+    const [value, low, high] = point;
+    points.push({system, name, value, interval: [low, high], seconds: values[chart.time]?.[0]});
+  });
+
   const better = `${metric.better} is better`;
-  at("bars-caption").textContent = `${metric.title}, ${better}`;
-  at("scatter-caption").textContent = `${metric.title} against seconds a picture, ${better} and further left faster`;
-  bars(metric, points);
+  byId("bars-caption").textContent = `${metric.title} (${better})`;
+  drawBars(metric, points);
+
+  // Time itself, and systems without a time, have no scatter plot
+  byId("scatter-caption").textContent =
+    `${metric.title} (${better}) versus time per image (further left is faster)`;
   const timed = points.filter(point => point.seconds > 0);
-  at("scatter-figure").hidden = !timed.length || metric.key === chart.time;
-  if (!at("scatter-figure").hidden) scatter(metric, timed);
+  const hasScatter = timed.length > 0 && metric.key !== chart.time;
+  byId("scatter-figure").hidden = !hasScatter;
+  if (hasScatter) drawScatter(metric, timed);
 }
-const drawn = chart.metrics.filter(metric => chart.systems.some(system => system.values[metric.key]));
-if (drawn.length) {
-  at("metric").append(...drawn.map(({key, title}) => make("option", {value: key, textContent: title})));
-  at("metric").addEventListener("change", draw);
-  at("charts").hidden = false;
-  draw();
+
+const chartMetrics = chart.metrics.filter(
+  metric => chart.systems.some(system => system.values[metric.key])
+);
+if (chartMetrics.length) {
+  byId("metric").append(...chartMetrics.map(
+    ({key, title}) => createElement("option", {value: key, textContent: title})
+  ));
+  byId("metric").addEventListener("change", drawCharts);
+  byId("charts").hidden = false;
+  drawCharts();
 }

@@ -1,12 +1,15 @@
-"""What each piece of the adversarial loss buys: students that differ in it alone, several seeds each.
+"""An ablation of the adversarial loss: students that differ in one component each, several seeds.
 
     python benchmarks/discriminator.py --pairs-seen 20000 --seeds 0 1 2
 
-Rows, cumulative as in the paper: regression only, + diffusion D, + noise, + R1, + multi-scale, + mix-and-match; and two
-alternatives to the last: the same D from random weights, and a plain patch D. A row named key=value, or several of
-them, is the whole method with these settings: a sweep. Pairs: the shipped set, completed as `demo` does, or those of
---pairs. Writes docs/results/NAME.json (rows are added to those there) and docs/images/NAME.png. Run it again to
-continue.
+Rows, cumulative as in the paper: regression only, + diffusion D, + noise, + R1, + multi-scale,
++ mix-and-match. Two alternatives to the last row: the same D from random weights, and a plain patch
+D. A row may also be one or several key=value settings: the complete method with these settings, for
+a sweep.
+
+Pairs: the shipped set, completed as `demo` does it, or those of --pairs. Writes
+docs/results/NAME.json (rows are added to the existing ones) and docs/images/NAME.png. Run it again
+to continue.
 """
 
 from __future__ import annotations
@@ -33,10 +36,13 @@ from diffusion2gan.runtime.files import read_json, write_image, write_json
 from diffusion2gan.runtime.images import contact_sheet, from_uint8
 
 DOCS = Path(__file__).parent.parent / "docs"
-SHOWN = 8
-FROM_BIRTH = [
-    "gan_start_pairs=0"
-]  # D plays all along; --set init_from=RUN gives every row the same student to begin with
+DEFAULT_PAIRS = Path("work/pairs")
+NUM_SHOWN = 8
+
+# D trains from the first pair. To give every row the same initial student: --set init_from=RUN.
+NO_REGRESSION_STAGE = ["gan_start_pairs=0"]
+
+# The settings that switch each component off, and the components in the order they are added.
 OFF = {
     "noise_input": "false",
     "r1_weight": "0",
@@ -44,159 +50,209 @@ OFF = {
     "multi_scale_output": "false",
     "mix_share": "0",
 }
-PIECES = {
+COMPONENTS = {
     "diffusion": [],
     "noise": ["noise_input"],
     "r1": ["r1_weight"],
     "multi_scale": ["multi_scale_input", "multi_scale_output"],
     "mix_and_match": ["mix_share"],
 }
-MEASURED = ("frechet_distance", "clip_score", "attribute_accuracy", "same_noise_distance")
+METRICS = ("frechet_distance", "clip_score", "attribute_accuracy", "same_noise_distance")
 
 
-def rows() -> dict[str, list[str]]:
-    """Each row's settings over the recipe's: what is not added yet is off."""
-    table, off = {"regression": ["adversarial_weight=0"]}, dict(OFF)
-    for name, pieces in PIECES.items():
-        for piece in pieces:
-            del off[piece]
-        table[f"+ {name}"] = [f"{key}={value}" for key, value in off.items()]
-    return table | {"random weights": ["discriminator=random"], "patch": ["discriminator=patch"]}
+def row_settings() -> dict[str, list[str]]:
+    """The settings of each row, over the recipe's: components that are not added yet are off."""
+    table = {"regression": ["adversarial_weight=0"]}
+    off = dict(OFF)
+    for component, keys in COMPONENTS.items():
+        for key in keys:
+            del off[key]
+        table[f"+ {component}"] = [f"{key}={value}" for key, value in off.items()]
+    table["random weights"] = ["discriminator=random"]
+    table["patch"] = ["discriminator=patch"]
+    return table
 
 
-def row(name: str) -> str:
-    """A row's name, as argparse takes it."""
-    if name not in rows() and "=" not in name:
+def row_name(text: str) -> str:
+    """argparse type of a row: a name of the table, or key=value settings."""
+    names = row_settings()
+    if text not in names and "=" not in text:
         raise argparse.ArgumentTypeError(
-            f"{name!r} is neither key=value nor one of {', '.join(rows())}"
+            f"{text!r} is neither key=value nor one of {', '.join(names)}"
         )
-    return name
+    return text
 
 
-def train(args: argparse.Namespace, name: str, seed: int) -> Path:
-    """Trains and exports one student; returns the folder, `export` and `run` in it."""
-    folder: Path = args.work / name.replace(" ", "_") / str(seed)
-    distill(recipe_of(args, name, seed), args.pairs, folder / "run")
+def build_recipe(args: argparse.Namespace, row: str, seed: int) -> Recipe:
+    """The recipe of a row.
+
+    --set comes first, so that it cannot switch a component of a row on again. At equal compute,
+    alternatives with cheaper steps train on more pairs.
+    """
+    total_pairs = int(args.pairs_seen * args.shares.get(row, 1.0))
+    settings = row.split() if "=" in row else row_settings()[row]
+    return load_recipe(
+        args.recipe,
+        [
+            *NO_REGRESSION_STAGE,
+            *args.set,
+            *settings,
+            f"total_pairs={total_pairs}",
+            f"seed={seed}",
+        ],
+    )
+
+
+def row_folder(args: argparse.Namespace, row: str, seed: int) -> Path:
+    folder: Path = args.work / row.replace(" ", "_") / str(seed)
+    return folder
+
+
+def train(args: argparse.Namespace, row: str, seed: int) -> Path:
+    """Trains and exports one student. Returns the folder that contains `run` and `export`."""
+    folder = row_folder(args, row, seed)
+    distill(build_recipe(args, row, seed), args.pairs, folder / "run")
     if not (folder / "export").exists():
         export(folder / "run", folder / "export")
     return folder
 
 
-def recipe_of(args: argparse.Namespace, name: str, seed: int) -> Recipe:
-    """--set comes first: no row may be switched on again by it. At equal compute, a row sees fewer pairs."""
-    pairs_seen = int(args.pairs_seen * args.shares.get(name, 1.0))
-    settings = name.split() if "=" in name else rows()[name]
-    return load_recipe(
-        args.recipe,
-        [*FROM_BIRTH, *args.set, *settings, f"total_pairs={pairs_seen}", f"seed={seed}"],
-    )
-
-
-def measure(args: argparse.Namespace, name: str, folder: Path, seed: int) -> dict[str, Any]:
-    recipe = recipe_of(args, name, seed)
+def measure(args: argparse.Namespace, row: str, folder: Path, seed: int) -> dict[str, Any]:
+    """All metrics of one student."""
     metrics = evaluate(
         str(folder / "export"), count=args.count, seed=0, cache=args.work / "pictures"
     )
-    return {"pairs_seen": recipe.total_pairs, "system": f"student, {name}, seed {seed}"} | {
-        key: value for key, value in metrics.items() if key != "system"
-    }
+    metrics["system"] = f"student, {row}, seed {seed}"
+    return {"pairs_seen": build_recipe(args, row, seed).total_pairs, **metrics}
 
 
-def summary(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation over the seeds (None of a single one) of each measure."""
-    values = {key: [row[key] for row in seeds.values()] for key in MEASURED}
-    return {
-        key: {"mean": mean(v), "std": stdev(v) if len(v) > 1 else None} for key, v in values.items()
-    }
+def summarize(seeds: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds of each metric; no deviation of a single seed."""
+    summary = {}
+    for metric in METRICS:
+        values = [metrics[metric] for metrics in seeds.values()]
+        deviation = stdev(values) if len(values) > 1 else None
+        summary[metric] = {"mean": mean(values), "std": deviation}
+    return summary
 
 
 def compute_shares(args: argparse.Namespace) -> dict[str, float]:
-    """For the alternatives, the last cumulative row's seconds a step over theirs: more pairs where steps are cheap."""
-    last = list(PIECES)[-1]
-    names = (f"+ {last}", "random weights", "patch")
-    steps_s = {
-        n: float(dry_run(recipe_of(args, n, 0), args.pairs)["seconds_per_step"]) for n in names
-    }
-    return {name: steps_s[names[0]] / steps_s[name] for name in names[1:]}
+    """For each alternative, how many times more pairs it trains on at equal compute.
+
+    That is the seconds per step of the last cumulative row divided by its own.
+    """
+    last_component = list(COMPONENTS)[-1]
+    reference = f"+ {last_component}"
+    alternatives = ("random weights", "patch")
+
+    step_s = {}
+    for row in (reference, *alternatives):
+        cost = dry_run(build_recipe(args, row, 0), args.pairs)
+        step_s[row] = float(cost["seconds_per_step"])
+    return {row: step_s[reference] / step_s[row] for row in alternatives}
 
 
-def figure(args: argparse.Namespace, folders: list[Path]) -> None:
-    """Eight prompts of each row's first seed and, in the last row, the teacher, from the same noises."""
-    prompts = scenes.captions(range(SHOWN), HELD_OUT_WORLD)
-    systems = [load_system(str(folder / "export")) for folder in folders] + [
-        load_system("pocket-teacher")
-    ]
-    noise = noise_from_seeds(range(SHOWN), systems[0].latent_shape)
-    pictures = [from_uint8(system.generate(prompts, noise)) for system in systems]
-    write_image(
-        DOCS / "images" / f"{args.name}.png", contact_sheet(torch.cat(pictures), SHOWN).save
+def write_figure(args: argparse.Namespace) -> None:
+    """Images of eight prompts, the same noise: a line per row (first seed), then the teacher."""
+    systems = []
+    for row in args.rows:
+        folder = row_folder(args, row, args.seeds[0])
+        systems.append(load_system(str(folder / "export")))
+    systems.append(load_system("pocket-teacher"))
+
+    prompts = scenes.captions(range(NUM_SHOWN), HELD_OUT_WORLD)
+    noise = noise_from_seeds(range(NUM_SHOWN), systems[0].latent_shape)
+    images = [from_uint8(system.generate(prompts, noise)) for system in systems]
+    sheet = contact_sheet(torch.cat(images), NUM_SHOWN)
+    write_image(DOCS / "images" / f"{args.name}.png", sheet.save)
+
+
+def command_line(args: argparse.Namespace) -> str:
+    """The command that repeats this measurement, as it is kept in the results."""
+    command = (
+        f"python benchmarks/discriminator.py --recipe {args.recipe} --name {args.name} "
+        f"--pairs-seen {args.pairs_seen} --count {args.count}"
     )
+    if args.equal_compute:
+        command += " --equal-compute"
+    if args.rows != list(row_settings()):
+        command += f" --rows {shlex.join(args.rows)}"
+    if args.set:
+        command += f" --set {' '.join(args.set)}"
+    return command
 
 
-def main() -> None:
+def print_row(row: str, summary: dict[str, Any]) -> None:
+    cells = []
+    for metric in METRICS:
+        cell = f"{metric} {summary[metric]['mean']:.4f}"
+        if summary[metric]["std"] is not None:
+            cell += f" ± {summary[metric]['std']:.4f}"
+        cells.append(cell)
+    print(f"{row:16} " + "  ".join(cells))
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", type=Path, default=Path("work/pairs"))
+    parser.add_argument("--pairs", type=Path, default=DEFAULT_PAIRS)
     parser.add_argument("--recipe", default="pocket")
-    parser.add_argument("--rows", nargs="+", default=list(rows()), type=row, metavar="ROW")
+    parser.add_argument(
+        "--rows", nargs="+", default=list(row_settings()), type=row_name, metavar="ROW"
+    )
     parser.add_argument("--pairs-seen", type=int, default=20_000)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--equal-compute",
         action="store_true",
-        help="the alternatives train as long, not as many pairs",
+        help="the alternatives train for the same time, not on the same number of pairs",
     )
     parser.add_argument("--work", type=Path, default=Path("work/discriminator"))
     parser.add_argument("--name", default="discriminator")
     parser.add_argument("--set", nargs="*", default=[])
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     args.shares = {}
-    if args.pairs == Path("work/pairs"):
+    if args.pairs == DEFAULT_PAIRS:
         complete_shipped_pairs(args.pairs)
+
     path = DOCS / "results" / f"{args.name}.json"
     result: dict[str, Any] = read_json(path) if path.exists() else {"rows": {}}
     if args.equal_compute:
-        args.shares = result.get("compute_shares") or compute_shares(
-            args
-        )  # once: a resumed run must repeat it
-    result |= {
-        "command": f"python benchmarks/discriminator.py --recipe {args.recipe} --name {args.name} --pairs-seen "
-        f"{args.pairs_seen} --count {args.count}"
-        + " --equal-compute" * args.equal_compute
-        + ("" if args.rows == list(rows()) else f" --rows {shlex.join(args.rows)}")
-        + (f" --set {' '.join(args.set)}" if args.set else ""),
-        "device": f"CPU, {torch.get_num_threads()} threads",
-        "pairs": vars(open_set(args.pairs))
-        | {"latent_shape": list(open_set(args.pairs).latent_shape)},
-        "recipe": load_recipe(args.recipe, [*FROM_BIRTH, *args.set]).model_dump(),
-        "settings": rows(),
-        "compute_shares": args.shares,
-    }
+        # Measured once: a continued run must use the same shares.
+        args.shares = result.get("compute_shares") or compute_shares(args)
+
+    # Description of the measurement
+    pairs_spec = open_set(args.pairs)
+    result["command"] = command_line(args)
+    result["device"] = f"CPU, {torch.get_num_threads()} threads"
+    result["pairs"] = {**vars(pairs_spec), "latent_shape": list(pairs_spec.latent_shape)}
+    result["recipe"] = load_recipe(args.recipe, [*NO_REGRESSION_STAGE, *args.set]).model_dump()
+    result["settings"] = row_settings()
+    result["compute_shares"] = args.shares
     write_json(path, result)
-    for seed in args.seeds:  # seed by seed: one whole table first
-        for name in args.rows:
-            folder = train(args, name, seed)
-            found = result["rows"].setdefault(name, {"seeds": {}})
-            found["seeds"][str(seed)] = measure(args, name, folder, seed)
-            found |= summary(found["seeds"])
+
+    # Seed by seed, so that a table with one seed is complete first
+    for seed in args.seeds:
+        for row in args.rows:
+            folder = train(args, row, seed)
+            entry = result["rows"].setdefault(row, {"seeds": {}})
+            entry["seeds"][str(seed)] = measure(args, row, folder, seed)
+            entry.update(summarize(entry["seeds"]))
             write_json(path, result)
     result["rows"]["teacher"] = evaluate(
         "pocket-teacher", count=args.count, seed=0, cache=args.work / "pictures"
     )
     write_json(path, result)
-    figure(args, [args.work / name.replace(" ", "_") / str(args.seeds[0]) for name in args.rows])
-    for name in args.rows:
-        found = result["rows"][name]
-        deviations = {
-            key: f" ± {found[key]['std']:.4f}" if found[key]["std"] is not None else ""
-            for key in MEASURED
-        }
-        print(
-            f"{name:16} "
-            + "  ".join(f"{key} {found[key]['mean']:.4f}{deviations[key]}" for key in MEASURED)
-        )
+
+    write_figure(args)
+    for row in args.rows:
+        print_row(row, result["rows"][row])
 
 
 if __name__ == "__main__":

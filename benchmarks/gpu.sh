@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# What waits for a GPU, in three parts of less than ten minutes each: benchmarks/gpu.sh 1 2 3 (all by default).
-#   1  the loss alone at real sizes    2  training steps, and each recipe's memory    3  the whole method; one-step latency
-# Results: a line each on stdout, JSON files in OUT (default work/gpu). Nothing else is written. GPU: not measured yet.
-# TINY=1 runs the same commands at pocket size on a CPU, to see that they work; PYTHON, OUT and SECONDS_A_PART as well.
+# The measurements that need a GPU, in three parts of less than ten minutes each:
+#   1  the loss alone at real sizes
+#   2  training steps, and the memory of each recipe
+#   3  the complete method; latency of one step
+# Usage: benchmarks/gpu.sh 1 2 3 (all three by default). GPU: not measured yet.
+# Results: a line each on stdout, and JSON files in OUT (default work/gpu). Nothing else is written.
+# Environment: TINY=1 runs the same commands at pocket size on a CPU, as a test. PYTHON, OUT and
+# SECONDS_A_PART (default 570) change the interpreter, the output folder and the time limit of a part.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python} OUT=${OUT:-work/gpu} LIMIT=${SECONDS_A_PART:-570}
@@ -10,7 +14,8 @@ mkdir -p "$OUT"
 export HF_HUB_OFFLINE=1
 status=0
 
-# Runs a benchmark within what is left of this part's time; a failure is told, and the rest goes on.
+# Runs a benchmark within the time that remains for this part. A failure is reported, and the other
+# benchmarks continue.
 bench() {
   local left=$((LIMIT - (SECONDS - begun)))
   if [ "$left" -le 0 ]; then
@@ -32,14 +37,14 @@ else
   first=sd15 large=(--size sdxl --batch 4 --gradient-checkpointing --repeats 5)
 fi
 
-part_1() { # issue: the distance
+part_1() {
   for size in "${sizes[@]}"; do
     bench loss_cost --size "$size" "${device[@]}" "${loss[@]}"
     [ ${#dtype[@]} -eq 0 ] || bench loss_cost --size "$size" "${device[@]}" "${loss[@]}" "${dtype[@]}" --compile
   done
 }
 
-part_2() { # issue: any teacher
+part_2() {
   bench train_step --size "$first" "${device[@]}" "${precision[@]}" "${step[@]}" --rows mse e_latent_lpips
   bench train_step --size "$first" "${device[@]}" "${precision[@]}" "${step[@]}" --rows mse e_latent_lpips --channels-last
   bench train_step --size "$first" "${device[@]}" "${precision[@]}" "${step[@]}" --rows mse --fused
@@ -49,7 +54,7 @@ part_2() { # issue: any teacher
   done
 }
 
-part_3() { # issues: the conditional GAN; any teacher
+part_3() {
   bench train_step --size "$first" "${device[@]}" "${precision[@]}" "${step[@]}" --gradient-checkpointing \
     --rows with_d with_d_and_r1 lora teacher_features
   [ ${#large[@]} -eq 0 ] || bench train_step "${device[@]}" "${precision[@]}" "${large[@]}" --rows mse e_latent_lpips lora

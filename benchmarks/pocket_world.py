@@ -1,4 +1,4 @@
-"""The pocket world measured: scenes a second, VAE, probe on real renderings, teacher at 50 steps and at one, student.
+"""Measures the pocket world: renderer, VAE, probe, teacher (50 steps and one step) and student.
 
     python benchmarks/pocket_world.py --count 1000 --work work/pocket_world
 
@@ -8,8 +8,8 @@ Writes docs/results/pocket_world.json and the sheets docs/images/{scenes,vae,tea
 from __future__ import annotations
 
 import argparse
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,12 @@ from diffusion2gan.runtime.images import contact_sheet, from_uint8
 from diffusion2gan.teacher.loading import load_teacher
 
 DOCS = Path(__file__).parent.parent / "docs"
+IMAGES = DOCS / "images"
+NUM_SHOWN = 32
 
 
 def scenes_per_second(count: int = 1024) -> float:
-    scenes.draw(range(64), 3)
+    scenes.draw(range(64), 3)  # warm-up
     start = time.perf_counter()
     for first in range(0, count, 64):
         scenes.draw(range(first, first + 64), 3)
@@ -38,7 +40,7 @@ def scenes_per_second(count: int = 1024) -> float:
 
 @torch.no_grad()
 def vae_psnr(count: int = 256) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """Mean PSNR in dB of held-out pictures through the VAE; the pictures and their reconstructions."""
+    """Mean PSNR in dB of held-out images through the VAE; the images and their reconstructions."""
     vae = load_teacher().vae
     images = scenes.draw(range(count), HELD_OUT_WORLD).images
     decoded = vae.decode(vae.encode(images).latent_dist.mean).sample.clamp(-1, 1)
@@ -46,50 +48,65 @@ def vae_psnr(count: int = 256) -> tuple[float, torch.Tensor, torch.Tensor]:
     return float((10 * torch.log10(4 / errors)).mean()), images, decoded
 
 
-def measured(system: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(system: str, args: argparse.Namespace) -> dict[str, Any]:
     return evaluate(system, count=args.count, seed=0, cache=args.work, num_noises=args.num_noises)
 
 
+def write_figures(images: torch.Tensor, decoded: torch.Tensor, prompts: Sequence[str]) -> None:
+    """Renderings, the VAE's reconstructions, and teacher and student from the same noise."""
+    write_image(IMAGES / "scenes.png", contact_sheet(images[:NUM_SHOWN], 8).save)
+
+    # Two lines of images, each above its reconstructions
+    rows = torch.cat([images[:8], decoded[:8], images[8:16], decoded[8:16]])
+    write_image(IMAGES / "vae.png", contact_sheet(rows, 8).save)
+
+    for name in ("teacher", "student"):
+        system = load_system(f"pocket-{name}")
+        noise = noise_from_seeds(range(NUM_SHOWN), system.latent_shape)
+        generated = from_uint8(system.generate(prompts[:NUM_SHOWN], noise))
+        write_image(IMAGES / f"{name}.png", contact_sheet(generated, 8).save)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument(
-        "--num-noises", type=int, default=8, help="pictures a caption, for the diversity"
+        "--num-noises", type=int, default=8, help="images per caption, for the diversity"
     )
     parser.add_argument("--work", type=Path, default=Path("work/pocket_world"))
     args = parser.parse_args()
+
+    # Renderer, VAE, and the probe on real renderings
     pace = scenes_per_second()
     psnr, images, decoded = vae_psnr()
     prompts = scenes.captions(range(args.count), HELD_OUT_WORLD)
-    right = attributes_right(load_probe(), real_pictures(args.count, 0), prompts)
+    right_by_kind = attributes_right(load_probe(), real_pictures(args.count, 0), prompts)
+    all_right = [right for kind in right_by_kind.values() for right in kind]
+
     result: dict[str, Any] = {
-        "command": f"python benchmarks/pocket_world.py --count {args.count} --num-noises {args.num_noises}",
+        "command": (
+            f"python benchmarks/pocket_world.py --count {args.count} --num-noises {args.num_noises}"
+        ),
         "device": f"CPU, {torch.get_num_threads()} threads",
         "gpu": "not measured",
         "scenes_per_second": pace,
         "vae_psnr_db": psnr,
-        "probe_accuracy_on_real": share(
-            [answer for answers in right.values() for answer in answers]
-        ),
-        "probe_accuracy_on_real_by_kind": {kind: share(answers) for kind, answers in right.items()},
-        "teacher": measured("pocket-teacher", args),
-        "student": measured("pocket-student", args),
+        "probe_accuracy_on_real": share(all_right),
+        "probe_accuracy_on_real_by_kind": {
+            kind: share(right) for kind, right in right_by_kind.items()
+        },
+        "teacher": measure("pocket-teacher", args),
+        "student": measure("pocket-student", args),
         "teacher_one_step": evaluate(
             "pocket-teacher", count=args.count, seed=0, cache=args.work, num_inference_steps=1
         ),
     }
     write_json(DOCS / "results" / "pocket_world.json", result)
-    write_image(DOCS / "images" / "scenes.png", contact_sheet(images[:32], 8).save)
-    pairs = torch.cat([torch.cat([images[i : i + 8], decoded[i : i + 8]]) for i in (0, 8)])
-    write_image(DOCS / "images" / "vae.png", contact_sheet(pairs, 8).save)
-    for name in ("teacher", "student"):  # the same noises
-        system = load_system(f"pocket-{name}")
-        shown = from_uint8(
-            system.generate(prompts[:32], noise_from_seeds(range(32), system.latent_shape))
-        )
-        write_image(DOCS / "images" / f"{name}.png", contact_sheet(shown, 8).save)
+    write_figures(images, decoded, prompts)
     for key, value in result.items():
-        print(f"{key}: {value}", file=sys.stdout)
+        print(f"{key}: {value}")
 
 
 if __name__ == "__main__":

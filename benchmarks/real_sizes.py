@@ -1,7 +1,7 @@
-"""Whole pipelines with random weights: the pocket's, Stable Diffusion 1.5's and XL's real sizes.
+"""Complete pipelines with random weights at the pocket's, Stable Diffusion 1.5's and XL's sizes.
 
-Speed and memory need no training.
- The text encoders have their real widths and depths; their tokenizer is the pocket's, of few words.
+Speed and memory do not depend on training. The text encoders have their real widths and depths;
+their tokenizer is the pocket's, with a small vocabulary.
 """
 
 from __future__ import annotations
@@ -36,31 +36,32 @@ VAE: dict[str, Any] = {
     "latent_channels": 4,
     "norm_num_groups": 32,
 }
-CROSS = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
+CROSS_DOWN = "CrossAttnDownBlock2D"
+CROSS_UP = "CrossAttnUpBlock2D"
 
 
-def clip(kind: Any, width: int, layers: int, heads: int) -> Any:
-    words = len(models.tokenizer())
-    return kind(
+def text_encoder(model_class: Any, width: int, num_layers: int, num_heads: int) -> Any:
+    vocab_size = len(models.tokenizer())
+    return model_class(
         CLIPTextConfig(
-            vocab_size=words,
+            vocab_size=vocab_size,
             hidden_size=width,
             intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
             max_position_embeddings=77,
             projection_dim=width,
-            bos_token_id=words - 2,
-            eos_token_id=words - 1,
-            pad_token_id=words - 1,
+            bos_token_id=vocab_size - 2,
+            eos_token_id=vocab_size - 1,
+            pad_token_id=vocab_size - 1,
         )
     )
 
 
 def tokenizer() -> Any:
-    made = models.tokenizer()
-    made.model_max_length = 77
-    return made
+    tokenizer = models.tokenizer()
+    tokenizer.model_max_length = 77
+    return tokenizer
 
 
 def sd15() -> StableDiffusionPipeline:
@@ -69,13 +70,13 @@ def sd15() -> StableDiffusionPipeline:
         block_out_channels=(320, 640, 1280, 1280),
         cross_attention_dim=768,
         attention_head_dim=8,
-        down_block_types=(CROSS[0],) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + (CROSS[1],) * 3,
+        down_block_types=(CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, "DownBlock2D"),
+        up_block_types=("UpBlock2D", CROSS_UP, CROSS_UP, CROSS_UP),
     )
     return StableDiffusionPipeline(
         vae=AutoencoderKL(**VAE, sample_size=512, scaling_factor=0.18215),
         tokenizer=tokenizer(),
-        text_encoder=clip(CLIPTextModel, 768, 12, 12),
+        text_encoder=text_encoder(CLIPTextModel, 768, 12, 12),
         unet=unet,
         scheduler=DDIMScheduler(**SCHEDULE),
         safety_checker=None,
@@ -95,29 +96,30 @@ def sdxl() -> StableDiffusionXLPipeline:
         addition_embed_type="text_time",
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816,
-        down_block_types=("DownBlock2D", CROSS[0], CROSS[0]),
-        up_block_types=(CROSS[1], CROSS[1], "UpBlock2D"),
+        down_block_types=("DownBlock2D", CROSS_DOWN, CROSS_DOWN),
+        up_block_types=(CROSS_UP, CROSS_UP, "UpBlock2D"),
     )
     return StableDiffusionXLPipeline(
         vae=AutoencoderKL(**VAE, sample_size=1024, scaling_factor=0.13025),
         tokenizer=tokenizer(),
         tokenizer_2=tokenizer(),
-        text_encoder=clip(CLIPTextModel, 768, 12, 12),
+        text_encoder=text_encoder(CLIPTextModel, 768, 12, 12),
         unet=unet,
-        text_encoder_2=clip(CLIPTextModelWithProjection, 1280, 32, 20),
+        text_encoder_2=text_encoder(CLIPTextModelWithProjection, 1280, 32, 20),
         scheduler=DDIMScheduler(**SCHEDULE),
         add_watermarker=False,
     )
 
 
-def pipeline_of(size: str, device: str) -> Any:
-    """Born where it will work: a CPU takes minutes to fill billions of random numbers."""
+def random_pipeline(size: str, device: str) -> Any:
+    """Created on its device: a CPU takes minutes to fill billions of random numbers."""
+    build = {"pocket": models.pipeline, "sd15": sd15, "sdxl": sdxl}[size]
     torch.manual_seed(0)
     with torch.device(device):
-        made = {"pocket": models.pipeline, "sd15": sd15, "sdxl": sdxl}[size]()
-    made.set_progress_bar_config(disable=True)
-    return made.to(device)
+        pipeline = build()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
 
 
-def teacher_of(size: str, device: str) -> Teacher:
-    return Teacher(pipeline_of(size, device), size, "random")
+def random_teacher(size: str, device: str) -> Teacher:
+    return Teacher(random_pipeline(size, device), size, "random")

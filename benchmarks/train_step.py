@@ -1,12 +1,15 @@
-"""One training step at real sizes, random weights: images/s, seconds (median) and peak memory of each row.
+"""A training step at real sizes with random weights: images/s, seconds (median) and peak memory.
 
     python benchmarks/train_step.py --size sd15 --device cuda --precision bfloat16 --batch 32
     python benchmarks/train_step.py --size sd15 --device cuda --recipe sd15-lora-24gb
 
-Rows: the losses alone; with the discriminator, without and with the penalty R1 in every step; a LoRA student; the same
-with Adam's averages in 8 bits. `--recipe` measures a shipped recipe instead, by two of its batch's parts: its memory.
-Each row runs in a process of its own. Bars, on one H100 at sd15: mse ≥ 138.4 images/s (the paper's), e_latent_lpips at
-85 % of our mse or more. GPU: not measured. Results go to stdout, and to `--out` where it is given.
+Rows: the losses alone; with the discriminator, without and with the R1 penalty in every step; a
+LoRA student; the same with 8-bit Adam. `--recipe` measures the memory of a shipped recipe instead,
+with two of its micro-batches.
+
+Each row runs in a process of its own. Targets, on one H100 at sd15: mse ≥ 138.4 images/s (the
+paper's), e_latent_lpips ≥ 85 % of our mse. GPU: not measured. Results are printed, and added to
+`--out` if it is given.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_sizes import SIZES, teacher_of
+from real_sizes import SIZES, random_teacher
 
 from diffusion2gan.distill.losses import build_distance
 from diffusion2gan.distill.optimizer import BETAS
@@ -37,6 +40,8 @@ from diffusion2gan.recipe import Recipe, load_recipe
 from diffusion2gan.runtime.files import read_json, write_json
 from diffusion2gan.teacher.pipeline import Teacher
 
+PROMPT = "a blue star on sand"
+NUM_WARMUP_STEPS = 2
 GAN: dict[str, Any] = {
     "loss": "e_latent_lpips",
     "adversarial_weight": 0.1,
@@ -49,95 +54,133 @@ ROWS: dict[str, dict[str, Any]] = {
     "e_latent_lpips": {"loss": "e_latent_lpips"},
     "teacher_features": {"loss": "e_latent_lpips", "perceptual": "teacher"},
     "with_d": GAN,
-    "with_d_and_r1": GAN | {"r1_weight": 1e-4, "r1_every": 1},
+    "with_d_and_r1": {**GAN, "r1_weight": 1e-4, "r1_every": 1},
     "lora": LORA,
-    "lora_adamw8bit": LORA | {"optimizer": "adamw8bit"},
+    "lora_adamw8bit": {**LORA, "optimizer": "adamw8bit"},
 }
 
 
-def recipe_of(row: str, args: argparse.Namespace, network: Path) -> Recipe:
-    if args.recipe:
-        values = load_recipe(args.recipe).model_dump()
-        parts = min(
-            2, values["gradient_accumulation_steps"]
-        )  # more parts of the same size take longer and no more memory
-        values |= {
-            "batch_size": values["batch_size"] // values["gradient_accumulation_steps"] * parts,
-            "gradient_accumulation_steps": parts,
+def build_recipe(row: str, args: argparse.Namespace, network: Path) -> Recipe:
+    if not args.recipe:
+        values = {
+            "perceptual": str(network),
+            "batch_size": args.batch,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "device": args.device,
+            "precision": args.precision,
+            "gradient_checkpointing": args.gradient_checkpointing,
         }
-        values |= {"device": args.device, "precision": args.precision, "perceptual": str(network)}
-        return Recipe.model_validate(values | {"gan_start_pairs": 0, "discriminator_warmup": 0})
-    common = {
-        "perceptual": str(network),
-        "batch_size": args.batch,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "device": args.device,
-        "precision": args.precision,
-        "gradient_checkpointing": args.gradient_checkpointing,
-    }
-    return Recipe.model_validate(common | ROWS[row])
+        values.update(ROWS[row])
+        return Recipe.model_validate(values)
+
+    # A shipped recipe, reduced to two of its micro-batches: more of the same size take longer, but
+    # no more memory.
+    values = load_recipe(args.recipe).model_dump()
+    micro_batch_size = values["batch_size"] // values["gradient_accumulation_steps"]
+    num_micro_batches = min(2, values["gradient_accumulation_steps"])
+    values["batch_size"] = micro_batch_size * num_micro_batches
+    values["gradient_accumulation_steps"] = num_micro_batches
+    values["device"] = args.device
+    values["precision"] = args.precision
+    values["perceptual"] = str(network)
+
+    # The discriminator trains from the first step.
+    values["gan_start_pairs"] = 0
+    values["discriminator_warmup"] = 0
+    return Recipe.model_validate(values)
 
 
 def write_network(teacher: Teacher, size: str, folder: Path) -> None:
-    """A random perceptual network for these latents: the paper's widths, the pocket's for the pocket."""
+    """A random perceptual network for the teacher's latents.
+
+    Its widths are the paper's; for the pocket teacher an eighth of them.
+    """
     widths = tuple(width // 8 for width in WIDTHS) if size == "pocket" else WIDTHS
     vgg = VGG(teacher.latent_shape[0], widths, num_dropped_pools(teacher.spatial_factor))
     LatentLPIPS(vgg, [torch.ones(width) for width in widths]).save_pretrained(folder)
 
 
-def faster(run: Run, args: argparse.Namespace) -> None:
-    """The flags. D is not compiled: R1 differentiates twice, which compiled graphs cannot."""
+def apply_speed_options(run: Run, args: argparse.Namespace) -> None:
+    """D is not compiled: R1 differentiates twice, which compiled graphs do not support."""
     if args.channels_last:
         run.student.network.to(memory_format=torch.channels_last)
     if args.fused and run.recipe.optimizer == "adamw":
-        parameters = run.student.trained.parameters()
         run.optimizer = torch.optim.AdamW(
-            parameters, lr=run.recipe.learning_rate, betas=BETAS, fused=True
+            run.student.trained.parameters(),
+            lr=run.recipe.learning_rate,
+            betas=BETAS,
+            fused=True,
         )
     if args.compile:
         run.student.network.compile()
 
 
 def measure(row: str, args: argparse.Namespace) -> dict[str, float]:
+    # Teacher, student and loss
     with tempfile.TemporaryDirectory() as folder:
-        teacher = teacher_of(args.size, args.device)
+        teacher = random_teacher(args.size, args.device)
         write_network(teacher, args.size, Path(folder))
-        recipe = recipe_of(row, args, Path(folder))
-        run, distance = Run(recipe, teacher), build_distance(recipe, teacher.device, teacher)
+        recipe = build_recipe(row, args, Path(folder))
+        run = Run(recipe, teacher)
+        distance = build_distance(recipe, teacher.device, teacher)
     teacher.offload(network=not recipe.needs_teacher, vae=True)
-    faster(run, args)
-    count = recipe.batch_size
-    latents = torch.randn(count, *teacher.latent_shape)
-    pairs = Pairs(list(range(count)), list(range(count)), ["a blue star on sand"] * count, latents)
+    apply_speed_options(run, args)
+
+    # A batch of random pairs
+    batch_size = recipe.batch_size
+    pairs = Pairs(
+        list(range(batch_size)),
+        list(range(batch_size)),
+        [PROMPT] * batch_size,
+        torch.randn(batch_size, *teacher.latent_shape),
+    )
+
+    # Training steps. A step reads the gradient's norm on the host, so it waits for the GPU itself.
     times = []
-    for _ in range(args.repeats + 2):
+    for _ in range(args.repeats + NUM_WARMUP_STEPS):
         start = time.perf_counter()
-        step(
-            run, pairs, distance
-        )  # reads the gradient's norm on the host: waits for the GPU by itself
+        step(run, pairs, distance)
         times.append(time.perf_counter() - start)
-    seconds = statistics.median(times[2:])
-    peak = peak_memory_bytes(lambda: step(run, pairs, distance), args.device)
-    told = {
-        "batch": count,
+    seconds = statistics.median(times[NUM_WARMUP_STEPS:])
+
+    result = {
+        "batch": batch_size,
         "seconds": seconds,
-        "images_per_second": count / seconds,
+        "images_per_second": batch_size / seconds,
         "first_step_s": times[0],
     }
-    return told | ({} if peak is None else {"peak_gib": peak / 2**30})
+    peak = peak_memory_bytes(lambda: step(run, pairs, distance), args.device)
+    if peak is not None:
+        result["peak_gib"] = peak / 2**30
+    return result
 
 
-def in_a_fresh_process(row: str) -> dict[str, Any]:
-    """`measure` of this command line in a process of its own; what went wrong in words, such as too little memory."""
-    done = subprocess.run(
-        [sys.executable, *sys.argv, "--row", row], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["no word"])[-1][:300]}
+def measure_in_new_process(row: str) -> dict[str, Any]:
+    """`measure` with these options in a new process.
+
+    {"failed": reason} if it fails, for example for lack of memory.
+    """
+    done = subprocess.run([sys.executable, *sys.argv, "--row", row], capture_output=True, text=True)
+    if done.returncode != 0:
+        error_lines = done.stderr.strip().splitlines()
+        reason = error_lines[-1][:300] if error_lines else f"exit code {done.returncode}"
+        return {"failed": reason}
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
+def print_row(name: str, row: dict[str, Any]) -> None:
+    if "failed" in row:
+        print(f"{name:18}{row['failed']}", flush=True)
+        return
+    peak_gib = row.get("peak_gib", float("nan"))
+    print(
+        f"{name:18}{row['batch']:7d}{row['seconds']:10.3f}{row['images_per_second']:10.1f}"
+        f"{peak_gib:10.2f}",
+        flush=True,
+    )
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -155,44 +198,43 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--fused", action="store_true", help="one kernel for the student's AdamW")
-    parser.add_argument("--out", type=Path, help="a JSON file; an entry is added to it")
-    parser.add_argument("--row", help="this row alone, as one line of JSON")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="a JSON file to which the entry is added")
+    parser.add_argument("--row", help="measure this row and print a line of JSON")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
     if args.row:
         print(json.dumps(measure(args.row, args)))
         return
-    hardware = (
-        torch.cuda.get_device_name() if args.device == "cuda" else f"CPU {platform.machine()}"
-    )
-    flags = [
-        name
-        for name in ("gradient_checkpointing", "compile", "channels_last", "fused")
-        if getattr(args, name)
-    ]
+
+    # Name of the entry: size, device, precision and the options that are on
+    if args.device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    else:
+        hardware = f"CPU {platform.machine()}"
+    options = ("gradient_checkpointing", "compile", "channels_last", "fused")
+    flags = [option for option in options if getattr(args, option)]
     name = ", ".join([args.size, args.device, args.precision, *flags])
+
     print(f"{name} · {hardware} · torch {torch.__version__}")
     print(f"{'row':18}{'batch':>7}{'s/step':>10}{'images/s':>10}{'peak GiB':>10}")
     rows = {}
     for row in [args.recipe] if args.recipe else args.rows:
-        rows[row] = found = in_a_fresh_process(row)
-        if "failed" in found:
-            print(f"{row:18}{found['failed']}", flush=True)
-            continue
-        print(
-            f"{row:18}{found['batch']:7d}{found['seconds']:10.3f}{found['images_per_second']:10.1f}",
-            end="",
-        )
-        print(f"{found.get('peak_gib', float('nan')):10.2f}", flush=True)
+        rows[row] = measure_in_new_process(row)
+        print_row(row, rows[row])
+
     if args.out:
-        entry = {
+        result = read_json(args.out) if args.out.exists() else {}
+        existing_rows = result.get(name, {}).get("rows", {})
+        result[name] = {
             "hardware": hardware,
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "rows": rows,
+            "rows": {**existing_rows, **rows},
         }
-        result = read_json(args.out) if args.out.exists() else {}
-        kept = result.get(name, {}).get("rows", {})
-        write_json(args.out, result | {name: entry | {"rows": kept | rows}})
+        write_json(args.out, result)
 
 
 if __name__ == "__main__":

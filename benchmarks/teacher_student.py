@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from diffusion2gan.demo import SHOWN_NOISE, SHOWN_WORLD
+from diffusion2gan.demo import REPORT_SEED, REPORT_WORLD
 from diffusion2gan.noise import noise_from_seeds, pair_seed
 from diffusion2gan.pipelines.system import load_system
 from diffusion2gan.pocket import scenes
@@ -54,8 +54,8 @@ def main() -> None:
     args = parser.parse_args()
 
     # 1. Both systems on the same prompts and noises
-    prompts = scenes.captions(range(args.count), SHOWN_WORLD)
-    seeds = [pair_seed(SHOWN_NOISE, index) for index in range(args.count)]
+    prompts = scenes.captions(range(args.count), REPORT_WORLD)
+    seeds = [pair_seed(REPORT_SEED, index) for index in range(args.count)]
     teacher, student = load_system("pocket-teacher"), load_system("pocket-student")
     noise = noise_from_seeds(seeds, teacher.latent_shape)
     measured = json.loads((DOCS / "results" / "pocket_world.json").read_text("utf-8"))

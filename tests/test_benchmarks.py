@@ -1,4 +1,4 @@
-"""The benchmarks that need a GPU run, at pocket size on a CPU, and write only the files they name."""
+"""The benchmarks that need a GPU run at pocket size on a CPU, and write only the named files."""
 
 from __future__ import annotations
 

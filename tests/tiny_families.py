@@ -1,4 +1,7 @@
-"""A whole pipeline of each family, a few channels wide: the real classes, random weights, tokenizers of a few words."""
+"""A complete tiny pipeline per family: the real classes, a few channels, random weights.
+
+The tokenizers have a vocabulary of a few words.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +41,19 @@ from transformers import (
 
 from diffusion2gan.pocket import models
 
-WORDS = "a big blue eight five four green ground of on one red ring seven six small square star stars three two".split()
+WORDS = (
+    "a big blue eight five four green ground of on one red ring seven six small square star stars "
+    "three two"
+).split()
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-SIZE = 8  # latents' side
+SIZE = 8  # side of the latents
+
+
+# Components
 
 
 def clip(width: int, projection: bool, **options: Any) -> tuple[Any, Any]:
+    """A CLIP text encoder and its tokenizer."""
     tokenizer = models.tokenizer()
     tokenizer.model_max_length = 77
     config = CLIPTextConfig(
@@ -59,11 +69,14 @@ def clip(width: int, projection: bool, **options: Any) -> tuple[Any, Any]:
         pad_token_id=len(tokenizer) - 1,
         **options,
     )
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config), tokenizer
+    model = CLIPTextModelWithProjection if projection else CLIPTextModel
+    return model(config), tokenizer
 
 
 def t5(width: int) -> tuple[Any, Any]:
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)] + [("▁" + word, -1.0) for word in WORDS]
+    """A T5 encoder and its tokenizer."""
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocab += [("▁" + word, -1.0) for word in WORDS]
     tokenizer = T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=512)
     config = T5Config(
         vocab_size=len(vocab), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2
@@ -72,6 +85,7 @@ def t5(width: int) -> tuple[Any, Any]:
 
 
 def gemma(width: int) -> tuple[Any, Any]:
+    """A Gemma 2 model and its tokenizer."""
     letters = list("abcdefghijklmnopqrstuvwxyz▁")
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *("▁" + word for word in WORDS), *letters]
     vocab = {piece: number for number, piece in enumerate(dict.fromkeys(pieces))}
@@ -91,17 +105,15 @@ def gemma(width: int) -> tuple[Any, Any]:
 
 
 def kl(channels: int, **options: Any) -> AutoencoderKL:
-    kind = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-    }
+    """A VAE with 8 pixels per latent."""
     return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4, 4, 4, 8),
         norm_num_groups=2,
         layers_per_block=1,
         latent_channels=channels,
         sample_size=8 * SIZE,
-        **kind,
         **options,
     )
 
@@ -117,10 +129,14 @@ def unet(**options: Any) -> UNet2DConditionModel:
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     }
-    return UNet2DConditionModel(**settings | options)
+    return UNet2DConditionModel(**{**settings, **options})
+
+
+# Pipelines
 
 
 def sd(scheduler: Any) -> Any:
+    """Stable Diffusion 1.x or 2.x."""
     text_encoder, tokenizer = clip(16, projection=False)
     return StableDiffusionPipeline(
         vae=kl(4, scaling_factor=0.18215),
@@ -166,10 +182,8 @@ def sd21_zero_snr() -> Any:
 
 
 def sdxl() -> Any:
-    (first, tokenizer), (second, tokenizer_2) = (
-        clip(16, projection=False),
-        clip(24, projection=True),
-    )
+    text_encoder, tokenizer = clip(16, projection=False)
+    text_encoder_2, tokenizer_2 = clip(24, projection=True)
     network = unet(
         cross_attention_dim=40,
         addition_embed_type="text_time",
@@ -179,8 +193,8 @@ def sdxl() -> Any:
     )
     return StableDiffusionXLPipeline(
         vae=kl(4, scaling_factor=0.13025),
-        text_encoder=first,
-        text_encoder_2=second,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         unet=network,
@@ -190,8 +204,9 @@ def sdxl() -> Any:
 
 
 def sd3(with_t5: bool = True, **scheduling: Any) -> Any:
-    (first, tokenizer), (second, tokenizer_2) = clip(16, projection=True), clip(24, projection=True)
-    third, tokenizer_3 = t5(48) if with_t5 else (None, None)
+    text_encoder, tokenizer = clip(16, projection=True)
+    text_encoder_2, tokenizer_2 = clip(24, projection=True)
+    text_encoder_3, tokenizer_3 = t5(48) if with_t5 else (None, None)
     transformer = SD3Transformer2DModel(
         sample_size=SIZE,
         num_layers=2,
@@ -214,9 +229,9 @@ def sd3(with_t5: bool = True, **scheduling: Any) -> Any:
             use_quant_conv=False,
             use_post_quant_conv=False,
         ),
-        text_encoder=first,
-        text_encoder_2=second,
-        text_encoder_3=third,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        text_encoder_3=text_encoder_3,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         tokenizer_3=tokenizer_3,
@@ -224,7 +239,8 @@ def sd3(with_t5: bool = True, **scheduling: Any) -> Any:
 
 
 def flux(dev: bool = True) -> Any:
-    (first, tokenizer), (second, tokenizer_2) = clip(16, projection=False), t5(32)
+    text_encoder, tokenizer = clip(16, projection=False)
+    text_encoder_2, tokenizer_2 = t5(32)
     transformer = FluxTransformer2DModel(
         in_channels=64,
         num_layers=2,
@@ -238,8 +254,8 @@ def flux(dev: bool = True) -> Any:
     )
     return FluxPipeline(
         transformer=transformer,
-        text_encoder=first,
-        text_encoder_2=second,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
         scheduler=FlowMatchEulerDiscreteScheduler(
@@ -257,21 +273,19 @@ def flux(dev: bool = True) -> Any:
 
 def sana() -> Any:
     text_encoder, tokenizer = gemma(16)
-    blocks = {
-        "block_types": "ResBlock",
-        "block_out_channels": (8, 8, 16, 16, 32, 32),
-        "layers_per_block": (1,) * 6,
-    }
-    options = {
-        f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in blocks.items()
-    }
+    widths = (8, 8, 16, 16, 32, 32)
     vae = AutoencoderDC(
         latent_channels=32,
         attention_head_dim=4,
+        encoder_block_types="ResBlock",
+        encoder_block_out_channels=widths,
+        encoder_layers_per_block=(1,) * 6,
         encoder_qkv_multiscales=((),) * 6,
+        decoder_block_types="ResBlock",
+        decoder_block_out_channels=widths,
+        decoder_layers_per_block=(1,) * 6,
         decoder_qkv_multiscales=((),) * 6,
         scaling_factor=0.41407,
-        **options,
     )
     transformer = SanaTransformer2DModel(
         num_attention_heads=2,
@@ -306,11 +320,11 @@ FAMILIES = {
     "sana": sana,
 }
 ONE_EACH = ("sd15", "sdxl", "sd3", "flux_dev", "sana")
-RESOLUTION = {name: SIZE * (32 if name == "sana" else 8) for name in FAMILIES}  # pixels
+RESOLUTION = {name: SIZE * (32 if name == "sana" else 8) for name in FAMILIES}  # image side, pixels
 
 
 def save(name: str, folder: Path) -> Path:
-    """Writes the pipeline, its weights by seed 0."""
+    """Writes a pipeline with random weights of seed 0. Returns `folder`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         FAMILIES[name]().save_pretrained(folder, safe_serialization=True)

@@ -1,4 +1,4 @@
-"""The pocket world's pipeline with a UNet that costs next to nothing, all random."""
+"""The pocket pipeline with random weights and a UNet small enough for fast tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffusion2gan.pocket import models
 
 
 def save(folder: Path) -> Path:
-    """Writes it, the same weights each time; `folder`."""
+    """Writes the pipeline, with the same weights each time. Returns `folder`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipeline = models.pipeline()

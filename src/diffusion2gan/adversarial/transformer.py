@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffusion2gan.adversarial.heads import head, zero_conv
 from diffusion2gan.teacher.conditioning import Conditioning
 from diffusion2gan.teacher.families import Family
+from diffusion2gan.teacher.hooks import capture_outputs
 from diffusion2gan.teacher.pipeline import Teacher
 
 NUM_DEPTHS = 4  # features are read after each quarter of the blocks
@@ -77,38 +78,41 @@ class TransformerDiscriminator(nn.Module):
         return [head(x) for head, x in zip(self.heads, read, strict=True)]
 
     def features(self, noise: Tensor, cond: Conditioning, latents: Tensor) -> list[Tensor]:
-        """[B, D, h, w] of each depth, on the tokens' grid; the last is what the teacher's output layers would read."""
-        seen: dict[int, Tensor] = {}
-        with self._listening(noise, seen):
+        """[B, D, h, w] on the grid of the tokens, one per depth.
+
+        The last is the input of the teacher's output layers.
+        """
+        all_blocks = blocks(self.network)
+        read_blocks = [all_blocks[depth] for depth in depths(self.network)]
+        with self._add_noise(noise), capture_outputs(read_blocks) as outputs:
             self.family.output(self.network, latents, self.timestep, cond)
+
         grid = (latents.shape[-2] // self.patch, latents.shape[-1] // self.patch)
-        return [seen[depth].unflatten(1, grid).movedim(-1, 1) for depth in depths(self.network)]
+        features = []
+        for block in read_blocks:
+            # A block that also handles the text tokens returns the image tokens last
+            output = outputs[block]
+            tokens = output[-1] if isinstance(output, tuple) else output  # [B, h·w, D]
+            features.append(tokens.unflatten(1, grid).movedim(-1, 1))
+        return features
 
     @contextmanager
-    def _listening(self, noise: Tensor, seen: dict[int, Tensor]) -> Iterator[None]:
-        """While it lasts, the noise is added to the latents' tokens, and what each depth answers is kept in `seen`."""
-
-        def add_noise(module: nn.Module, args: Any, tokens: Tensor) -> Tensor:
-            assert self.noise_in is not None
-            return tokens + self.noise_in(noise).flatten(2).mT
-
-        def keep(depth: int) -> Any:
-            def hook(module: nn.Module, args: Any, answer: Any) -> None:
-                seen.setdefault(depth, answer[-1] if isinstance(answer, tuple) else answer)
-
-            return hook
-
-        with ExitStack() as stack:
-            if self.noise_in is not None:
-                embedder = next(
-                    getattr(self.network, name) for name in EMBEDDERS if hasattr(self.network, name)
-                )
-                stack.callback(embedder.register_forward_hook(add_noise).remove)
-            for depth in depths(self.network):
-                stack.callback(
-                    blocks(self.network)[depth].register_forward_hook(keep(depth)).remove
-                )
+    def _add_noise(self, noise: Tensor) -> Iterator[None]:
+        """Within the context, the embedded noise is added to the latents' tokens."""
+        if self.noise_in is None:
             yield
+            return
+        noise_in = self.noise_in
+
+        def add(module: nn.Module, args: Any, tokens: Tensor) -> Tensor:
+            return tokens + noise_in(noise).flatten(2).mT
+
+        name = next(name for name in EMBEDDERS if hasattr(self.network, name))
+        handle = getattr(self.network, name).register_forward_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def blocks(network: Any) -> list[nn.Module]:

@@ -6,8 +6,6 @@ with human judgements has not been measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS
 from diffusion2gan.perceptual.vgg import VGG
+from diffusion2gan.teacher.hooks import capture_outputs
 from diffusion2gan.teacher.pipeline import Teacher, copy_sharing_weights
 
 # A transformer's tokens are read after each quarter of its blocks except the last quarter, whose
@@ -50,32 +49,23 @@ class TeacherFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """One feature map per tapped block."""
-        maps: dict[int, Tensor] = {}
         autocast = torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast)
-        with ExitStack() as hooks, autocast:
-            for number, block in enumerate(self.tapped_blocks):
-                handle = block.register_forward_hook(_store_output(number, maps))
-                hooks.callback(handle.remove)
+        with capture_outputs(self.tapped_blocks) as outputs, autocast:
             self._output(self.network, x, 0, self._cond.expand(len(x)))
-        return [maps[number] for number in range(len(self.tapped_blocks))]
+        return [feature_map(block, outputs[block]) for block in self.tapped_blocks]
 
 
-def _store_output(number: int, maps: dict[int, Tensor]) -> Callable[[Any, Any, Any], None]:
-    """A forward hook that writes a block's output to `maps[number]` as a feature map."""
-
-    def hook(block: Any, args: Any, output: Any) -> None:
-        if not hasattr(block, "resnets"):
-            # A transformer block that also handles the text tokens returns the image tokens last.
-            tokens = output[-1] if isinstance(output, tuple) else output  # [B, tokens, D]
-            maps[number] = tokens.movedim(1, 2).unsqueeze(-1)
-        elif isinstance(output, tuple):
-            # A UNet's down block returns (hidden states, all intermediate states).
-            maps[number] = output[1][len(block.resnets) - 1]
-        else:
-            # A UNet's middle block.
-            maps[number] = output
-
-    return hook
+def feature_map(block: Any, output: Any) -> Tensor:
+    """A block's output as a feature map: [B, D, h, w] of a UNet, [B, D, tokens, 1] otherwise."""
+    if not hasattr(block, "resnets"):
+        # A transformer block that also handles the text tokens returns the image tokens last.
+        tokens = output[-1] if isinstance(output, tuple) else output  # [B, tokens, D]
+        return tokens.movedim(1, 2).unsqueeze(-1)
+    if isinstance(output, tuple):
+        # A UNet's down block returns (hidden states, all intermediate states).
+        return output[1][len(block.resnets) - 1]
+    # A UNet's middle block.
+    return output
 
 
 def truncate_unet(unet: Any) -> list[nn.Module]:

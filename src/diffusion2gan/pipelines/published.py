@@ -198,8 +198,9 @@ def build_scheduler(
     """The system's scheduler with the base pipeline's noise schedule."""
     if system.scheduler is RectifiedFlowScheduler:
         return RectifiedFlowScheduler()
-    more = system.settings_by_steps.get(num_inference_steps, {})
-    return system.scheduler.from_config(config, **system.settings, **more)  # type: ignore[attr-defined]
+    scheduler_class: Any = system.scheduler
+    settings = {**system.settings, **system.settings_by_steps.get(num_inference_steps, {})}
+    return scheduler_class.from_config(config, **settings)
 
 
 def call_arguments(system: PublishedSystem, num_inference_steps: int) -> dict[str, Any]:

@@ -28,6 +28,10 @@ class Teacher:
 
     `name` and `revision` identify it in pair sets and runs. `resolution` is the side of its images
     in pixels, the model's default if not given. `folder` is the folder or file it was read from.
+
+    Of a pipeline's sizes and limits it has `latent_shape` (C, h, w), `image_size` (height and width
+    in pixels), `spatial_factor` (pixels per latent), `tokenizer` and `num_tokens`; see
+    `PipelineInfo`.
     """
 
     def __init__(

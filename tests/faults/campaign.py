@@ -1,11 +1,14 @@
-"""The fault campaign: every long job killed at random moments, then run again to its end; what came out is compared.
+"""The fault campaign: every long job is killed at random moments, then run again to its end.
 
     python tests/faults/campaign.py --rounds 100        # or: make faults
 
-A round starts the command (in a fork, or two as ranks 0 and 1 of a run), kills it with SIGKILL after a random time
-within one whole run's, and runs the same command again to its end. Writes docs/results/faults.json: rounds, kills that
-hit before the end, and what was lost: files that differ, largest difference of a loss, temporaries left. Other
-faults have tests of their own: `others.py`.
+A round starts the command (in a fork, or in two as ranks 0 and 1), kills it with SIGKILL after a
+random time within the duration of a complete run, and runs the same command again to its end. The
+results are compared with those of an uninterrupted run.
+
+Writes docs/results/faults.json: rounds, kills that came before the end, and what was lost (files
+that differ, the largest difference of a loss, temporary files left behind). Other faults have tests
+of their own: see `others.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # it runs as a script: tests/ is not there yet
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, tests/ is not importable
 import tiny_pocket
 
 from diffusion2gan import cli, generate
@@ -41,15 +44,26 @@ from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256, write_json
 from diffusion2gan.teacher.loading import load_teacher
 
-TIMED = {"seconds_per_image", "seconds_per_image_p90", "images_per_second", "peak_memory_bytes"}
-LOADED = (cli, train, run, export, check, generate)  # before the forks, which then start at once
-pictures.CHUNK = 4  # so that two ranks have something to share of eight captions
+# Metrics that depend on the machine
+MEASURED_ON_THIS_MACHINE = {
+    "seconds_per_image",
+    "seconds_per_image_p90",
+    "images_per_second",
+    "peak_memory_bytes",
+}
+# Loaded before the forks, which then start at once
+LOADED = (cli, train, run, export, check, generate)
+# Two chunks of eight captions: one for each of two ranks
+pictures.CHUNK = 4
 OUT = Path(__file__).parents[2] / "docs" / "results" / "faults.json"
 
 
 @dataclass
 class Job:
-    """A command into a folder, by so many ranks; `differs(reference, found)` says what is not the same."""
+    """A command that writes a folder, on `ranks` ranks.
+
+    `differs(reference, found)` lists what is not the same in two folders.
+    """
 
     name: str
     argv: Callable[[Path], list[object]]
@@ -61,7 +75,7 @@ class Job:
 
 
 def start(job: Job, folder: Path) -> list[int]:
-    """Forks the job's ranks; their process ids."""
+    """Forks the job's ranks and returns their process ids."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -69,9 +83,12 @@ def start(job: Job, folder: Path) -> list[int]:
 
 
 def fork(job: Job, folder: Path, rank: int, port: int) -> int:
+    """Runs one rank of the job in a fork, its errors in `FOLDER.log`; returns the process id."""
     sys.stdout.flush()
-    if (pid := os.fork()) != 0:
+    pid = os.fork()
+    if pid != 0:
         return pid
+
     code = 1
     try:
         if job.ranks > 1:
@@ -82,117 +99,132 @@ def fork(job: Job, folder: Path, rank: int, port: int) -> int:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-        quiet = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(quiet, 1)
-        os.dup2(
-            os.open(folder.with_name(f"{folder.name}.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND),
-            2,
-        )
+        log = folder.with_name(f"{folder.name}.log")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         sys.argv = ["diffusion2gan", *map(str, job.argv(folder))]
         torch.set_num_threads(1)
         cli.main()
         code = 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        if end.code is None:
+            code = 0
+        elif isinstance(end.code, int):
+            code = end.code
     finally:
         os._exit(code)
 
 
-def ended(pids: list[int]) -> list[int]:
-    """Waits; the exit codes, negative for signals."""
+def wait(pids: list[int]) -> list[int]:
+    """Waits for the processes and returns their exit codes, negative for signals."""
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
 
 
-def whole(job: Job, folder: Path) -> float:
-    """Runs the job to its end; seconds. Raises where it fails."""
-    begun = time.monotonic()
-    codes = ended(start(job, folder))
+def run_to_end(job: Job, folder: Path) -> float:
+    """Runs the job to its end and returns the seconds. Raises RuntimeError if it fails."""
+    start_s = time.monotonic()
+    codes = wait(start(job, folder))
     if any(codes):
-        raise RuntimeError(
-            f"{job.name}: exit codes {codes}\n{folder.with_name(f'{folder.name}.log').read_text()}"
-        )
-    return time.monotonic() - begun
+        log = folder.with_name(f"{folder.name}.log").read_text()
+        raise RuntimeError(f"{job.name}: exit codes {codes}\n{log}")
+    return time.monotonic() - start_s
 
 
-def killed(job: Job, folder: Path, after_s: float) -> bool:
-    """SIGKILL to all ranks after so many seconds; whether it came before the end."""
+def run_and_kill(job: Job, folder: Path, after_s: float) -> bool:
+    """Sends SIGKILL to all ranks after `after_s`; returns whether it came before their end."""
     pids = start(job, folder)
     time.sleep(after_s)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    return any(code == -signal.SIGKILL for code in ended(pids))
+    return any(code == -signal.SIGKILL for code in wait(pids))
 
 
-def campaign(job: Job, base: Path, rounds: int, chance: random.Random) -> None:
-    """`rounds` times: one kill at a random moment, then to the end."""
-    took_s = whole(job, base / "reference")
+def campaign(job: Job, base: Path, rounds: int, rng: random.Random) -> None:
+    """`rounds` times: one kill at a random moment, then a run to the end."""
+    reference = base / "reference"
+    duration_s = run_to_end(job, reference)
+
     for number in range(rounds):
         folder = base / f"round{number}"
         job.row["rounds"] += 1
-        job.row["killed_before_the_end"] += killed(job, folder, chance.uniform(0, took_s))
-        whole(job, folder)
-        lost = job.differs(base / "reference", folder)
-        lost += [
-            f"left: {path.name}"
-            for path in folder.parent.rglob(".*")
-            if str(path).startswith(str(folder))
-        ]
-        lost += [f"left: {path.name}" for path in base.glob(f".{folder.name}.*")]
-        job.row["lost"] += [f"round {number}: {told}" for told in lost]
+        job.row["killed_before_the_end"] += run_and_kill(job, folder, rng.uniform(0, duration_s))
+        run_to_end(job, folder)
+
+        # What differs, and temporary files in the folder and beside it
+        lost = job.differs(reference, folder)
+        hidden = [*folder.rglob(".*"), *base.glob(f".{folder.name}.*")]
+        lost += [f"left: {path.name}" for path in hidden]
+        job.row["lost"] += [f"round {number}: {loss}" for loss in lost]
         shutil.rmtree(folder, ignore_errors=True)
-    print(job.name, {**job.row, "whole_run_s": round(took_s, 2)}, flush=True)
+
+    print(job.name, {**job.row, "whole_run_s": round(duration_s, 2)}, flush=True)
 
 
-def other_files(reference: Path, found: Path) -> list[str]:
-    """Names of files whose bytes differ, or that only one has."""
-    a, b = (
-        {path.relative_to(f): sha256(path) for path in f.rglob("*") if path.is_file()}
-        for f in (reference, found)
-    )
-    return [f"{name} differs" for name in sorted({*a, *b}, key=str) if a.get(name) != b.get(name)]
+def hash_files(folder: Path) -> dict[Path, str]:
+    return {path.relative_to(folder): sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
-def other_losses(reference: Path, found: Path) -> list[str]:
-    """Steps that differ, losses or averaged weights further than 1e-6."""
-    a, b = (
-        [json.loads(x) for x in (f / "log.jsonl").read_text().splitlines()]
-        for f in (reference, found)
-    )
-    if [x["pairs_seen"] for x in a] != [x["pairs_seen"] for x in b]:
+def read_log(run_folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
+
+
+def different_files(reference: Path, found: Path) -> list[str]:
+    """Files whose bytes differ, or that only one folder has."""
+    expected, actual = hash_files(reference), hash_files(found)
+    names = sorted({*expected, *actual}, key=str)
+    return [f"{name} differs" for name in names if expected.get(name) != actual.get(name)]
+
+
+def different_losses(reference: Path, found: Path) -> list[str]:
+    """Steps that differ, or losses or averaged weights that differ by more than 1e-6."""
+    expected, actual = read_log(reference), read_log(found)
+    if [entry["pairs_seen"] for entry in expected] != [entry["pairs_seen"] for entry in actual]:
         return ["log.jsonl has other steps"]
-    furthest = max(abs(x["loss"] - y["loss"]) / x["loss"] for x, y in zip(a, b, strict=True))
-    (x, _), (y, _) = (checkpoint.load(f / "checkpoint.safetensors") for f in (reference, found))
-    weights = max(float((x[key] - y[key]).abs().max()) for key in x if key.startswith("ema/"))
-    return (
-        [f"losses by {furthest:.1e}, weights by {weights:.1e}"]
-        if max(furthest, weights) > 1e-6
-        else []
-    )
+    loss_error = 0.0
+    for a, b in zip(expected, actual, strict=True):
+        loss_error = max(loss_error, abs(a["loss"] - b["loss"]) / a["loss"])
+
+    expected_weights, _ = checkpoint.load(reference / "checkpoint.safetensors")
+    actual_weights, _ = checkpoint.load(found / "checkpoint.safetensors")
+    weight_error = 0.0
+    for key, weights in expected_weights.items():
+        if key.startswith("ema/"):
+            error = float((weights - actual_weights[key]).abs().max())
+            weight_error = max(weight_error, error)
+
+    if max(loss_error, weight_error) > 1e-6:
+        return [f"losses by {loss_error:.1e}, weights by {weight_error:.1e}"]
+    return []
 
 
-def other_metrics(reference: Path, found: Path) -> list[str]:
-    a, b = (json.loads((f / "metrics.json").read_text()) for f in (reference, found))
-    return [f"{key} differs" for key in a if key not in TIMED and not close(a[key], b.get(key))]
+def different_metrics(reference: Path, found: Path) -> list[str]:
+    expected = json.loads((reference / "metrics.json").read_text())
+    actual = json.loads((found / "metrics.json").read_text())
+    compared = [key for key in expected if key not in MEASURED_ON_THIS_MACHINE]
+    return [f"{key} differs" for key in compared if not is_close(expected[key], actual.get(key))]
 
 
-def close(a: Any, b: Any) -> bool:
-    """To rounding: two processes' float32 features of the same pictures differ in the last bits."""
-    if isinstance(a, list | dict):
-        places = a if isinstance(a, dict) else range(len(a))
-        return (
-            isinstance(b, type(a)) and len(a) == len(b) and all(close(a[i], b[i]) for i in places)
-        )
-    return (
-        abs(a - b) <= 1e-6 * max(1.0, abs(a))
-        if isinstance(a, float) and isinstance(b, float)
-        else bool(a == b)
-    )
+def is_close(a: Any, b: Any) -> bool:
+    """Equal up to rounding: features of the same images differ slightly between processes."""
+    if isinstance(a, dict):
+        same_keys = isinstance(b, dict) and a.keys() == b.keys()
+        return same_keys and all(is_close(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        same_length = isinstance(b, list) and len(a) == len(b)
+        return same_length and all(is_close(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, float) and isinstance(b, float):
+        return abs(a - b) <= 1e-6 * max(1.0, abs(a))
+    return bool(a == b)
 
 
-def jobs(base: Path, teacher: Path) -> list[Job]:
+def build_jobs(base: Path, teacher: Path) -> list[Job]:
+    """All jobs. `distill` and `export` read the pairs and the run that `prepare` makes."""
     pairs, run = base / "pairs", base / "run"
-    more = ("--num-inference-steps", 2, "--guidance-scale", 1, "--shard-size", 4, "--batch-size", 2)
+    pairs_options = (
+        *("--num-inference-steps", 2, "--guidance-scale", 1),
+        *("--shard-size", 4, "--batch-size", 2),
+    )
     settings = {
         "teacher": teacher,
         "loss": "mse",
@@ -207,82 +239,85 @@ def jobs(base: Path, teacher: Path) -> list[Job]:
         "keep_checkpoints": 3,
         "keep_best": "true",
     }
-    sets = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-
-    def make(out: Path) -> list[object]:
-        return ["pairs", "--teacher", teacher, "--count", 24, *more, "--out", out]
-
-    def fit(out: Path) -> list[object]:
-        return ["distill", "pocket-regression", "--pairs", pairs, "--out", out, *sets]
-
-    def cut(out: Path) -> list[object]:
-        return [*fit(out), "--set", "strategy=fsdp"]
-
+    set_options = []
+    for key, value in settings.items():
+        set_options += ["--set", f"{key}={value}"]
     one_step = (teacher, "--num-inference-steps", 1, "--guidance-scale", 0)
 
-    def tell(out: Path) -> list[object]:
-        cache = base / f"cache-{out.parent.name}-{out.name}"
-        more = ("--count", 8, "--num-resamples", 5, "--out", out / "metrics.json", "--cache", cache)
-        return ["evaluate", *one_step, *more]
+    def make_pairs(out: Path) -> list[object]:
+        return ["pairs", "--teacher", teacher, "--count", 24, *pairs_options, "--out", out]
 
-    def draw(out: Path) -> list[object]:
-        prompts = [word for number in range(6) for word in ("--prompt", f"a star {number}")]
+    def distill(out: Path) -> list[object]:
+        return ["distill", "pocket-regression", "--pairs", pairs, "--out", out, *set_options]
+
+    def distill_sharded(out: Path) -> list[object]:
+        return [*distill(out), "--set", "strategy=fsdp"]
+
+    def export_run(out: Path) -> list[object]:
+        return ["export", run, "--out", out]
+
+    def evaluate(out: Path) -> list[object]:
+        cache = base / f"cache-{out.parent.name}-{out.name}"
+        options = ("--count", 8, "--num-resamples", 5)
+        return [
+            *("evaluate", *one_step, *options),
+            *("--out", out / "metrics.json", "--cache", cache),
+        ]
+
+    def generate_grid(out: Path) -> list[object]:
+        prompts = []
+        for number in range(6):
+            prompts += ["--prompt", f"a star {number}"]
         return ["generate", *one_step, *prompts, "--out", out / "grid.png"]
 
     return [
-        Job("pairs", make, other_files),
-        Job("pairs, two ranks", make, other_files, 2),
-        Job("distill", fit, other_files),
-        Job("distill, two ranks", fit, other_losses, 2),
-        Job("distill, two ranks, fsdp", cut, other_losses, 2),
-        Job("export", lambda out: ["export", run, "--out", out], other_files),
-        Job("evaluate", tell, other_metrics),
-        Job("evaluate, two ranks", tell, other_metrics, 2),
-        Job("generate, two ranks", draw, other_files, 2),
+        Job("pairs", make_pairs, different_files),
+        Job("pairs, two ranks", make_pairs, different_files, 2),
+        Job("distill", distill, different_files),
+        Job("distill, two ranks", distill, different_losses, 2),
+        Job("distill, two ranks, fsdp", distill_sharded, different_losses, 2),
+        Job("export", export_run, different_files),
+        Job("evaluate", evaluate, different_metrics),
+        Job("evaluate, two ranks", evaluate, different_metrics, 2),
+        Job("generate, two ranks", generate_grid, different_files, 2),
     ]
 
 
 def main(rounds: int, out: Path, seed: int, note: str, only: list[str]) -> dict[str, Any]:
-    """The campaign's JSON, written after each job; rows of jobs that are not chosen stay."""
-    told: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"sigkill": {}}
+    """Runs the campaign and writes its JSON after each job. Rows of jobs not in `only` stay."""
+    result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"sigkill": {}}
     with tempfile.TemporaryDirectory() as name:
-        base, teacher = Path(name), Path(name) / "teacher"
+        base = Path(name)
+        teacher = base / "teacher"
         tiny_pocket.save(teacher)
-        load_teacher(str(teacher))  # what that imports, the forks then have
-        every = jobs(base, teacher)
-        for number, job in enumerate(every):
+        load_teacher(str(teacher))  # loads, before the forks, what that imports
+
+        jobs = build_jobs(base, teacher)
+        for number, job in enumerate(jobs):
             if only and job.name not in only:
                 continue
-            prepare(job, base, every)
-            place = base / f"job{number}"
-            place.mkdir()
-            campaign(job, place, rounds, random.Random(seed + number))
-            told["sigkill"][job.name] = job.row
-            lost = sum(len(row["lost"]) for row in told["sigkill"].values())
-            told |= {
-                "command": shlex.join(["python", "tests/faults/campaign.py", *sys.argv[1:]]),
-                "lost": lost,
-                "seed": seed,
-                "pairs_format": store.PairsSpec.format,
-                "note": note,
-            }
-            write_json(out, told)
-    return told
+            prepare(job, base, jobs)
+            folder = base / f"job{number}"
+            folder.mkdir()
+            campaign(job, folder, rounds, random.Random(seed + number))
+
+            result["sigkill"][job.name] = job.row
+            result["command"] = shlex.join(["python", "tests/faults/campaign.py", *sys.argv[1:]])
+            result["lost"] = sum(len(row["lost"]) for row in result["sigkill"].values())
+            result["seed"] = seed
+            result["pairs_format"] = store.PairsSpec.format
+            result["note"] = note
+            write_json(out, result)
+    return result
 
 
-def prepare(job: Job, base: Path, every: list[Job]) -> None:
-    """What a job reads, made by the jobs before it."""
-    made_by = (
-        (
-            "pairs",
-            "pairs",
-            tuple(job.name for job in every if job.name.startswith(("distill", "export"))),
-        ),
-        ("distill", "run", ("export",)),
-    )
-    for needed, name, users in made_by:
-        if job.name in users and not (base / name).exists():
-            whole(next(other for other in every if other.name == needed), base / name)
+def prepare(job: Job, base: Path, jobs: list[Job]) -> None:
+    """Makes the pairs and the run that a job reads, if they do not exist yet."""
+    by_name = {job.name: job for job in jobs}
+    if job.name.startswith(("distill", "export")) and not (base / "pairs").exists():
+        run_to_end(by_name["pairs"], base / "pairs")
+    if job.name == "export" and not (base / "run").exists():
+        run_to_end(by_name["distill"], base / "run")
 
 
 if __name__ == "__main__":

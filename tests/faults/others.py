@@ -1,8 +1,8 @@
-"""Faults that have tests of their own, beside the campaign's kills: tried some rounds, each in a fresh process.
+"""Faults with tests of their own, beside the campaign's kills: each round in a new process.
 
-    python tests/faults/others.py --rounds 5        # make faults does it after the campaign
+    python tests/faults/others.py --rounds 5        # `make faults` does it after the campaign
 
-Adds to docs/results/faults.json, for every fault, how often its tests ran and which failed.
+Adds to docs/results/faults.json, for every fault, how often its tests ran and which of them failed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from diffusion2gan.runtime.files import write_json
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs" / "results" / "faults.json"
-OTHER_FAULTS = {  # FILE::NAME, or FILE for all in it
+# Fault → its tests: FILE::NAME, or FILE for all tests in it
+OTHER_FAULTS = {
     "disk full": [
         "tests/runtime/test_files.py::test_a_full_disk_is_a_failure",
         "tests/runtime/test_files.py::test_a_full_disk_leaves_the_old_checkpoint",
@@ -77,51 +78,59 @@ OTHER_FAULTS = {  # FILE::NAME, or FILE for all in it
 }
 
 
-def tried(
+def run_rounds(
     rounds: int, faults: dict[str, list[str]] = OTHER_FAULTS, root: Path = ROOT
 ) -> dict[str, Any]:
-    """By fault: its tests, how many of them ran in all rounds, how many were skipped, and which failed or never ran."""
-    rows: dict[str, Any] = {
-        fault: {"tests": tests, "tried": 0, "skipped": 0, "lost": []}
-        for fault, tests in faults.items()
-    }
-    every = sorted({test for tests in faults.values() for test in tests})
+    """For each fault: its tests, how many ran and were skipped in all rounds, and what was lost.
+
+    Lost are tests that failed or did not run.
+    """
+    rows: dict[str, Any] = {}
+    for fault, tests in faults.items():
+        rows[fault] = {"tests": tests, "tried": 0, "skipped": 0, "lost": []}
+    all_tests = sorted({test for tests in faults.values() for test in tests})
+
     for number in range(rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder) / "report.xml"
-            command = [
-                "-m",
-                "pytest",
-                "-m",
-                "slow or not slow",
-                "-p",
-                "no:cacheprovider",
-                f"--junitxml={report}",
-            ]
-            subprocess.run([sys.executable, *command, *every], cwd=root)
-            cases = list(ElementTree.parse(report).iter("testcase"))
+        cases = run_tests(all_tests, root)
         for row in rows.values():
             for test in row["tests"]:
-                mine = [
-                    (str(case.get("name")), {child.tag for child in case})
-                    for case in cases
-                    if is_of(case, test)
-                ]
-                row["skipped"] += sum("skipped" in kinds for _, kinds in mine)
-                row["tried"] += sum("skipped" not in kinds for _, kinds in mine)
-                failed = [name for name, kinds in mine if kinds & {"failure", "error"}]
-                row["lost"] += [
-                    f"round {number}: {name}"
-                    for name in (failed if mine else [f"{test} did not run"])
-                ]
+                count_cases(row, test, cases, number)
     return rows
 
 
-def is_of(case: ElementTree.Element, test: str) -> bool:
-    """Whether a line of pytest's report is one of `test`."""
+def run_tests(tests: list[str], root: Path) -> list[ElementTree.Element]:
+    """Runs the tests in a new process and returns the cases of pytest's report."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        options = ["-m", "slow or not slow", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        subprocess.run([sys.executable, "-m", "pytest", *options, *tests], cwd=root)
+        return list(ElementTree.parse(report).iter("testcase"))
+
+
+def count_cases(
+    row: dict[str, Any], test: str, cases: list[ElementTree.Element], number: int
+) -> None:
+    """Adds the cases of `test` in round `number` to the row of its fault."""
+    own_cases = [case for case in cases if is_case_of(case, test)]
+    if not own_cases:
+        row["lost"].append(f"round {number}: {test} did not run")
+
+    for case in own_cases:
+        outcomes = {child.tag for child in case}
+        if "skipped" in outcomes:
+            row["skipped"] += 1
+        else:
+            row["tried"] += 1
+        if outcomes & {"failure", "error"}:
+            row["lost"].append(f"round {number}: {case.get('name')}")
+
+
+def is_case_of(case: ElementTree.Element, test: str) -> bool:
+    """Whether a case of pytest's report belongs to `test`."""
     file, _, name = test.partition("::")
     module = file.removesuffix(".py").replace("/", ".")
-    return case.get("classname") == module and name in ("", str(case.get("name")).partition("[")[0])
+    case_name = str(case.get("name")).partition("[")[0]  # without the parameters
+    return case.get("classname") == module and name in ("", case_name)
 
 
 if __name__ == "__main__":
@@ -132,7 +141,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     command = shlex.join(["python", "tests/faults/others.py", *sys.argv[1:]])
-    found = {"command": command, "rounds": args.rounds, "faults": tried(args.rounds)}
-    told: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    write_json(args.out, told | {"other_faults": found})
-    print("lost:", sum(len(row["lost"]) for row in found["faults"].values()))
+    result = {"command": command, "rounds": args.rounds, "faults": run_rounds(args.rounds)}
+    existing: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    write_json(args.out, {**existing, "other_faults": result})
+    print("lost:", sum(len(row["lost"]) for row in result["faults"].values()))

@@ -1,4 +1,4 @@
-# One door to everything: `make` lists what there is.
+# `make` lists the targets.
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 OUT ?= demo
@@ -15,7 +15,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help: ## list the targets
 	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(STAMP) ## make .venv with the tested set of packages (the other targets do it when it is missing)
+install: $(STAMP) ## create .venv with the tested packages (other targets do it if it is missing)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; name another: make install PYTHON=python3.12")'
@@ -25,29 +25,29 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,demo,docs]'
 	@touch $@
 
-demo: $(STAMP) ## the whole corridor on the embedded teacher, with a report (OUT=demo)
+demo: $(STAMP) ## run everything, from pairs to report, on the embedded teacher (OUT=demo)
 	$(BIN)/diffusion2gan demo --out $(OUT)
 
-test: $(STAMP) ## the tests, without the slow ones (JOBS=2 processes)
+test: $(STAMP) ## run the tests, without the slow ones (JOBS=2 processes)
 	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not slow"
 
-check: $(STAMP) ## lint, format and types, changing nothing
+check: $(STAMP) ## check lint, format and types, without changing a file
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
 
-fix: $(STAMP) ## lint and format, mending what can be mended
+fix: $(STAMP) ## fix lint and format where possible
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP) ## the documentation site, into site/: open site/index.html
+docs: $(STAMP) ## build the documentation site (open site/index.html)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-bench: $(STAMP) ## every benchmark; each prints a table
+bench: $(STAMP) ## run every benchmark; each prints a table
 	@found=; for file in benchmarks/*.py; do \
 	  test -e "$$file" || continue; found=1; echo "== $$file"; $(BIN)/python "$$file" || exit 1; \
 	done; test -n "$$found" || echo "no benchmarks yet"
 
-faults: $(STAMP) ## the fault campaign: 100 rounds of kills a job, hours (ROUNDS=100)
+faults: $(STAMP) ## run the fault campaign, for hours: 100 rounds of kills per job (ROUNDS=100)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --rounds $(or $(ROUNDS),100)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/others.py

@@ -28,8 +28,8 @@ OTHER_FAULTS = {
         "tests/runtime/test_files.py::test_a_full_disk_leaves_the_old_checkpoint",
     ],
     "read-only output": [
-        "tests/faults/test_read_only.py::test_a_read_only_disk",
-        "tests/faults/test_read_only.py::test_a_file_where_a_folder_should_be",
+        "tests/faults/test_read_only.py::test_a_read_only_disk_is_reported",
+        "tests/faults/test_read_only.py::test_a_file_in_place_of_the_output_folder_is_reported",
     ],
     "clock jumps": ["tests/faults/test_faults.py::test_a_clock_that_jumps_changes_nothing"],
     "shard truncated": ["tests/pairs/test_store.py::test_a_cut_off_shard_is_a_failure"],

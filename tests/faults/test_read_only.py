@@ -94,7 +94,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_read_only_disk(command: str, shared: Path, tmp_path: Path) -> None:
+def test_a_read_only_disk_is_reported(command: str, shared: Path, tmp_path: Path) -> None:
     before = read_files(shared)
     out = tmp_path / "out"
     out.mkdir()
@@ -122,7 +122,7 @@ def test_a_read_only_disk(command: str, shared: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_file_where_a_folder_should_be(
+def test_a_file_in_place_of_the_output_folder_is_reported(
     command: str,
     shared: Path,
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""docs/families.md tells the truth: every test it names is there, with that family among its cases."""
+"""Every test that docs/families.md names exists, with that family among its cases."""
 
 from __future__ import annotations
 

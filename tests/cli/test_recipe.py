@@ -47,8 +47,8 @@ def test_show_describes_settings_and_lists_their_choices() -> None:
     assert "one of mse, pseudo_huber, latent_lpips, e_latent_lpips, pixel_lpips" in text
     assert "one of float32, bfloat16" in text
     for name, field in Recipe.model_fields.items():
-        if field.description:
-            assert " ".join(field.description.split()) in text, name
+        assert field.description, name
+        assert " ".join(field.description.split()) in text, name
 
 
 def test_show_reads_a_recipe_file(tmp_path: Path) -> None:

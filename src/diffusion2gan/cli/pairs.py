@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from diffusion2gan.pairs.make import Prompts
 
 pairs_app = typer.Typer(
-    help="Make noise→image pairs, or look at a set of them.",
+    help="Make noise→image pairs, or check, merge or convert them.",
     invoke_without_command=True,
     rich_markup_mode=None,
 )

@@ -11,7 +11,9 @@ from diffusion2gan.cli.options import local_path
 from diffusion2gan.errors import UserError
 
 perceptual_app = typer.Typer(
-    help="Networks for the perceptual losses.", no_args_is_help=True, rich_markup_mode=None
+    help="Train, calibrate or import the networks of the perceptual losses.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 

@@ -10,7 +10,7 @@ import typer
 from diffusion2gan.cli.options import local_path
 
 pocket_app = typer.Typer(
-    help="The pocket world: its triplets and its models.",
+    help="Write triplets of the pocket world, or train its models.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

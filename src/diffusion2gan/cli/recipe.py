@@ -17,7 +17,7 @@ recipe_app = typer.Typer(
 
 @recipe_app.command("list")
 def recipe_list() -> None:
-    """List the shipped recipes: what they train, their teacher and hardware."""
+    """List the shipped recipes with their teachers and hardware."""
     from diffusion2gan.recipe import shipped_recipes, summarize_recipe
 
     for name in shipped_recipes():

@@ -210,7 +210,7 @@ def test_lora_trains_only_its_own_weights(family_folder: Folder, tmp_path: Path)
 
 def test_unknown_lora_targets_are_reported(family_folder: Folder) -> None:
     pytest.importorskip("peft")
-    with pytest.raises(UserError, match=r"no layer of the teacher is called 'to_z'"):
+    with pytest.raises(UserError, match=r"the teacher has no layer named 'to_z'"):
         Student(load_teacher(str(family_folder("sd15"))), lora_rank=2, lora_targets=["to_z"])
 
 

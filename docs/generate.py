@@ -29,9 +29,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; `|` and line breaks in cells are escaped."""
-    lines = [header, ["---"] * len(header), *rows]
-    cells = [[" ".join(cell.split()).replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    lines = []
+    for row in [header, ["---"] * len(header), *rows]:
+        cells = [" ".join(cell.split()).replace("|", "\\|") for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 # Command line
@@ -50,12 +52,15 @@ def command_reference() -> str:
     sections = []
     for name, command in commands(typer.main.get_command(app)):
         sections += [f"## {name}", command_help(command)]
+
+        # One table for the arguments, one for the options
         arguments, options = [], []
         for parameter in command.params:
             if parameter.param_type_name == "argument":
                 arguments.append(argument_row(parameter))
             elif parameter.name != "help":
                 options.append(option_row(parameter))
+
         if arguments:
             sections.append(table(["argument", "meaning"], arguments))
         if options:
@@ -130,12 +135,10 @@ def annotation_text(annotation: Any) -> str:
 
 
 def constraint_text(constraint: Any) -> str:
-    symbols = {"ge": "≥", "gt": "&gt;", "le": "≤", "lt": "&lt;"}
-    limits = [
-        f"{symbol} {getattr(constraint, name)}"
-        for name, symbol in symbols.items()
-        if getattr(constraint, name, None) is not None
-    ]
+    limits = []
+    for name, symbol in (("ge", "≥"), ("gt", "&gt;"), ("le", "≤"), ("lt", "&lt;")):
+        if getattr(constraint, name, None) is not None:
+            limits.append(f"{symbol} {getattr(constraint, name)}")
     return " ".join(limits)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import re
 import subprocess
@@ -149,7 +148,7 @@ class Reader:
 
     def __init__(self, document: Path, folder: Path) -> None:
         self.folder = folder
-        self.waiting = [b for b in BLOCKS if b.document == document and b.not_run is None]
+        self.waiting = [block for block in runnable_blocks(document) if block.not_run is None]
 
     def run_up_to(self, block: Block) -> None:
         """Runs `block` and the blocks before it that have not run (slow ones for a slow one)."""
@@ -163,23 +162,39 @@ class Reader:
         run_block(block, self.folder)
 
 
-ALL_BLOCKS = [
-    block for document in DOCUMENTS for block in parse_blocks(document, document.read_text("utf-8"))
-]
-BLOCKS = [block for block in ALL_BLOCKS if block.language in RUN]
-BLOCK_PARAMETERS = [
-    pytest.param(b, marks=[pytest.mark.slow] if b.slow else [], id=str(b)) for b in BLOCKS
-]
+BLOCKS = {document: parse_blocks(document, document.read_text("utf-8")) for document in DOCUMENTS}
+
+
+def runnable_blocks(document: Path) -> list[Block]:
+    """The blocks in a language that is run, also those marked `not run`."""
+    return [block for block in BLOCKS[document] if block.language in RUN]
+
+
+def shell_scripts(document: Path, *, not_run_only: bool = False) -> list[str]:
+    scripts = []
+    for block in runnable_blocks(document):
+        if block.language in SHELL and (block.not_run is not None or not not_run_only):
+            scripts.append(shell_script(block))
+    return scripts
+
+
+def block_parameters() -> Iterator[Any]:
+    for document in DOCUMENTS:
+        for block in runnable_blocks(document):
+            marks = [pytest.mark.slow] if block.slow else []
+            yield pytest.param(block, marks=marks, id=str(block))
 
 
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Reader]:
-    return {
-        document: Reader(document, tmp_path_factory.mktemp(document.stem)) for document in DOCUMENTS
-    }
+    """A reader, and a temporary folder, per document."""
+    readers = {}
+    for document in DOCUMENTS:
+        readers[document] = Reader(document, tmp_path_factory.mktemp(document.stem))
+    return readers
 
 
-@pytest.mark.parametrize("block", BLOCK_PARAMETERS)
+@pytest.mark.parametrize("block", block_parameters())
 def test_snippet_runs(block: Block, readers: dict[Path, Reader]) -> None:
     if block.not_run is not None:
         assert block.not_run, f"{block}: give a reason: <!-- not run: REASON -->"
@@ -220,15 +235,13 @@ def record_commands(document: Path, folder: Path) -> list[list[str]]:
         stub.parent.mkdir(exist_ok=True)
         stub.write_text(STUB.format(python=sys.executable))
         stub.chmod(0o755)
+
+    # Files that the blocks read
     (folder / "record").touch()
     (folder / ".venv" / "bin").mkdir(parents=True, exist_ok=True)
     (folder / ".venv" / "bin" / "activate").touch()
 
-    scripts = [
-        shell_script(block)
-        for block in BLOCKS
-        if block.document == document and block.not_run is not None and block.language in SHELL
-    ]
+    scripts = shell_scripts(document, not_run_only=True)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", "\n".join(scripts)],
         cwd=folder,
@@ -254,6 +267,7 @@ def check_command(argv: list[str]) -> None:
         source = (ROOT / argv[1]).read_text("utf-8")
         missing = [word for word in argv[2:] if word.startswith("--") and f'"{word}"' not in source]
         assert not missing, f"{argv}: no {missing}"
+
     if argv[0] == "pip":
         check_extras(argv)
     if argv[0] != "diffusion2gan":
@@ -266,6 +280,7 @@ def check_command(argv: list[str]) -> None:
         command, name, words = command.commands[words[0]], words[0], words[1:]
     assert name, f"{argv}: no such command"
 
+    # Parse its options, then what they name
     context = command.make_context(name, list(words))
     if name == "distill":
         recipe = load_recipe(context.params["recipe"], context.params["set_"] or [])
@@ -277,10 +292,11 @@ def check_command(argv: list[str]) -> None:
 
 def torchrun_world_size(argv: list[str]) -> int:
     """--nnodes times --nproc-per-node."""
-    sizes = [
-        int(argv[argv.index(word) + 1]) for word in ("--nnodes", "--nproc-per-node") if word in argv
-    ]
-    return math.prod(sizes)
+    world_size = 1
+    for word in ("--nnodes", "--nproc-per-node"):
+        if word in argv:
+            world_size *= int(argv[argv.index(word) + 1])
+    return world_size
 
 
 def check_extras(argv: list[str]) -> None:
@@ -375,6 +391,7 @@ def test_your_own_model_in_five_lines_works(
     verbs = [argv[1] for argv in commands]
     assert verbs == ["pairs", "distill", "export", "generate", "compare"]
 
+    # On the CPU, with few pairs and few updates
     for argv in commands:
         words = [{"cuda": "cpu", "100000": "8"}.get(word, word) for word in argv[1:]]
         if words[0] == "distill":
@@ -440,45 +457,44 @@ def command_options(command: Any) -> Iterator[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=document_id)
 class TestDocument:
     def test_every_snippet_has_a_language_that_is_run(self, document: Path) -> None:
-        hidden = [
-            str(block)
-            for block in ALL_BLOCKS
-            if block.document == document and block.language in NOT_RUN_BY_ANOTHER_NAME
-        ]
+        hidden = []
+        for block in BLOCKS[document]:
+            if block.language in NOT_RUN_BY_ANOTHER_NAME:
+                hidden.append(str(block))
         assert not hidden, f"use one of {RUN} for these blocks, so that they are run: {hidden}"
 
     def test_links_resolve(self, document: Path) -> None:
-        found = LINK.findall(without_code(document.read_text("utf-8")))
-        targets = ["".join(groups) for groups in found]
-        local = [target.split("#")[0] for target in targets if not re.match(r"[a-z]+:|#", target)]
-        missing = [target for target in local if not (document.parent / target).exists()]
+        missing = []
+        for groups in LINK.findall(without_code(document.read_text("utf-8"))):
+            target = "".join(groups)
+            is_local = not re.match(r"[a-z]+:|#", target)
+            if is_local and not (document.parent / target.split("#")[0]).exists():
+                missing.append(target)
         assert not missing, f"{document.name} links to {missing}"
 
     def test_make_targets_exist(self, document: Path) -> None:
         targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
-        scripts = [
-            shell_script(block)
-            for block in ALL_BLOCKS
-            if block.document == document and block.language in SHELL
-        ]
         named = set()
-        for code in [*scripts, *code_spans(document.read_text("utf-8"))]:
+        for code in [*shell_scripts(document), *code_spans(document.read_text("utf-8"))]:
             named |= set(MAKE.findall(code))
         assert named <= targets, f"{document.name} names make {named - targets}"
 
     def test_files_named_exist(self, document: Path) -> None:
-        bases = (ROOT, ROOT / "src/diffusion2gan")
-        missing = [
-            span
-            for span in code_spans(document.read_text("utf-8"))
-            if PATH.fullmatch(span) and not any(any(base.glob(span.rstrip("/"))) for base in bases)
-        ]
+        missing = []
+        for span in code_spans(document.read_text("utf-8")):
+            if PATH.fullmatch(span):
+                pattern = span.rstrip("/")
+                found = [*ROOT.glob(pattern), *(ROOT / "src/diffusion2gan").glob(pattern)]
+                if not found:
+                    missing.append(span)
         assert not missing, f"{document.name} names {missing}"
 
     def test_options_named_exist(self, document: Path) -> None:
         known = {*command_options(typer.main.get_command(app)), *OTHER_OPTIONS}
-        spans = code_spans(document.read_text("utf-8"))
-        named = {word for span in spans if span.startswith("--") for word in OPTION.findall(span)}
+        named: set[str] = set()
+        for span in code_spans(document.read_text("utf-8")):
+            if span.startswith("--"):
+                named |= set(OPTION.findall(span))
         assert named <= known, f"{document.name} names options that do not exist: {named - known}"
 
     def test_settings_named_exist(self, document: Path) -> None:
@@ -547,6 +563,8 @@ def test_the_site_builds_and_loads_nothing_from_outside(tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+    # No script, style, image or frame comes from another host
     remote = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*(?:src|href)=[\"']?https?:")
     for page in (tmp_path / "site").rglob("*.html"):
         assert not remote.search(page.read_text("utf-8")), f"{page} loads a remote file"

@@ -19,6 +19,8 @@ import typer
 from diffusion2gan.cli import app
 from diffusion2gan.recipe import SHIPPED, Recipe, load_recipe
 
+# The commands as they are used; all others follow in the order of their definition.
+ORDER = ("pairs", "distill", "export", "generate", "evaluate", "compare", "serve", "votes", "demo")
 MARKER = re.compile(r"^<!-- generated: (\w+) -->$", re.M)
 
 
@@ -44,8 +46,12 @@ def commands(command: Any, name: str = "diffusion2gan") -> Iterator[tuple[str, A
     children = getattr(command, "commands", {})
     if not children or command.invoke_without_command or name == "diffusion2gan":
         yield name, command
-    for child in children:
+    for child in sorted(children, key=pipeline_order):
         yield from commands(children[child], f"{name} {child}")
+
+
+def pipeline_order(name: str) -> int:
+    return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
 def command_reference() -> str:

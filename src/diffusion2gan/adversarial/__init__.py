@@ -1,1 +1,1 @@
-"""The discriminator, grown from the teacher, and the losses it is played by."""
+"""The discriminator, initialised from the teacher, and the losses of the adversarial training."""

@@ -1,16 +1,19 @@
-"""Layers that every discriminator is made of: heads, and inputs that are born zero."""
+"""Layers of the discriminators: heads, and inputs that are initialised to zero."""
 
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm as normalised
+from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import ParametrizationList
 
 HEAD_WIDTH = 64
 
 
 def head(channels: int, groups: int, spectral_norm: bool) -> nn.Sequential:
-    """[B, C, h, w] → logits [B, 1, h, w]. The norm comes first because a network's own features have none."""
+    """[B, C, h, w] → logits [B, 1, h, w].
+
+    It begins with a norm, because features inside a network are not normalised.
+    """
     return nn.Sequential(
         nn.GroupNorm(groups, channels),
         conv(channels, HEAD_WIDTH, 3, 1, spectral_norm),
@@ -22,24 +25,28 @@ def head(channels: int, groups: int, spectral_norm: bool) -> nn.Sequential:
 def conv(
     channels: int, out_channels: int, size: int, stride: int, spectral_norm: bool
 ) -> nn.Module:
+    """A padded convolution, with spectral norm (Miyato et al. 2018) if `spectral_norm`."""
     layer = nn.Conv2d(channels, out_channels, size, stride, padding=size // 2)
-    return normalised(layer) if spectral_norm else layer
+    if spectral_norm:
+        return parametrizations.spectral_norm(layer)
+    return layer
 
 
-def set_spectral_norm_update(network: nn.Module, moving: bool) -> None:
-    """Whether a forward pass moves the spectral norms' estimates on, as torch's do in train mode.
+def set_spectral_norm_update(network: nn.Module, enabled: bool) -> None:
+    """Whether a forward pass takes a power iteration that updates the spectral norms' estimates.
 
-    One pass an update may: an update in parts, or on several ranks, is then the same as whole.
+    torch does so on every pass in train mode. One pass per update is enough, and then an update in
+    micro-batches or on several ranks is the same as one of the full batch.
     """
     for module in network.modules():
         if isinstance(module, ParametrizationList):
-            module.train(moving)
+            module.train(enabled)
 
 
 def zero_conv(
     channels: int, out_channels: int, size: int = 3, stride: int = 1, padding: int = 1
 ) -> nn.Conv2d:
-    """A convolution that answers zero until it is trained (Zhang et al. 2023, ControlNet, section 3.1)."""
+    """A convolution initialised to zero (Zhang et al. 2023, ControlNet, section 3.1)."""
     layer = nn.Conv2d(channels, out_channels, size, stride, padding)
     nn.init.zeros_(layer.weight)
     assert layer.bias is not None

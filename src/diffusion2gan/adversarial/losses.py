@@ -1,6 +1,7 @@
-"""The players' losses (Kang et al. 2024, section 3.3): pure functions, their randomness an argument.
+"""The losses of discriminator and student (Kang et al. 2024, section 3.3).
 
-`logits` are a discriminator's answer: a sequence of maps [B, 1, h, w], one a head.
+They are pure functions; randomness is an argument. `logits` are the output of a discriminator: a
+sequence of maps [B, 1, h, w], one per head.
 """
 
 from __future__ import annotations
@@ -19,17 +20,24 @@ Logits = Sequence[Tensor]
 
 
 def discriminator_loss(real: Logits, fake: Logits) -> Tensor:
-    """softplus(−D(real)) + softplus(D(fake)), the mean over heads (Goodfellow et al. 2014, eq. 1). A scalar."""
-    return _over_heads([-x for x in real]) + _over_heads(fake)
+    """softplus(−D(real)) + softplus(D(fake)), averaged over heads: a scalar.
+
+    Goodfellow et al. 2014, eq. 1, with logits.
+    """
+    return mean_softplus([-logits for logits in real]) + mean_softplus(fake)
 
 
 def student_loss(fake: Logits) -> Tensor:
-    """softplus(−D(fake)), the mean over heads: the non-saturating form (the same, section 3). A scalar."""
-    return _over_heads([-x for x in fake])
+    """softplus(−D(fake)), averaged over heads: a scalar.
+
+    The non-saturating loss of Goodfellow et al. 2014, section 3.
+    """
+    return mean_softplus([-logits for logits in fake])
 
 
-def _over_heads(logits: Logits) -> Tensor:
-    return torch.stack([F.softplus(x.float()).mean() for x in logits]).mean()
+def mean_softplus(logits: Logits) -> Tensor:
+    """Every head has the same weight, whatever the size of its map. In float32."""
+    return torch.stack([F.softplus(head.float()).mean() for head in logits]).mean()
 
 
 def r1_penalty(
@@ -38,43 +46,50 @@ def r1_penalty(
     cond: Conditioning,
     latents: Tensor,
 ) -> Tensor:
-    """‖∇_x ΣD(z, c, x)‖² at real `latents`, Σ over all heads and places, the mean over samples (Mescheder et al. 2018).
+    """‖∇_x ΣD(z, c, x)‖² at real `latents` x, averaged over samples (Mescheder et al. 2018).
 
-    A scalar, differentiable in D's weights; γ/2 and the interval are the caller's. Both derivatives are exact, and
-    nothing runs in reduced precision. Where D recomputes its activations, call `backward` under `plain_attention` too.
+    Σ is over all logits of all heads. A scalar, differentiable in D's weights; the caller
+    multiplies it by γ/2 and by the interval. Both derivatives are exact, and nothing runs in
+    reduced precision. If D uses gradient checkpointing, call `backward` inside `plain_attention`
+    too.
     """
     x = latents.detach().clone().requires_grad_(True)
     with torch.autocast(x.device.type, enabled=False), plain_attention():
-        total = torch.stack([logits.sum() for logits in discriminator(noise, cond, x)]).sum()
-        (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+        head_sums = [logits.sum() for logits in discriminator(noise, cond, x)]
+        (gradient,) = torch.autograd.grad(torch.stack(head_sums).sum(), x, create_graph=True)
     return gradient.square().sum((1, 2, 3)).mean()
 
 
 def plain_attention() -> AbstractContextManager[None]:
-    """Attention by its formula: fused kernels have no second derivative."""
+    """Attention as plain matrix products: fused kernels have no second derivative."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
 def mix_and_match(
     fake: Tensor, real: Tensor, prompts: Sequence[str], share: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Puts other pairs' real latents in the place of a `share` of the fakes, whose noise and prompt stay.
+    """Replaces a `share` of the fakes by the real latents of other pairs; noise and prompt stay.
 
-    fake, real [B, C, h, w]. Returns the new fakes and which were replaced, [B] bool. The number is share·B, rounded
-    up or down at random so that it is right on average. A row's donor is any pair of another prompt, so that what is
-    labelled fake never fits its prompt; a row without one stays as it is.
+    fake, real [B, C, h, w]. Returns the new fakes and which ones were replaced, [B] bool. Their
+    number is share·B, rounded up or down at random so that it is right on average. The donor of a
+    row is any pair with another prompt, so that latents labelled fake never fit their prompt; a row
+    without one is not replaced.
     """
-    other = torch.tensor(
-        [[a != b for b in prompts] for a in prompts]
-    )  # [B, B]: may column lend to row?
-    able = other.any(1).nonzero().flatten()
-    wanted = int(share * len(prompts) + torch.rand((), generator=generator).item())
-    rows = able[torch.randperm(len(able), generator=generator)][:wanted]
-    mixed = torch.zeros(len(prompts), dtype=torch.bool)
-    mixed[rows] = True
+    # can_donate[i, j]: pair j may replace the fake of row i
+    can_donate = torch.tensor([[theirs != ours for theirs in prompts] for ours in prompts])
+    replaceable = can_donate.any(1).nonzero().flatten()
+
+    # Rows
+    count = int(share * len(prompts) + torch.rand((), generator=generator).item())
+    order = torch.randperm(len(replaceable), generator=generator)
+    rows = replaceable[order][:count]
+    is_mixed = torch.zeros(len(prompts), dtype=torch.bool)
+    is_mixed[rows] = True
     if len(rows) == 0:
-        return fake, mixed
-    donors = torch.multinomial(other[rows].float(), 1, generator=generator).flatten()
-    replaced = fake.clone()
-    replaced[rows.to(fake.device)] = real[donors.to(real.device)].to(fake.dtype)
-    return replaced, mixed
+        return fake, is_mixed
+
+    # Donors
+    donors = torch.multinomial(can_donate[rows].float(), 1, generator=generator).flatten()
+    mixed = fake.clone()
+    mixed[rows.to(fake.device)] = real[donors.to(real.device)].to(fake.dtype)
+    return mixed, is_mixed

@@ -1,4 +1,4 @@
-"""The conditional discriminator of the transformer families: the teacher's blocks, heads at several depths."""
+"""The conditional discriminator of transformer families: the teacher's blocks, heads in between."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ from diffusion2gan.teacher.hooks import capture_outputs
 from diffusion2gan.teacher.pipeline import Teacher
 
 NUM_DEPTHS = 4  # features are read after each quarter of the blocks
-EMBEDDERS = ("x_embedder", "patch_embed", "pos_embed")  # Flux's, Sana's and SD3's: latents → tokens
+EMBEDDERS = ("x_embedder", "patch_embed", "pos_embed")  # latents → tokens of Flux, Sana and SD3
 
 
 class TransformerDiscriminator(nn.Module):
-    """The teacher's transformer as its own critic: `D(noise, cond, latents)` → a list of logits [B, 1, h, w].
+    """`D(noise, cond, latents)` → a list of logits [B, 1, h, w], on the teacher's transformer.
 
-    The weights are copied and all trainable; the text enters by the transformer's own path. The noise enters by a
-    patch embedding of its own, added to the latents' tokens and born zero, so that the features are then the
-    teacher's. Two heads read each depth: one the tokens' grid, one the same at half the resolution
-    (`multi_scale_output`; without it, one head reads the last tokens alone). The tokens have one grid only, so there
-    are no lower ones to put latents into. `timestep` is where the network believes to be: 0 is clean.
+    - Weights: a copy of the teacher's, all trainable.
+    - Prompt: by the transformer's text inputs.
+    - Noise: by its own patch embedding, added to the latents' tokens. It is initialised to zero, so
+      that the features are then the teacher's.
+    - Outputs: two heads at each depth, one on the grid of tokens and one at half its resolution;
+      without `multi_scale_output`, one head on the last tokens.
+    - Latents at lower resolutions, as for a UNet, do not apply: the tokens have a single grid.
+
+    `timestep` is the one that the network is given; the latents are clean, which is 0.
     """
 
     def __init__(
@@ -43,27 +47,37 @@ class TransformerDiscriminator(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.family, self.timestep, self.multi_scale_output = family, timestep, multi_scale_output
+        self.family = family
+        self.timestep = timestep
+        self.multi_scale_output = multi_scale_output
+        self.patch = family.packed * network.config.patch_size  # side of a token, in latents
+
+        # Network
         self.network: Any = copy.deepcopy(network).requires_grad_(True).train()
-        self.patch = family.packed * network.config.patch_size
-        width, answer = network.proj_out.in_features, network.proj_out.out_features
-        drop_output(self.network, answer)
+        width = network.proj_out.in_features
+        remove_output_layers(self.network, network.proj_out.out_features)
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
-        channels = network.config.in_channels // family.packed**2
-        self.noise_in = (
-            zero_conv(channels, width, self.patch, self.patch, 0) if noise_input else None
-        )
-        count = 2 * len(depths(self.network)) if multi_scale_output else 1
-        self.heads = nn.ModuleList(
-            head(width, group_count(width), spectral_norm) for _ in range(count)
-        )
+
+        # Inputs
+        self.noise_in: nn.Conv2d | None = None
+        if noise_input:
+            channels = network.config.in_channels // family.packed**2
+            self.noise_in = zero_conv(channels, width, self.patch, self.patch, 0)
+
+        # Heads
+        num_heads = 2 * len(depths(self.network)) if multi_scale_output else 1
+        groups = num_groups(width)
+        self.heads = nn.ModuleList(head(width, groups, spectral_norm) for _ in range(num_heads))
 
     @classmethod
     def from_teacher(
         cls, teacher: Teacher, *, pretrained: bool = True, **options: Any
     ) -> TransformerDiscriminator:
-        """From a loaded teacher; without `pretrained`, the same network with random weights (torch's generator)."""
+        """From a loaded teacher; without `pretrained`, its network with random weights.
+
+        The random weights are drawn from torch's global generator.
+        """
         network = teacher.network
         if not pretrained:
             network = type(network).from_config(network.config).to(teacher.device)
@@ -71,16 +85,19 @@ class TransformerDiscriminator(nn.Module):
 
     def forward(self, noise: Tensor, cond: Conditioning, latents: Tensor) -> list[Tensor]:
         features = self.features(noise, cond, latents)
-        if self.multi_scale_output:
-            read = [scale for x in features for scale in (x, F.avg_pool2d(x, 2, ceil_mode=True))]
-        else:
-            read = features[-1:]
-        return [head(x) for head, x in zip(self.heads, read, strict=True)]
+        if not self.multi_scale_output:
+            return [self.heads[0](features[-1])]
+
+        inputs = []
+        for x in features:
+            inputs.append(x)
+            inputs.append(F.avg_pool2d(x, 2, ceil_mode=True))
+        return [head(x) for head, x in zip(self.heads, inputs, strict=True)]
 
     def features(self, noise: Tensor, cond: Conditioning, latents: Tensor) -> list[Tensor]:
-        """[B, D, h, w] on the grid of the tokens, one per depth.
+        """The tokens at each depth, [B, D, h, w] on their grid.
 
-        The last is the input of the teacher's output layers.
+        The last are those that the teacher's output layers would read.
         """
         all_blocks = blocks(self.network)
         read_blocks = [all_blocks[depth] for depth in depths(self.network)]
@@ -102,10 +119,10 @@ class TransformerDiscriminator(nn.Module):
         if self.noise_in is None:
             yield
             return
-        noise_in = self.noise_in
+        noise_tokens = self.noise_in(noise).flatten(2).mT  # [B, h·w, D]
 
         def add(module: nn.Module, args: Any, tokens: Tensor) -> Tensor:
-            return tokens + noise_in(noise).flatten(2).mT
+            return tokens + noise_tokens
 
         name = next(name for name in EMBEDDERS if hasattr(self.network, name))
         handle = getattr(self.network, name).register_forward_hook(add)
@@ -116,36 +133,42 @@ class TransformerDiscriminator(nn.Module):
 
 
 def blocks(network: Any) -> list[nn.Module]:
-    """In the order in which tokens pass them."""
+    """The transformer blocks, in the order of evaluation."""
     return [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", [])]
 
 
 def depths(network: Any) -> list[int]:
-    """The last block of each of `NUM_DEPTHS` equal parts; fewer where there are fewer blocks."""
-    count = len(blocks(network))
-    return sorted({-(-count * part // NUM_DEPTHS) - 1 for part in range(1, NUM_DEPTHS + 1)})
+    """The index of the last block of each of NUM_DEPTHS equal parts; fewer for fewer blocks."""
+    num_blocks = len(blocks(network))
+    indices = set()
+    for part in range(1, NUM_DEPTHS + 1):
+        num_blocks_before = -(-num_blocks * part // NUM_DEPTHS)  # rounded up
+        indices.add(num_blocks_before - 1)
+    return sorted(indices)
 
 
-def group_count(channels: int) -> int:
+def num_groups(channels: int) -> int:
+    """Groups of a head's group norm."""
     return 32 if channels % 32 == 0 else 1
 
 
-def drop_output(network: Any, width: int) -> None:
-    """The heads stand in the place of its output layers, which then answer zeros that nobody reads."""
-    network.norm_out, network.proj_out = First(), Zeros(width)
-    if hasattr(network, "scale_shift_table"):  # Sana's output norm reads it
+def remove_output_layers(network: Any, width: int) -> None:
+    """Replaces the output layers, which the heads stand in for: the network then returns zeros."""
+    network.norm_out = FirstInput()
+    network.proj_out = Zeros(width)
+    if hasattr(network, "scale_shift_table"):  # of Sana's output norm
         network.scale_shift_table = None
 
 
-class First(nn.Module):
-    """The first of whatever it is given."""
+class FirstInput(nn.Module):
+    """Returns its first input."""
 
-    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
         return x
 
 
 class Zeros(nn.Module):
-    """Zeros [..., width]."""
+    """Returns zeros [..., width]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""What each rank of `test_fsdp.py` does, `fsdp_worker.py FOLDER OUT`: a step with NaN on one, then a good one."""
+"""What each rank of `test_fsdp.py` runs: three steps, the second with NaN on rank 1.
+
+Usage: fsdp_worker.py FOLDER OUT. Writes OUT/RANK.json.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,56 +24,68 @@ from diffusion2gan.runtime.distributed import connect_ranks
 from diffusion2gan.teacher.loading import load_teacher
 
 
-def states(run: Run) -> list[Tensor]:
-    """All that is cut: weights, moments, the average."""
+def sharded_tensors(run: Run) -> list[Tensor]:
+    """All tensors that are sharded: weights, Adam's averages, the EMA."""
     assert run.discriminator is not None and run.discriminator_optimizer is not None
-    modules = [
-        value
-        for part in (run.student.trained, run.discriminator)
-        for value in part.state_dict().values()
+    tensors = [
+        *run.student.trained.state_dict().values(),
+        *run.discriminator.state_dict().values(),
+        *run.ema.shadow.values(),
     ]
-    optimizers = (run.optimizer, run.discriminator_optimizer)
-    moments = [
-        x for o in optimizers for entry in o.state.values() for x in entry.values() if x.ndim > 0
-    ]
-    return [*modules, *moments, *run.ema.shadow.values()]
+    for optimizer in (run.optimizer, run.discriminator_optimizer):
+        for state in optimizer.state.values():
+            tensors += [tensor for tensor in state.values() if tensor.ndim > 0]
+    return tensors
 
 
-def weights(run: Run) -> Tensor:
-    return torch.cat(
-        [fsdp.full_tensor(x.detach()).flatten() for x in states(run) if x.is_floating_point()]
-    )
+def full_state(run: Run) -> Tensor:
+    """All of them in one vector, gathered from the ranks."""
+    values = []
+    for tensor in sharded_tensors(run):
+        if tensor.is_floating_point():
+            values.append(fsdp.full_tensor(tensor.detach()).flatten())
+    return torch.cat(values)
+
+
+def finite_norms(entry: dict[str, Any]) -> list[bool]:
+    return [math.isfinite(entry["grad_norm"]), math.isfinite(entry["d_grad_norm"])]
 
 
 def main(folder: Path, out: Path) -> None:
-    described = json.loads((folder / "recipe.json").read_text())
-    recipe = Recipe(**described | {"strategy": "fsdp"})
-    with connect_ranks(torch.device("cpu")) as group:
+    settings = json.loads((folder / "recipe.json").read_text())
+    recipe = Recipe(**{**settings, "strategy": "fsdp"})
+    device = torch.device("cpu")
+    with connect_ranks(device) as group:
         run = Run(recipe, load_teacher(recipe.teacher), group)
         assert run.discriminator is not None
-        distance, batches = (
-            build_distance(recipe, torch.device("cpu")),
-            PairReader(folder / "pairs", 0).batches(8),
-        )
+        distance = build_distance(recipe, device)
+        batches = PairReader(folder / "pairs", 0).batches(8)
         step(run, next(batches), distance)
-        before = weights(run)
+        before = full_state(run)
+
+        # A step with NaN logits on rank 1
         factor = float("nan") if group.ranks.rank == 1 else 1.0
         hook = run.discriminator.register_forward_hook(
-            lambda module, args, answer: [x * factor for x in answer]
+            lambda module, args, logits: [head * factor for head in logits]
         )
-        bad, _ = step(run, next(batches), distance)
+        nan_entry, _ = step(run, next(batches), distance)
         hook.remove()
-        moved_while_poisoned = float((weights(run) - before).abs().max())
-        good, _ = step(run, next(batches), distance)
-        parts = sum(x.to_local().numel() for x in states(run))
-        told = {
-            "poisoned": [math.isfinite(bad[key]) for key in ("grad_norm", "d_grad_norm")],
-            "well": [math.isfinite(good[key]) for key in ("grad_norm", "d_grad_norm")],
-            "moved_while_poisoned": moved_while_poisoned,
-            "moved": float((weights(run) - before).abs().max()),
-            "share": parts / sum(x.numel() for x in states(run)),
+        change_with_nan = float((full_state(run) - before).abs().max())
+
+        # A good one
+        good_entry, _ = step(run, next(batches), distance)
+        change = float((full_state(run) - before).abs().max())
+
+        tensors = sharded_tensors(run)
+        num_local = sum(tensor.to_local().numel() for tensor in tensors)  # type: ignore[attr-defined]
+        result = {
+            "finite_with_nan": finite_norms(nan_entry),
+            "finite": finite_norms(good_entry),
+            "change_with_nan": change_with_nan,
+            "change": change,
+            "local_share": num_local / sum(tensor.numel() for tensor in tensors),
         }
-        (out / f"{group.ranks.rank}.json").write_text(json.dumps(told))
+        (out / f"{group.ranks.rank}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""What each rank of `test_ranks.py` does under torchrun: `ranks_worker.py FOLDER`, the first writes what came out."""
+"""What each rank of `test_ranks.py` runs: two updates, in several ways.
+
+Usage: ranks_worker.py FOLDER, alone or under torchrun. Each rank writes its results to
+FOLDER/NAME-RANK, NAME being w{world size}a{gradient accumulation steps} or w{world size}nan.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.distributed import Group, connect_ranks
 from diffusion2gan.teacher.loading import load_teacher
 
+CPU = torch.device("cpu")
 COLLECTIVES = (
     "all_reduce",
     "all_gather",
@@ -40,8 +45,8 @@ COLLECTIVES = (
 )
 
 
-def stir(run: Run) -> None:
-    """Every convolution of D says something."""
+def perturb_discriminator(run: Run) -> None:
+    """So that none of its convolutions is zero."""
     assert run.discriminator is not None
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -49,79 +54,86 @@ def stir(run: Run) -> None:
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
-def poison(run: Run) -> list[Any]:
-    """NaN in one gradient of each player."""
+def add_nan_hooks(run: Run) -> list[Any]:
+    """NaN in one gradient of the student and one of the discriminator."""
     assert run.discriminator is not None
-    victims = (next(run.student.trained.parameters()), next(run.discriminator.parameters()))
-    return [victim.register_hook(lambda gradient: gradient * float("nan")) for victim in victims]
+    student_parameter = next(run.student.trained.parameters())
+    discriminator_parameter = next(run.discriminator.parameters())
+    hooks = []
+    for parameter in (student_parameter, discriminator_parameter):
+        hooks.append(parameter.register_hook(lambda gradient: gradient * float("nan")))
+    return hooks
 
 
 @contextmanager
-def exchanges() -> Iterator[list[str]]:
-    """The names of torch.distributed's collectives, as they are called."""
-    made: list[str] = []
+def record_collectives() -> Iterator[list[str]]:
+    """The names of torch.distributed's collectives that are called inside the block."""
+    names: list[str] = []
+
+    def recorded(name: str) -> Callable[..., Any]:
+        real = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            names.append(name)
+            return real(*args, **kwargs)
+
+        return call
+
     with ExitStack() as stack:
         for name in COLLECTIVES:
-            whole = getattr(dist, name)
-            stack.enter_context(
-                patch.object(
-                    dist,
-                    name,
-                    lambda *a, name=name, whole=whole, **k: (made.append(name), whole(*a, **k))[1],
-                )
-            )
-        yield made
+            stack.enter_context(patch.object(dist, name, recorded(name)))
+        yield names
 
 
-def two_steps(
-    recipe: Recipe, pairs: Path, group: Group, out: Path, poisoned: int | None = None
+def take_two_steps(
+    recipe: Recipe, pairs: Path, group: Group, out: Path, nan_rank: int | None = None
 ) -> None:
-    """Two updates, the second without R1; the rank `poisoned` has NaN in its gradients of the first."""
+    """Two updates, the first with R1; `nan_rank` has NaN in its gradients of the first."""
     run = Run(recipe, load_teacher(recipe.teacher), group)
-    stir(run)
-    distance, batches = (
-        build_distance(recipe, torch.device("cpu")),
-        PairReader(pairs, 0).batches(recipe.batch_size),
-    )
-    hooks = poison(run) if group.ranks.rank == poisoned else []
-    entries = [step(run, next(batches), distance)[0]]
-    gradients = {
-        f"g{i}": p.grad.clone()
-        for i, p in enumerate(run.student.trained.parameters())
-        if p.grad is not None
-    }
+    perturb_discriminator(run)
+    distance = build_distance(recipe, CPU)
+    batches = PairReader(pairs, 0).batches(recipe.batch_size)
+    rank = group.ranks.rank
+
+    # First step
+    hooks = add_nan_hooks(run) if rank == nan_rank else []
+    first_entry, _ = step(run, next(batches), distance)
     for hook in hooks:
         hook.remove()
-    with exchanges() as made:
-        entries.append(step(run, next(batches), distance)[0])
+    gradients = {}
+    for number, parameter in enumerate(run.student.trained.parameters()):
+        if parameter.grad is not None:
+            gradients[f"g{number}"] = parameter.grad.clone()
+
+    # Second step
+    with record_collectives() as collectives:
+        second_entry, _ = step(run, next(batches), distance)
+
     assert run.discriminator is not None
-    tensors = (
-        checkpoint.pack("student", run.student.trained)
-        | checkpoint.pack("d", run.discriminator)
-        | gradients
-    )
-    tensors |= {f"ema/{key}": value for key, value in run.ema.shadow.items()}
-    said = {"entries": json.dumps(entries), "exchanges": made}
-    checkpoint.save(out.with_name(f"{out.name}-{group.ranks.rank}"), tensors, said)
+    tensors = {
+        **checkpoint.pack("student", run.student.trained),
+        **checkpoint.pack("d", run.discriminator),
+        **checkpoint.pack("ema", run.ema),
+        **gradients,
+    }
+    meta = {"entries": json.dumps([first_entry, second_entry]), "collectives": collectives}
+    checkpoint.save(out.with_name(f"{out.name}-{rank}"), tensors, meta)
 
 
 def main(folder: Path) -> None:
-    described = json.loads((folder / "recipe.json").read_text())
-    with connect_ranks(torch.device("cpu")) as group:
-        world = group.ranks.world_size
-        for gradient_accumulation_steps in (1, 2):
-            recipe = Recipe(
-                **described | {"gradient_accumulation_steps": gradient_accumulation_steps}
-            )
-            two_steps(
-                recipe, folder / "pairs", group, folder / f"w{world}a{gradient_accumulation_steps}"
-            )
-        two_steps(
-            Recipe(**described),
-            folder / "pairs",
+    settings = json.loads((folder / "recipe.json").read_text())
+    pairs = folder / "pairs"
+    with connect_ranks(CPU) as group:
+        world_size = group.ranks.world_size
+        for accumulation in (1, 2):
+            recipe = Recipe(**{**settings, "gradient_accumulation_steps": accumulation})
+            take_two_steps(recipe, pairs, group, folder / f"w{world_size}a{accumulation}")
+        take_two_steps(
+            Recipe(**settings),
+            pairs,
             group,
-            folder / f"w{world}nan",
-            poisoned=world - 1,
+            folder / f"w{world_size}nan",
+            nan_rank=world_size - 1,
         )
 
 

@@ -1,8 +1,9 @@
-"""The two steps against the paper's formulas, and the loop they make: exact, resumable, guarded."""
+"""The two updates against the paper's formulas, and the adversarial training loop."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,13 @@ import pytest
 import tiny_pocket
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion2gan.adversarial.losses import r1_penalty
 from diffusion2gan.cost.distill import dry_run
 from diffusion2gan.distill import health, steps
-from diffusion2gan.distill.losses import build_distance
+from diffusion2gan.distill.losses import Distance, build_distance
 from diffusion2gan.distill.run import CHECKPOINT, Run
-from diffusion2gan.distill.student import Float32Conv2d, Student
 from diffusion2gan.distill.steps import (
     discriminator_step,
     frozen,
@@ -26,6 +26,7 @@ from diffusion2gan.distill.steps import (
     step_seed,
     student_step,
 )
+from diffusion2gan.distill.student import Float32Conv2d, Student
 from diffusion2gan.distill.train import distill
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.pairs.make import make_pairs
@@ -45,11 +46,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The pocket pipeline with a much smaller network, all random."""
+    """The pocket pipeline with a much smaller network and random weights."""
     return tiny_pocket.save(tmp_path_factory.mktemp("small_teacher"))
 
 
-def make(teacher_folder: Path, folder: Path, prompts: list[str]) -> Path:
+def make_16_pairs(teacher_folder: Path, folder: Path, prompts: list[str]) -> Path:
     teacher = load_teacher(str(teacher_folder))
     spec = PairsSpec(
         teacher.name, teacher.revision, "words", 16, 0, 2, 1.0, teacher.latent_shape, 8
@@ -60,20 +61,19 @@ def make(teacher_folder: Path, folder: Path, prompts: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def pairs(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(
-        teacher_folder, tmp_path_factory.mktemp("pairs"), ["a star", "two rings", "a blue heart"]
-    )
+    prompts = ["a star", "two rings", "a blue heart"]
+    return make_16_pairs(teacher_folder, tmp_path_factory.mktemp("pairs"), prompts)
 
 
 @pytest.fixture(scope="module")
 def recipe(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """The whole method; a checkpoint after every step."""
+    """The full method, with a checkpoint after every step."""
     folder = tmp_path_factory.mktemp("latent_vgg")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LatentLPIPS(VGG(4, (8, 8, 8, 8, 8), 2), [torch.rand(8) for _ in range(5)]).save_pretrained(
-            folder
-        )
+        vgg = VGG(4, (8, 8, 8, 8, 8), 2)
+        heads = [torch.rand(8) for _ in range(5)]
+    LatentLPIPS(vgg, heads).save_pretrained(folder)
     return Recipe(
         teacher=str(teacher_folder),
         perceptual=str(folder),
@@ -90,314 +90,315 @@ def recipe(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Re
 
 
 @pytest.fixture(scope="module")
-def whole_run(recipe: Recipe, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "whole"
+def finished_run(recipe: Recipe, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "finished"
     distill(recipe, pairs, out)
     return out
 
 
-def log_of(out: Path) -> list[dict[str, Any]]:
+def read_log(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def assert_same(a: Path, b: Path) -> None:
-    (tensors_a, meta_a), (tensors_b, meta_b) = (
-        checkpoint.load(a / CHECKPOINT),
-        checkpoint.load(b / CHECKPOINT),
-    )
-    assert tensors_a.keys() == tensors_b.keys() and meta_a == meta_b and log_of(a) == log_of(b)
-    assert [key for key in tensors_a if not torch.equal(tensors_a[key], tensors_b[key])] == []
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Checkpoint and log are equal, bit for bit."""
+    tensors, meta = checkpoint.load(found / CHECKPOINT)
+    expected_tensors, expected_meta = checkpoint.load(expected / CHECKPOINT)
+    assert meta == expected_meta
+    assert read_log(found) == read_log(expected)
+    assert tensors.keys() == expected_tensors.keys()
+    for key, value in expected_tensors.items():
+        assert torch.equal(tensors[key], value), key
 
 
-def begin(recipe: Recipe, pairs: Path, **changes: Any) -> tuple[Run, Pairs, Any]:
-    """A run past its warm-up in which every convolution of D says something, a batch, the distance."""
-    changed = recipe.model_copy(
-        update={"discriminator_warmup": 0, "max_grad_norm": 1e9, "warmup": 0.0} | changes
-    )
+def start_run(recipe: Recipe, pairs: Path, **changes: Any) -> tuple[Run, Pairs, Distance]:
+    """A run after its warm-ups, a batch and the distance.
+
+    The discriminator's weights are perturbed, so that none of its convolutions is zero.
+    """
+    settings = {"discriminator_warmup": 0, "max_grad_norm": 1e9, "warmup": 0.0, **changes}
+    changed = recipe.model_copy(update=settings)
     run = Run(changed, load_teacher(recipe.teacher))
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for parameter in run.discriminator.parameters() if run.discriminator else ():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    if run.discriminator is not None:
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for parameter in run.discriminator.parameters():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+
     batch = next(PairReader(pairs, 0).batches(changed.batch_size))
     return run, batch, build_distance(changed, CPU)
 
 
-def gradients(module: torch.nn.Module) -> list[Tensor]:
-    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in module.parameters()]
+def gradients(module: nn.Module | None) -> list[Tensor]:
+    """The gradient of every parameter; zeros for None."""
+    assert module is not None
+    found = []
+    for parameter in module.parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        found.append(gradient.clone())
+    return found
 
 
-def weights(module: torch.nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in module.parameters()]
+def weights(module: nn.Module | None) -> list[Tensor]:
+    assert module is not None
+    return [parameter.detach().clone() for parameter in module.parameters()]
 
 
-def assert_near(ours: list[Tensor], theirs: list[Tensor], tolerance: float = 1e-4) -> None:
-    a, b = (torch.cat([x.flatten().double() for x in tensors]) for tensors in (ours, theirs))
+def all_equal(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def assert_close(
+    found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-4
+) -> None:
+    """‖found − expected‖ / ‖expected‖ over all tensors."""
+    a = torch.cat([tensor.flatten().double() for tensor in found])
+    b = torch.cat([tensor.flatten().double() for tensor in expected])
     assert float((a - b).norm() / b.norm()) < tolerance
 
 
-def over_heads(logits: list[Tensor], sign: float) -> Tensor:
-    return sum((F.softplus(sign * x).mean() for x in logits), torch.zeros(())) / len(logits)
+def mean_softplus(logits: list[Tensor], sign: float) -> Tensor:
+    """The mean over heads of the mean of softplus(sign·logits)."""
+    total = torch.zeros(())
+    for head in logits:
+        total = total + F.softplus(sign * head).mean()
+    return total / len(logits)
 
 
-def test_the_students_gradient_is_the_papers_objective(recipe: Recipe, pairs: Path) -> None:
+# --- The updates ---
+
+
+def test_student_gradient_is_that_of_the_papers_objective(recipe: Recipe, pairs: Path) -> None:
     """∇(E-LatentLPIPS + λ·softplus(−D)), written out."""
-    run, batch, distance = begin(recipe, pairs)
-    (part,), before = micro_batches(run, batch), weights(run.discriminator)
-    latents = run.student(part.noise, part.cond)
+    run, batch, distance = start_run(recipe, pairs)
+    assert run.discriminator is not None
+    (micro_batch,) = micro_batches(run, batch)
+    discriminator_before = weights(run.discriminator)
+
+    # Expected
+    latents = run.student(micro_batch.noise, micro_batch.cond)
     generator = torch.Generator().manual_seed(step_seed(recipe.seed, 0))
-    loss = distance(latents, batch.latents, generator).mean()
-    loss = loss + 0.5 * over_heads(run.discriminator(part.noise, part.cond, latents), -1)
-    expected = torch.autograd.grad(loss, list(run.student.parameters()), allow_unused=True)
-    entry, _ = student_step(run, [part], distance)
-    assert_near(gradients(run.student), [g for g in expected if g is not None], 1e-5)
+    logits = run.discriminator(micro_batch.noise, micro_batch.cond, latents)
+    loss = distance(latents, batch.latents, generator).mean() + 0.5 * mean_softplus(logits, -1)
+    parameters = list(run.student.parameters())
+    expected = torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    # Found
+    entry, _ = student_step(run, [micro_batch], distance)
+    found = gradients(run.student)
+    assert_close(found, [g for g in expected if g is not None], 1e-5)
     assert entry["loss"] + 0.5 * entry["gan_loss"] == pytest.approx(float(loss.detach()))
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(run.discriminator), strict=True))
-    assert all(p.grad is None and p.requires_grad for p in run.discriminator.parameters())
+
+    # The discriminator was frozen, and is trainable again
+    assert all_equal(weights(run.discriminator), discriminator_before)
+    for parameter in run.discriminator.parameters():
+        assert parameter.grad is None
+        assert parameter.requires_grad
 
 
-def test_the_discriminators_gradient_is_the_papers_too(recipe: Recipe, pairs: Path) -> None:
-    """∇(softplus(−D(real)) + softplus(D(fake)) + 3·γ/2·‖∇_x ΣD(real)‖²), real and fake apart and no fake mixed."""
-    run, batch, _ = begin(recipe, pairs, mix_share=0.0, r1_weight=0.1)
-    (part,), before = micro_batches(run, batch), weights(run.student)
-    made = run.discriminator
+def test_discriminator_gradient_is_that_of_the_papers_objective(
+    recipe: Recipe, pairs: Path
+) -> None:
+    """∇(softplus(−D(real)) + softplus(D(fake)) + 3·γ/2·‖∇_x ΣD(real)‖²), without mismatched fakes.
+
+    Real and fake latents are passed separately.
+    """
+    run, batch, _ = start_run(recipe, pairs, mix_share=0.0, r1_weight=0.1)
+    discriminator = run.discriminator
+    assert discriminator is not None
+    (micro_batch,) = micro_batches(run, batch)
+    noise, cond, real = micro_batch.noise, micro_batch.cond, micro_batch.latents
+    student_before = weights(run.student)
+
+    # The sample of the R1 penalty, drawn after the numbers that mix_and_match draws
+    seed = step_seed(recipe.seed, 0, steps.DISCRIMINATOR)
+    generator = torch.Generator().manual_seed(seed)
+    torch.rand((), generator=generator)
+    torch.randperm(BATCH, generator=generator)
+    row = int(torch.randint(BATCH, (), generator=generator))
+    sample = slice(row, row + 1)
+
+    # Expected
     with torch.no_grad():
-        fake = run.student(part.noise, part.cond)
-    generator = torch.Generator().manual_seed(step_seed(recipe.seed, 0, steps.DISCRIMINATOR))
-    torch.rand((), generator=generator), torch.randperm(4, generator=generator)  # mix_and_match's
-    row = int(torch.randint(4, (), generator=generator))
-    one = slice(row, row + 1)
-    players = over_heads(made(part.noise, part.cond, part.latents), -1) + over_heads(
-        made(part.noise, part.cond, fake), 1
-    )
-    penalty = r1_penalty(made, part.noise[one], part.cond.rows(one), part.latents[one])
-    loss = players + 3 * 0.1 / 2 * penalty
-    expected = torch.autograd.grad(loss, list(made.parameters()))
-    entry = discriminator_step(run, [part])
-    assert_near(gradients(made), list(expected), 1e-5)
-    assert entry["d_loss"] == pytest.approx(float(players.detach()), rel=1e-5)
+        fake = run.student(noise, cond)
+    gan_loss = mean_softplus(discriminator(noise, cond, real), -1)
+    gan_loss = gan_loss + mean_softplus(discriminator(noise, cond, fake), 1)
+    penalty = r1_penalty(discriminator, noise[sample], cond.rows(sample), real[sample])
+    loss = gan_loss + 3 * 0.1 / 2 * penalty
+    expected = torch.autograd.grad(loss, list(discriminator.parameters()))
+
+    # Found
+    entry = discriminator_step(run, [micro_batch])
+    assert_close(gradients(discriminator), expected, 1e-5)
+    assert entry["d_loss"] == pytest.approx(float(gan_loss.detach()), rel=1e-5)
     assert entry["r1"] == pytest.approx(float(penalty.detach()), rel=1e-5)
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(run.student), strict=True))
+    assert all_equal(weights(run.student), student_before)
+
+
+def test_frozen_module_passes_gradients_but_receives_none() -> None:
+    layer = nn.Linear(2, 2)
+    x = torch.ones(1, 2, requires_grad=True)
+    with frozen(layer):
+        layer(x).sum().backward()
+    assert x.grad is not None
+    for parameter in layer.parameters():
+        assert parameter.grad is None
+        assert parameter.requires_grad
+
+    # Also after an error
+    with pytest.raises(KeyboardInterrupt), frozen(layer):
+        raise KeyboardInterrupt
+    assert all(parameter.requires_grad for parameter in layer.parameters())
+
+    with frozen(None):
+        pass
 
 
 @pytest.mark.parametrize(
     ("gradient_accumulation_steps", "spectral_norm"), [(2, False), (4, False), (4, True)]
 )
-def test_a_batch_in_parts_is_the_same_update(
+def test_micro_batches_give_the_same_update(
     recipe: Recipe, pairs: Path, gradient_accumulation_steps: int, spectral_norm: bool
 ) -> None:
     changed = recipe.model_copy(update={"spectral_norm": spectral_norm})
-    (whole, batch, distance), (cut, _, _) = (
-        begin(changed, pairs),
-        begin(changed, pairs, gradient_accumulation_steps=gradient_accumulation_steps),
+    full, batch, distance = start_run(changed, pairs)
+    divided, _, _ = start_run(
+        changed, pairs, gradient_accumulation_steps=gradient_accumulation_steps
     )
-    (entry, _), (entry_cut, _) = step(whole, batch, distance), step(cut, batch, distance)
-    assert_near(gradients(cut.discriminator), gradients(whole.discriminator))
-    assert_near(gradients(cut.student), gradients(whole.student))
-    for key, value in entry.items():
-        assert entry_cut[key] == pytest.approx(value, rel=1e-4), key
-    assert entry["accuracy_mixed"] is not None and "r1" in entry
-    a, b = (dict(run.discriminator.named_buffers()) for run in (whole, cut))
-    assert bool(a) == spectral_norm and all(
-        torch.equal(a[key], b[key]) for key in a
-    )  # the estimates moved on alike
+    assert full.discriminator is not None and divided.discriminator is not None
+
+    expected_entry, _ = step(full, batch, distance)
+    entry, _ = step(divided, batch, distance)
+
+    assert_close(gradients(divided.discriminator), gradients(full.discriminator))
+    assert_close(gradients(divided.student), gradients(full.student))
+    for key, value in expected_entry.items():
+        assert entry[key] == pytest.approx(value, rel=1e-4), key
+    assert entry["accuracy_mixed"] is not None
+    assert "r1" in entry
+
+    # Spectral norms took the same number of power iterations
+    expected_buffers = dict(full.discriminator.named_buffers())
+    buffers = dict(divided.discriminator.named_buffers())
+    assert bool(expected_buffers) == spectral_norm
+    for key, buffer in expected_buffers.items():
+        assert torch.equal(buffers[key], buffer), key
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_both_steps_under_autocast(recipe: Recipe, pairs: Path, checkpointing: bool) -> None:
-    """As on cuda, tried on the CPU: near the float32 step, R1 wholly in float32."""
-    changes = {"precision": "bfloat16", "gradient_checkpointing": checkpointing}
-    (exact, batch, distance), (reduced, _, _) = (
-        begin(recipe, pairs),
-        begin(recipe, pairs, **changes),
+def test_updates_under_autocast_are_near_those_in_float32(
+    recipe: Recipe, pairs: Path, checkpointing: bool
+) -> None:
+    """As on cuda, but on the CPU; the R1 penalty runs entirely in float32."""
+    exact, batch, distance = start_run(recipe, pairs)
+    reduced, _, _ = start_run(
+        recipe, pairs, precision="bfloat16", gradient_checkpointing=checkpointing
     )
-    (expected, _), (found, _) = step(exact, batch, distance), step(reduced, batch, distance)
-    assert (
-        found["r1"] == pytest.approx(expected["r1"], rel=1e-4)
-        and found["d_loss"] != expected["d_loss"]
-    )
+    expected, _ = step(exact, batch, distance)
+    entry, _ = step(reduced, batch, distance)
+
+    assert entry["r1"] == pytest.approx(expected["r1"], rel=1e-4)
+    assert entry["d_loss"] != expected["d_loss"]
     for key in ("loss", "gan_loss", "d_loss"):
-        assert found[key] == pytest.approx(expected[key], rel=0.02), key
-    for module, other in (
-        (reduced.student, exact.student),
-        (reduced.discriminator, exact.discriminator),
-    ):
-        assert_near(gradients(module), gradients(other), 0.1)
-        assert {p.dtype for p in module.parameters()} == {torch.float32}
+        assert entry[key] == pytest.approx(expected[key], rel=0.02), key
+
+    assert_close(gradients(reduced.student), gradients(exact.student), 0.1)
+    assert_close(gradients(reduced.discriminator), gradients(exact.discriminator), 0.1)
+    for parameter in [*weights(reduced.student), *weights(reduced.discriminator)]:
+        assert parameter.dtype == torch.float32
 
 
-def test_warnings_are_said_logged_and_stand_in_the_live_line(
-    recipe: Recipe,
-    pairs: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(health, "MIN_VALUES", 2)
-    monkeypatch.setitem(health.REMEDIES, health.D_AT_CHANCE, "a remedy")
-    monkeypatch.setattr(health, "accuracy", lambda logits, real, rows=None: 0.5)
-    distill(
-        recipe.model_copy(update={"total_pairs": 4 * BATCH, "discriminator_warmup": 0}),
-        pairs,
-        tmp_path,
-    )
-    said = [line.get("warnings", []) for line in log_of(tmp_path)]
-    assert [f"{health.D_AT_CHANCE}: a remedy" in warnings for warnings in said] == [
-        False,
-        True,
-        False,
-        False,
-    ]
-    told = " ".join(capsys.readouterr().err.split())
-    assert (
-        f"warning: {health.D_AT_CHANCE}: a remedy" in told
-        and f"· {health.D_AT_CHANCE}" in told.split("16/16")[1]
-    )
-    assert "· ETA 0:00 loss" in told and "D accuracy 50% real 50% fake" in told
-
-
-def test_a_discriminator_that_the_student_never_meets_is_told(
-    recipe: Recipe, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    short = recipe.model_copy(
-        update={"total_pairs": BATCH, "gan_start_pairs": BATCH, "discriminator_warmup": 0}
-    )
-    distill(short, pairs, tmp_path)
-    assert "would begin at pair 4 (gan_start_pairs 4" in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.parametrize("player", ["student", "discriminator"])
-def test_ten_broken_steps_in_a_row_name_the_player(
-    recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, player: str
-) -> None:
-    name = "student_loss" if player == "student" else "discriminator_loss"
-    real = getattr(steps, name)
-    monkeypatch.setattr(steps, name, lambda *logits: real(*logits) * float("nan"))
-    changed = recipe.model_copy(update={"checkpoint_every_s": 1e6, "discriminator_warmup": 0})
-    with pytest.raises(
-        Failure,
-        match=rf"the {player}'s gradient was not finite in 10 .*No checkpoint was written yet",
-    ):
-        distill(changed, pairs, tmp_path)
-
-
-def test_real_and_fake_pass_in_one_forward(
+def test_real_and_fake_latents_share_one_forward_pass(
     recipe: Recipe, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, batch, _ = begin(recipe, pairs, r1_weight=0.0)
-    seen: list[tuple[Tensor, Conditioning, Tensor]] = []
-    real = run.discriminator.forward
+    run, batch, _ = start_run(recipe, pairs, r1_weight=0.0)
+    assert run.discriminator is not None
+    calls: list[tuple[Tensor, Conditioning, Tensor]] = []
+    real_forward = run.discriminator.forward
 
-    def forward(*arguments: Any) -> list[Tensor]:
-        seen.append(arguments)
-        return real(*arguments)
+    def forward(*args: Any) -> list[Tensor]:
+        calls.append(args)
+        return real_forward(*args)
 
     monkeypatch.setattr(run.discriminator, "forward", forward)
-    (part,) = micro_batches(run, batch)
-    discriminator_step(run, [part])
-    ((noise, cond, latents),) = seen
-    assert torch.equal(noise, torch.cat([part.noise] * 2)) and torch.equal(
-        latents[:4], part.latents
-    )
-    assert torch.equal(cond.prompt_embeds, torch.cat([part.cond.prompt_embeds] * 2))
-    mixed = [any(torch.equal(row, other) for other in part.latents) for row in latents[4:]]
-    assert sum(mixed) in (1, 2)  # .4 of 4
+    (micro_batch,) = micro_batches(run, batch)
+    discriminator_step(run, [micro_batch])
+
+    ((noise, cond, latents),) = calls
+    embeds = micro_batch.cond.prompt_embeds
+    assert torch.equal(noise, torch.cat([micro_batch.noise] * 2))
+    assert torch.equal(cond.prompt_embeds, torch.cat([embeds] * 2))
+    assert torch.equal(latents[:BATCH], micro_batch.latents)
+
+    # 0.4 of 4 fakes are real latents
+    num_mixed = 0
+    for fake in latents[BATCH:]:
+        num_mixed += any(torch.equal(fake, real) for real in micro_batch.latents)
+    assert num_mixed in (1, 2)
 
 
-def test_what_a_run_logs(whole_run: Path) -> None:
-    lines = log_of(whole_run)
-    assert [("gan_loss" in line) for line in lines] == [False] * 2 + [True] * (
-        STEPS - 2
-    )  # the warm-up
-    assert [i for i, line in enumerate(lines) if "r1" in line] == list(range(0, STEPS, 3))
-    for line in lines:
-        assert len(line["logits_real"]) == len(line["logits_fake"]) == 6
-        assert all(0 <= line[f"accuracy_{kind}"] <= 1 for kind in ("real", "fake", "mixed"))
-        assert line["d_grad_norm"] > 0 and line["latent_std_ratio"] > 0 and line["skipped"] == 0
+# --- Schedule of the GAN loss ---
 
 
-def test_one_seed_one_run_bit_for_bit(
-    whole_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path
-) -> None:
-    distill(recipe, pairs, tmp_path / "again")
-    assert_same(whole_run, tmp_path / "again")
-
-
-def test_ten_steps_a_kill_and_ten_more_are_twenty(
-    whole_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed between the two players' steps of the eleventh."""
-    real = steps.student_step
-
-    def killed(run: Run, *rest: Any) -> dict[str, Any]:
-        if run.pairs_seen == 10 * BATCH:
-            raise KeyboardInterrupt
-        return real(run, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(steps, "student_step", killed)
-        with pytest.raises(KeyboardInterrupt):
-            distill(recipe, pairs, tmp_path / "run")
-    tensors, meta = checkpoint.load(tmp_path / "run" / CHECKPOINT)
-    assert meta["pairs_seen"] == 10 * BATCH and meta["health"]["counts"]["accuracy_real"] == 10
-    assert {key.split("/")[0] for key in tensors} == {
-        "student",
-        "adam",
-        "ema",
-        "discriminator",
-        "discriminator_adam",
-    }
-    distill(recipe, pairs, tmp_path / "run")
-    assert_same(whole_run, tmp_path / "run")
-
-
-def test_in_the_warm_up_the_student_feels_nothing(recipe: Recipe, pairs: Path) -> None:
-    students = []
-    for changes in (
-        {"adversarial_weight": 0.0},
-        {"discriminator_warmup": 8},
-        {"discriminator_warmup": 4},
-    ):
-        run, batch, distance = begin(recipe, pairs, **changes)
+def test_student_ignores_the_discriminator_during_its_warm_up(recipe: Recipe, pairs: Path) -> None:
+    def train_two_steps(**changes: Any) -> list[Tensor]:
+        run, batch, distance = start_run(recipe, pairs, **changes)
         for _ in range(2):
             step(run, batch, distance)
-        students.append(weights(run.student))
-    assert all(torch.equal(a, b) for a, b in zip(students[0], students[1], strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(students[0], students[2], strict=True))
+        return weights(run.student)
+
+    without_d = train_two_steps(adversarial_weight=0.0)
+    assert all_equal(train_two_steps(discriminator_warmup=2 * BATCH), without_d)
+    assert not all_equal(train_two_steps(discriminator_warmup=BATCH), without_d)
 
 
-def test_before_its_time_the_discriminator_stands_still(recipe: Recipe, pairs: Path) -> None:
-    run, batch, distance = begin(
+def test_discriminator_is_not_trained_before_gan_start_pairs(recipe: Recipe, pairs: Path) -> None:
+    run, batch, distance = start_run(
         recipe, pairs, gan_start_pairs=2 * BATCH, discriminator_warmup=BATCH
     )
-    alone = begin(recipe, pairs, adversarial_weight=0.0)[0]
-    before = weights(run.discriminator)
+    without_d, _, _ = start_run(recipe, pairs, adversarial_weight=0.0)
+    discriminator_before = weights(run.discriminator)
+
+    # Regression alone
     for _ in range(2):
         entry, _ = step(run, batch, distance)
-        step(alone, batch, distance)
-        assert "d_loss" not in entry and "gan_loss" not in entry
-    assert all(torch.equal(a, b) for a, b in zip(before, weights(run.discriminator), strict=True))
-    assert all(
-        torch.equal(a, b) for a, b in zip(weights(alone.student), weights(run.student), strict=True)
-    )
-    (learning, _), (both, _) = step(run, batch, distance), step(run, batch, distance)
-    assert "d_loss" in learning and "gan_loss" not in learning and "gan_loss" in both
+        step(without_d, batch, distance)
+        assert "d_loss" not in entry
+        assert "gan_loss" not in entry
+    assert all_equal(weights(run.discriminator), discriminator_before)
+    assert all_equal(weights(run.student), weights(without_d.student))
+
+    # The discriminator's warm-up, then both
+    warmup_entry, _ = step(run, batch, distance)
+    assert "d_loss" in warmup_entry
+    assert "gan_loss" not in warmup_entry
+    entry, _ = step(run, batch, distance)
+    assert "gan_loss" in entry
 
 
-def test_without_a_weight_no_discriminator_is_built(recipe: Recipe, pairs: Path) -> None:
-    run, batch, distance = begin(recipe, pairs, adversarial_weight=0.0)
-    assert run.discriminator is None and run.discriminator_optimizer is None
-    assert not {
-        key
-        for key in step(run, batch, distance)[0]
-        if key.startswith(("d_", "gan", "accuracy", "logits", "r1"))
-    }
+def test_no_discriminator_is_built_without_adversarial_weight(recipe: Recipe, pairs: Path) -> None:
+    run, batch, distance = start_run(recipe, pairs, adversarial_weight=0.0)
+    assert run.discriminator is None
+    assert run.discriminator_optimizer is None
+
+    entry, _ = step(run, batch, distance)
+    for key in entry:
+        assert not key.startswith(("d_", "gan", "accuracy", "logits", "r1"))
+
+
+def test_run_that_ends_before_the_gan_loss_begins_gets_a_warning(
+    recipe: Recipe, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = {"total_pairs": BATCH, "gan_start_pairs": BATCH, "discriminator_warmup": 0}
+    distill(recipe.model_copy(update=changes), pairs, tmp_path)
+    output = " ".join(capsys.readouterr().err.split())
+    assert "would begin at pair 4 (gan_start_pairs 4" in output
 
 
 @pytest.mark.slow
-def test_the_discriminator_learns_to_tell(recipe: Recipe, pairs: Path) -> None:
-    """A student that stands still is found out, and so are real latents of another prompt."""
-    run, batch, distance = begin(
+def test_discriminator_learns_to_classify_a_fixed_student(recipe: Recipe, pairs: Path) -> None:
+    """Also real latents with another pair's prompt."""
+    run, batch, distance = start_run(
         recipe,
         pairs,
         learning_rate=1e-9,
@@ -408,92 +409,206 @@ def test_the_discriminator_learns_to_tell(recipe: Recipe, pairs: Path) -> None:
     )
     for _ in range(60):
         entry, _ = step(run, batch, distance)
-    assert entry["accuracy_real"] > 0.9 and entry["accuracy_fake"] > 0.9 and entry["d_loss"] < 0.7
+    assert entry["accuracy_real"] > 0.9
+    assert entry["accuracy_fake"] > 0.9
+    assert entry["d_loss"] < 0.7
 
 
-def test_a_step_of_d_that_is_not_finite_is_skipped(
+# --- Log, warnings, failures ---
+
+
+def test_log_has_the_values_of_both_updates(finished_run: Path) -> None:
+    lines = read_log(finished_run)
+    with_gan_loss = ["gan_loss" in line for line in lines]
+    assert with_gan_loss == [False] * 2 + [True] * (STEPS - 2)  # two steps of warm-up
+    with_r1 = [number for number, line in enumerate(lines) if "r1" in line]
+    assert with_r1 == list(range(0, STEPS, 3))
+
+    for line in lines:
+        assert len(line["logits_real"]) == len(line["logits_fake"]) == 6
+        for kind in ("real", "fake", "mixed"):
+            assert 0 <= line[f"accuracy_{kind}"] <= 1
+        assert line["d_grad_norm"] > 0
+        assert line["latent_std_ratio"] > 0
+        assert line["skipped"] == 0
+
+
+def test_warning_is_printed_logged_and_shown_in_the_status(
+    recipe: Recipe,
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(health, "MIN_VALUES", 2)
+    monkeypatch.setitem(health.REMEDIES, health.D_AT_CHANCE, "a remedy")
+    monkeypatch.setattr(health, "accuracy", lambda logits, real, rows=None: 0.5)
+    changes = {"total_pairs": 4 * BATCH, "discriminator_warmup": 0}
+    distill(recipe.model_copy(update=changes), pairs, tmp_path)
+    warning = f"{health.D_AT_CHANCE}: a remedy"
+
+    logged = [warning in line.get("warnings", []) for line in read_log(tmp_path)]
+    assert logged == [False, True, False, False]
+
+    output = " ".join(capsys.readouterr().err.split())
+    assert f"warning: {warning}" in output
+    assert f"· {health.D_AT_CHANCE}" in output.split("16/16")[1]
+    assert "· ETA 0:00 loss" in output
+    assert "D accuracy 50% real 50% fake" in output
+
+
+@pytest.mark.parametrize("player", ["student", "discriminator"])
+def test_failure_after_ten_skipped_steps_names_whose_gradient_it_was(
+    recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, player: str
+) -> None:
+    name = f"{player}_loss"
+    real = getattr(steps, name)
+    monkeypatch.setattr(steps, name, lambda *logits: real(*logits) * float("nan"))
+    changes = {"checkpoint_every_s": 1e6, "discriminator_warmup": 0}
+    with pytest.raises(
+        Failure,
+        match=rf"the {player}'s gradient was not finite in 10 .*No checkpoint was written yet",
+    ):
+        distill(recipe.model_copy(update=changes), pairs, tmp_path)
+
+
+def test_discriminator_update_that_is_not_finite_is_skipped(
     recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = steps.r1_penalty
-    monkeypatch.setattr(steps, "r1_penalty", lambda *arguments: real(*arguments) * float("nan"))
+    monkeypatch.setattr(steps, "r1_penalty", lambda *args: real(*args) * float("nan"))
     distill(recipe.model_copy(update={"total_pairs": 4 * BATCH}), pairs, tmp_path)
-    lines = log_of(tmp_path)
-    assert [line["skipped"] for line in lines] == [1, 1, 1, 2] and lines[0]["d_grad_norm"] is None
+
+    # R1 is due in the first and in the fourth step
+    lines = read_log(tmp_path)
+    assert [line["skipped"] for line in lines] == [1, 1, 1, 2]
+    assert lines[0]["d_grad_norm"] is None
+
     tensors, _ = checkpoint.load(tmp_path / CHECKPOINT)
     assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
-    assert float(tensors["discriminator_adam/0/step"]) == 2 and float(tensors["adam/0/step"]) == 4
+    assert float(tensors["discriminator_adam/0/step"]) == 2
+    assert float(tensors["adam/0/step"]) == 4
+
+
+# --- Resuming and refusing ---
+
+
+def test_adversarial_run_is_a_function_of_its_seed(
+    finished_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path
+) -> None:
+    distill(recipe, pairs, tmp_path / "again")
+    assert_same_run(tmp_path / "again", finished_run)
+
+
+def test_adversarial_run_killed_between_the_two_updates_resumes_bit_for_bit(
+    finished_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = steps.student_step
+
+    def killed(run: Run, *args: Any) -> Any:
+        if run.pairs_seen == 10 * BATCH:
+            raise KeyboardInterrupt
+        return real(run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "student_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            distill(recipe, pairs, tmp_path / "run")
+
+    tensors, meta = checkpoint.load(tmp_path / "run" / CHECKPOINT)
+    assert meta["pairs_seen"] == 10 * BATCH
+    assert meta["health"]["counts"]["accuracy_real"] == 10
+    kinds = {key.split("/")[0] for key in tensors}
+    assert kinds == {"student", "adam", "ema", "discriminator", "discriminator_adam"}
+
+    distill(recipe, pairs, tmp_path / "run")
+    assert_same_run(tmp_path / "run", finished_run)
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
-        ({"discriminator": "patch"}, "discriminator: 'diffusion' in the run, 'patch' requested"),
-        ({"multi_scale_output": False}, "multi_scale_output: True in the run, False requested"),
-        ({"adversarial_weight": 0.0}, r"adversarial_weight: 0\.5 in the run, 0\.0 requested"),
+        (
+            {"discriminator": "patch"},
+            "discriminator: 'diffusion' in the run, 'patch' requested",
+        ),
+        (
+            {"multi_scale_output": False},
+            "multi_scale_output: True in the run, False requested",
+        ),
+        (
+            {"adversarial_weight": 0.0},
+            r"adversarial_weight: 0\.5 in the run, 0\.0 requested",
+        ),
     ],
 )
-def test_another_discriminator_does_not_resume(
-    whole_run: Path, recipe: Recipe, pairs: Path, change: dict[str, Any], told: str
+def test_run_is_not_resumed_with_another_discriminator(
+    finished_run: Path, recipe: Recipe, pairs: Path, change: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=told):
-        distill(recipe.model_copy(update=change), pairs, whole_run)
+    with pytest.raises(UserError, match=message):
+        distill(recipe.model_copy(update=change), pairs, finished_run)
 
 
-def test_pairs_without_prompts_are_refused(
+def test_discriminator_needs_pairs_with_prompts_and_a_timestep_of_the_teacher(
     recipe: Recipe, teacher_folder: Path, tmp_path: Path
 ) -> None:
-    folder = make(teacher_folder, tmp_path / "pairs", [""])
+    folder = make_16_pairs(teacher_folder, tmp_path / "pairs", [""])
     with pytest.raises(
         UserError,
         match=r"have no prompts, and the discriminator reads them.*adversarial_weight=0",
     ):
         distill(recipe, folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    assert (
-        dry_run(recipe.model_copy(update={"adversarial_weight": 0.0}), folder)[
-            "discriminator_parameters"
-        ]
-        == 0
-    )
-    assert (
-        dry_run(recipe.model_copy(update={"discriminator": "patch"}), folder)[
-            "discriminator_parameters"
-        ]
-        > 0
-    )
+
+    # Without a discriminator, or with one that does not read prompts, the same pairs are accepted
+    without_d = recipe.model_copy(update={"adversarial_weight": 0.0})
+    assert dry_run(without_d, folder)["discriminator_parameters"] == 0
+    patch = recipe.model_copy(update={"discriminator": "patch"})
+    assert int(dry_run(patch, folder)["discriminator_parameters"]) > 0
+
+    late = recipe.model_copy(update={"discriminator_timestep": 5000})
     with pytest.raises(
         UserError,
         match="discriminator_timestep = 5000 is too large: the teacher's timesteps are 0 to 999",
     ):
-        dry_run(recipe.model_copy(update={"discriminator_timestep": 5000}), folder)
+        dry_run(late, folder)
 
 
-def test_some_pairs_without_prompts_are_told(
+def test_some_pairs_without_prompts_give_a_warning(
     recipe: Recipe, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = make(teacher_folder, tmp_path / "pairs", ["a star", " "])
+    folder = make_16_pairs(teacher_folder, tmp_path / "pairs", ["a star", " "])
     dry_run(recipe, folder)
-    assert "warning: 8 of the first 16 pairs in" in " ".join(capsys.readouterr().err.split())
+    output = " ".join(capsys.readouterr().err.split())
+    assert "warning: 8 of the first 16 pairs in" in output
 
 
-def test_a_device_that_is_not_here_is_refused(recipe: Recipe, pairs: Path, tmp_path: Path) -> None:
+def test_device_that_does_not_exist_is_refused(recipe: Recipe, pairs: Path, tmp_path: Path) -> None:
     for name in ("cuda:99", "gpu"):
         with pytest.raises(UserError, match=f"device '{name}' is not available .*; set device=cpu"):
             distill(recipe.model_copy(update={"device": name}), pairs, tmp_path / "run")
 
 
 @torch.no_grad()
-def test_the_output_layer_stays_in_float32_under_autocast(teacher_folder: Path) -> None:
-    """On the CPU, where autocast can be tried everywhere."""
+def test_output_layer_stays_in_float32_under_autocast(teacher_folder: Path) -> None:
+    """On the CPU, where autocast can be tested on every machine."""
     teacher = load_teacher(str(teacher_folder))
     student = Student(teacher)
     layer = student.network.conv_out
     assert isinstance(layer, Float32Conv2d)
-    x = torch.randn(2, 8, 16, 16)
-    seen: list[Tensor] = []
-    layer.register_forward_hook(lambda module, args, output: seen.append(output))
+
+    x = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    cond = teacher.encode(["a", "b"])
+    outputs: list[Tensor] = []
+    layer.register_forward_hook(lambda module, args, output: outputs.append(output))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(layer(x), teacher.network.conv_out(x).float()) is False
-        latents = student(torch.randn(2, 4, 16, 16), teacher.encode(["a", "b"]))
-    assert torch.equal(layer(x), teacher.network.conv_out(x)) and torch.equal(seen[0], layer(x))
-    assert latents.dtype == torch.float32 and not torch.equal(seen[1], seen[1].bfloat16().float())
+        in_bfloat16 = teacher.network.conv_out(x).float()
+        in_float32 = layer(x)
+        latents = student(noise, cond)
+
+    assert not torch.equal(in_float32, in_bfloat16)
+    assert torch.equal(in_float32, teacher.network.conv_out(x))
+    assert latents.dtype == torch.float32
+    student_output = outputs[1]
+    assert not torch.equal(student_output, student_output.bfloat16().float())

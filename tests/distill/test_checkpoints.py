@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps, that each is enough by itself, and what is said when one is gone."""
+"""Which checkpoints a run keeps, that each is complete, and the messages when one is missing."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ from diffusion2gan.runtime.background import Background
 from diffusion2gan.teacher.loading import load_teacher
 
 STEPS = 6
+BATCH = 2
 
 
 @pytest.fixture(scope="module")
 def pairs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, teacher = tmp_path_factory.mktemp("pairs"), load_teacher(str(tiny_teacher))
+    folder = tmp_path_factory.mktemp("pairs")
+    teacher = load_teacher(str(tiny_teacher))
     spec = PairsSpec(teacher.name, teacher.revision, "words", 4, 0, 2, 1.0, teacher.latent_shape, 4)
     make_pairs(teacher, lambda indices: [f"a star {i}" for i in indices], spec, folder)
     return folder
@@ -38,12 +40,12 @@ def pairs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(tiny_teacher: Path) -> Recipe:
-    """So high a rate that the loss rises after some steps: the best is not the last."""
+    """The learning rate is so high that the loss rises: the best checkpoint is not the last."""
     return Recipe(
         teacher=str(tiny_teacher),
         loss="mse",
-        total_pairs=2 * STEPS,
-        batch_size=2,
+        total_pairs=STEPS * BATCH,
+        batch_size=BATCH,
         learning_rate=3e-3,
         warmup=0.5,
         checkpoint_every_s=1e-9,
@@ -55,158 +57,171 @@ def recipe(tiny_teacher: Path) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def run(recipe: Recipe, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished_run(recipe: Recipe, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
     distill(recipe, pairs, out)
     return out
 
 
-def kept(folder: Path) -> list[str]:
+@pytest.fixture
+def run_copy(finished_run: Path, tmp_path: Path) -> Path:
+    out = tmp_path / "run"
+    shutil.copytree(finished_run, out)
+    return out
+
+
+def numbered(pairs_seen: int) -> str:
+    return f"checkpoint-{pairs_seen:09d}.safetensors"
+
+
+def checkpoint_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
-def test_the_last_and_the_best_are_kept(run: Path, recipe: Recipe) -> None:
-    assert kept(run) == [
-        "checkpoint-000000008.safetensors",
-        "checkpoint-000000010.safetensors",
-        "checkpoint-000000012.safetensors",
-        BEST,
-        CHECKPOINT,
-    ]
-    losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
-    averages = [
-        sum(losses[: i + 1]) / (i + 1) for i in range(STEPS)
-    ]  # of so few steps: the plain mean
-    best = checkpoint.meta(run / BEST)
-    assert best["pairs_seen"] == 2 * (1 + min(range(STEPS), key=averages.__getitem__))
+def test_last_and_best_checkpoints_are_kept(finished_run: Path) -> None:
+    expected = [numbered(8), numbered(10), numbered(12), BEST, CHECKPOINT]
+    assert checkpoint_names(finished_run) == expected
+
+    # The best has the lowest running average, which is the plain mean of so few steps
+    lines = (finished_run / "log.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    averages = [sum(losses[: i + 1]) / (i + 1) for i in range(STEPS)]
+    best_step = 1 + min(range(STEPS), key=averages.__getitem__)
+    best = checkpoint.meta(finished_run / BEST)
+    assert best["pairs_seen"] == BATCH * best_step
     assert checkpoints.average_loss(best) == pytest.approx(min(averages))
-    for number in (8, 10, 12):
-        assert checkpoint.meta(run / f"checkpoint-{number:09d}.safetensors")["pairs_seen"] == number
-    assert (run / "checkpoint-000000012.safetensors").samefile(
-        run / CHECKPOINT
-    )  # no room of its own
+
+    # The last ones are links to complete files
+    for pairs_seen in (8, 10, 12):
+        assert checkpoint.meta(finished_run / numbered(pairs_seen))["pairs_seen"] == pairs_seen
+    assert (finished_run / numbered(12)).samefile(finished_run / CHECKPOINT)
 
 
-def test_any_checkpoint_is_exported(run: Path, tmp_path: Path) -> None:
-    for name, seen in (("checkpoint-000000008.safetensors", 8), (CHECKPOINT, 12)):
-        export(run / name, tmp_path / name)
-        told = json.loads((tmp_path / name / "diffusion2gan.json").read_text())
-        assert told["pairs_seen"] == seen
-        weights = load_student(run / name)[1]
-        assert all(
-            torch.equal(value, weights[key]) for key, value in load_student(run / name)[1].items()
-        )
-    a, b = (
-        load_student(run / name)[1] for name in ("checkpoint-000000008.safetensors", CHECKPOINT)
-    )
-    assert any(not torch.equal(a[key], b[key]) for key in a)
+def test_any_checkpoint_can_be_exported(finished_run: Path, tmp_path: Path) -> None:
+    for name, pairs_seen in ((numbered(8), 8), (CHECKPOINT, 12)):
+        export(finished_run / name, tmp_path / name)
+        described = json.loads((tmp_path / name / "diffusion2gan.json").read_text())
+        assert described["pairs_seen"] == pairs_seen
+
+    earlier = load_student(finished_run / numbered(8))[1]
+    newest = load_student(finished_run / CHECKPOINT)[1]
+    assert any(not torch.equal(earlier[key], newest[key]) for key in earlier)
+
     with pytest.raises(
         UserError, match=r"has no checkpoint-000000002.safetensors; it has checkpoint-000000008"
     ):
-        export(run / "checkpoint-000000002.safetensors", tmp_path / "none")
+        export(finished_run / numbered(2), tmp_path / "none")
 
 
 def test_going_back_to_an_earlier_one_gives_the_same_run(
-    run: Path, recipe: Recipe, pairs: Path, tmp_path: Path
+    finished_run: Path, run_copy: Path, recipe: Recipe, pairs: Path
 ) -> None:
-    """The newest is gone: said, with the way on; after it the run ends with the same bytes."""
-    out = tmp_path / "run"
-    shutil.copytree(run, out)
-    (out / CHECKPOINT).unlink()
+    # The newest is missing: refused, with the command that goes back
+    (run_copy / CHECKPOINT).unlink()
     with pytest.raises(
         UserError, match=r"has lost checkpoint.safetensors.*mv .*checkpoint-000000012.safetensors"
     ):
-        distill(recipe, pairs, out)
-    (out / "checkpoint-000000010.safetensors").rename(out / CHECKPOINT)
-    distill(recipe, pairs, out)
-    for name in (CHECKPOINT, BEST, "log.jsonl", "checkpoint-000000010.safetensors"):
-        assert (out / name).read_bytes() == (run / name).read_bytes(), name
-    (out / "recipe.json").unlink()
+        distill(recipe, pairs, run_copy)
+
+    # Resumed from an earlier one, the run ends with the same bytes
+    (run_copy / numbered(10)).rename(run_copy / CHECKPOINT)
+    distill(recipe, pairs, run_copy)
+    for name in (CHECKPOINT, BEST, "log.jsonl", numbered(10)):
+        assert (run_copy / name).read_bytes() == (finished_run / name).read_bytes(), name
+
+    # Without its settings it is refused
+    (run_copy / "recipe.json").unlink()
     with pytest.raises(UserError, match=r"but no recipe\.json"):
-        distill(recipe, pairs, out)
+        distill(recipe, pairs, run_copy)
 
 
-def test_what_a_kill_left_undone_is_made_up_and_the_too_many_go(
-    run: Path, recipe: Recipe, pairs: Path, tmp_path: Path
+def test_resuming_links_and_removes_checkpoints_that_a_killed_run_did_not(
+    finished_run: Path, run_copy: Path, recipe: Recipe, pairs: Path
 ) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(run, out)
-    (
-        out / "checkpoint-000000012.safetensors"
-    ).unlink()  # killed between the file and its further names
-    distill(recipe, pairs, out)
-    assert kept(out) == kept(run)
-    distill(recipe.model_copy(update={"keep_checkpoints": 2}), pairs, out)
-    assert kept(out) == [
-        "checkpoint-000000010.safetensors",
-        "checkpoint-000000012.safetensors",
-        BEST,
-        CHECKPOINT,
-    ]
-    distill(recipe.model_copy(update={"keep_checkpoints": 1, "keep_best": False}), pairs, out)
-    assert kept(out) == [BEST, CHECKPOINT]
+    # Killed between writing the newest and linking its other name
+    (run_copy / numbered(12)).unlink()
+    distill(recipe, pairs, run_copy)
+    assert checkpoint_names(run_copy) == checkpoint_names(finished_run)
+
+    # Resumed with other settings of what is kept
+    distill(recipe.model_copy(update={"keep_checkpoints": 2}), pairs, run_copy)
+    assert checkpoint_names(run_copy) == [numbered(10), numbered(12), BEST, CHECKPOINT]
+    distill(recipe.model_copy(update={"keep_checkpoints": 1, "keep_best": False}), pairs, run_copy)
+    assert checkpoint_names(run_copy) == [BEST, CHECKPOINT]
 
 
-def test_what_may_change_when_a_run_goes_on(
-    run: Path, recipe: Recipe, pairs: Path, tmp_path: Path
+def test_changed_settings_are_refused_unless_they_change_rounding_alone_and_are_allowed(
+    finished_run: Path, run_copy: Path, recipe: Recipe, pairs: Path
 ) -> None:
-    """Both values of each setting are told, and how to allow the harmless; nothing else is allowed."""
-    out = tmp_path / "run"
-    shutil.copytree(run, out)
-    other = recipe.model_copy(update={"gradient_accumulation_steps": 2, "learning_rate": 1e-4})
-    told = r"gradient_accumulation_steps: 1 in the run, 2 requested.*learning_rate: 0.003 in the run, 0.0001 requested|learning_rate.*gradient_accumulation_steps: 1 in the run"
-    with pytest.raises(UserError, match=told) as refused:
-        distill(other, pairs, out)
-    assert "can be allowed: --allow-change gradient_accumulation_steps." in str(refused.value)
+    changed = recipe.model_copy(update={"gradient_accumulation_steps": 2, "learning_rate": 1e-4})
+
+    # Both are reported with both values; the one that can be allowed with its option
+    with pytest.raises(UserError) as error:
+        distill(changed, pairs, run_copy)
+    message = str(error.value)
+    assert "gradient_accumulation_steps: 1 in the run, 2 requested" in message
+    assert "learning_rate: 0.003 in the run, 0.0001 requested" in message
+    assert "can be allowed: --allow-change gradient_accumulation_steps." in message
+
+    # With that option, the other one remains
     with pytest.raises(
         UserError, match=r"learning_rate: 0.003 in the run, 0.0001 requested\)"
-    ) as refused:
-        distill(other, pairs, out, ["gradient_accumulation_steps"])
-    assert "gradient_accumulation_steps" not in str(refused.value)
+    ) as error:
+        distill(changed, pairs, run_copy, ["gradient_accumulation_steps"])
+    assert "gradient_accumulation_steps" not in str(error.value)
+
+    # It cannot be allowed
     with pytest.raises(
         UserError,
-        match=r"--allow-change learning_rate: only device, gradient_accumulation_steps, .*strategy may change",
+        match=r"--allow-change learning_rate: only device, gradient_accumulation_steps, .*strategy "
+        "may change",
     ):
-        distill(other, pairs, out, ["gradient_accumulation_steps", "learning_rate"])
-    (out / "checkpoint-000000010.safetensors").rename(out / CHECKPOINT)
-    distill(
-        recipe.model_copy(update={"gradient_accumulation_steps": 2}),
-        pairs,
-        out,
-        ["gradient_accumulation_steps"],
-    )
-    assert checkpoint.meta(out / CHECKPOINT)["pairs_seen"] == 2 * STEPS
-    ours, theirs = (
-        checkpoint.unpack("ema", checkpoint.load(f / CHECKPOINT)[0]) for f in (out, run)
-    )
-    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 1e-4
+        distill(changed, pairs, run_copy, ["gradient_accumulation_steps", "learning_rate"])
+
+    # The allowed change gives nearly the same run
+    (run_copy / numbered(10)).rename(run_copy / CHECKPOINT)
+    accumulated = recipe.model_copy(update={"gradient_accumulation_steps": 2})
+    distill(accumulated, pairs, run_copy, ["gradient_accumulation_steps"])
+    assert checkpoint.meta(run_copy / CHECKPOINT)["pairs_seen"] == STEPS * BATCH
+    expected = checkpoint.unpack("ema", checkpoint.load(finished_run / CHECKPOINT)[0])
+    found = checkpoint.unpack("ema", checkpoint.load(run_copy / CHECKPOINT)[0])
+    for key, value in expected.items():
+        assert float((found[key] - value).abs().max()) < 1e-4, key
 
 
-def test_a_disk_without_links_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_without_hard_links_gets_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*args: object) -> None:
-        raise OSError(errno.EPERM, "no links here")
+        raise OSError(errno.EPERM, "hard links are not supported")
 
     monkeypatch.setattr(os, "link", refuse)
     checkpoint.save(tmp_path / CHECKPOINT, {"x": torch.ones(2)}, {"pairs_seen": 2})
     checkpoints.keep(tmp_path, Recipe(keep_checkpoints=2))
-    copy = tmp_path / "checkpoint-000000002.safetensors"
-    assert copy.read_bytes() == (tmp_path / CHECKPOINT).read_bytes() and not copy.samefile(
-        tmp_path / CHECKPOINT
-    )
+
+    copy = tmp_path / numbered(2)
+    assert copy.read_bytes() == (tmp_path / CHECKPOINT).read_bytes()
+    assert not copy.samefile(tmp_path / CHECKPOINT)
 
 
-def test_what_the_background_raised_is_raised_here() -> None:
+def test_error_in_a_background_job_is_raised_by_the_next_call() -> None:
+    background = Background()
+    gate = threading.Event()
+    results: list[bool] = []
+
     def fail() -> None:
         raise Failure("the disk is full")
 
-    work, gate, done = Background(), threading.Event(), []
-    work.start(lambda: done.append(gate.wait(10)))
-    assert done == []  # the caller goes on meanwhile
+    # The caller goes on while the job runs
+    background.start(lambda: results.append(gate.wait(10)))
+    assert results == []
     gate.set()
-    work.wait()
-    assert done == [True]
-    work.start(fail)
+    background.wait()
+    assert results == [True]
+
+    # The next job is not started after a failure
+    background.start(fail)
     with pytest.raises(Failure, match="disk is full"):
-        work.start(lambda: done.append(False))
-    work.wait()
-    assert done == [True]
+        background.start(lambda: results.append(False))
+    background.wait()
+    assert results == [True]

@@ -1,25 +1,24 @@
-"""Both players cut over the ranks by torch's fully_shard: the same updates, checkpoints for any number of ranks."""
+"""strategy=fsdp: the same updates, and checkpoints that any number of ranks can read."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from distill.test_ranks import (  # noqa: F401 (folder is a fixture)
+from distill.rank_processes import (
     BATCH,
     assert_same_entry,
-    done,
-    environment,
-    folder,
-    furthest,
-    log_of,
+    assert_same_losses,
+    distill_command,
+    python,
+    read_log,
+    relative_difference,
     stop_at,
     torchrun,
+    wait_for_success,
 )
 from safetensors import safe_open
 
@@ -31,178 +30,166 @@ from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.lock import exclusive_lock
 
-WORKER, PARTS_WORKER = (
-    Path(__file__).with_name(name) for name in ("fsdp_worker.py", "parts_worker.py")
-)
+WORKER = Path(__file__).with_name("fsdp_worker.py")
+CHECKPOINT_WORKER = Path(__file__).with_name("sharded_checkpoint_worker.py")
 STATES = ("student/", "ema/", "discriminator/", "adam/", "discriminator_adam/")
 
 
-def command(folder: Path, out: Path, *settings: str) -> list[object]:  # noqa: F811
-    values = json.loads((folder / "recipe.json").read_text())
-    given = [f"{key}={value}" for key, value in values.items() if value is not None]
-    sets = [word for setting in (*given, *settings) for word in ("--set", setting)]
-    return [
-        "-m",
-        "diffusion2gan",
-        "distill",
-        "pocket-regression",
-        "--pairs",
-        folder / "pairs",
-        "--out",
-        out,
-        *sets,
-    ]
-
-
-def alone(folder: Path, out: Path, *settings: str) -> None:  # noqa: F811
-    arguments = map(str, command(folder, out, *settings))
-    subprocess.run([sys.executable, *arguments], check=True, env=environment(), timeout=900)
-
-
-def assert_same_run(ours: Path, theirs: Path, within: float) -> None:
-    """Every tensor of the checkpoint, and every line of the log."""
-    (a, said), (b, expected) = (checkpoint.load(out / CHECKPOINT) for out in (ours, theirs))
-    assert (
-        said["pairs_seen"] == expected["pairs_seen"]
-        and said["num_updates"] == expected["num_updates"]
-    )
-    for kind in STATES:
-        assert furthest(a, b, kind) < within, kind
-    assert {key: value.shape for key, value in a.items()} == {
-        key: value.shape for key, value in b.items()
-    }
-    for entry, other in zip(log_of(ours), log_of(theirs), strict=True):
-        assert_same_entry(entry, other)
+def assert_same_run(found: Path, expected: Path, tolerance: float) -> None:
+    """All tensors of the checkpoint, and all lines of the log, are nearly equal."""
+    tensors, meta = checkpoint.load(found / CHECKPOINT)
+    expected_tensors, expected_meta = checkpoint.load(expected / CHECKPOINT)
+    assert meta["pairs_seen"] == expected_meta["pairs_seen"]
+    assert meta["num_updates"] == expected_meta["num_updates"]
+    for prefix in STATES:
+        assert relative_difference(tensors, expected_tensors, prefix) < tolerance, prefix
+    for key, value in expected_tensors.items():
+        assert tensors[key].shape == value.shape, key
+    for entry, expected_entry in zip(read_log(found), read_log(expected), strict=True):
+        assert_same_entry(entry, expected_entry)
 
 
 @pytest.mark.slow
-def test_two_ranks_with_a_part_each_make_the_same_updates(folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    """D, R1 (in the first of two steps, on one rank alone), mix-and-match, and sheets of samples between."""
+def test_two_sharded_ranks_make_the_same_updates(ranks_folder: Path, tmp_path: Path) -> None:
+    """With discriminator, R1 (in the first step, on one rank), mismatched fakes, samples."""
     settings = (f"total_pairs={2 * BATCH}", f"sample_every={BATCH}")
-    alone(folder, tmp_path / "alone", *settings)
-    for gradient_accumulation_steps in (1, 2):
-        out = tmp_path / f"cut{gradient_accumulation_steps}"
-        done(
-            torchrun(
-                2,
-                *command(
-                    folder,
-                    out,
-                    *settings,
-                    "strategy=fsdp",
-                    f"gradient_accumulation_steps={gradient_accumulation_steps}",
-                ),
-            )
+    expected = tmp_path / "expected"
+    wait_for_success(python(*distill_command(ranks_folder, expected, *settings)))
+
+    for accumulation in (1, 2):
+        out = tmp_path / f"sharded{accumulation}"
+        command = distill_command(
+            ranks_folder,
+            out,
+            *settings,
+            "strategy=fsdp",
+            f"gradient_accumulation_steps={accumulation}",
         )
-        assert_same_run(out, tmp_path / "alone", 1e-5)
-        assert "r1" in log_of(out)[0] and "r1" not in log_of(out)[1]
+        wait_for_success(torchrun(2, *command))
+        assert_same_run(out, expected, 1e-5)
+        assert "r1" in read_log(out)[0]
+        assert "r1" not in read_log(out)[1]
         assert len(list((out / "samples").iterdir())) == 2
 
 
 @pytest.mark.slow
-def test_memory_is_shared_and_nan_on_one_rank_skips_on_all(folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    done(torchrun(2, WORKER, folder, tmp_path))
+def test_memory_is_shared_and_nan_on_one_rank_skips_on_all(
+    ranks_folder: Path, tmp_path: Path
+) -> None:
+    wait_for_success(torchrun(2, WORKER, ranks_folder, tmp_path))
     for rank in (0, 1):
-        told = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert told["poisoned"] == [False, False] and told["well"] == [
-            True,
-            True,
-        ]  # norms of both players, finite?
-        assert told["moved_while_poisoned"] == 0.0 and told["moved"] > 0.0
-        assert (
-            0.45 < told["share"] < 0.55
-        )  # of the numbers of both players, their moments and the average
+        result = json.loads((tmp_path / f"{rank}.json").read_text())
+
+        # The gradient norms of student and discriminator
+        assert result["finite_with_nan"] == [False, False]
+        assert result["finite"] == [True, True]
+        assert result["change_with_nan"] == 0.0
+        assert result["change"] > 0.0
+
+        # Weights, Adam's averages and the EMA
+        assert 0.45 < result["local_share"] < 0.55
 
 
 @pytest.mark.slow
-def test_a_run_is_cut_anew_on_another_number_of_ranks(folder: Path, tmp_path: Path) -> None:  # noqa: F811
-    """2 ranks with parts → 1 process → 2 ranks, and an export of the end: one process's run, to 1e-4."""
-    whole, moved = tmp_path / "whole", tmp_path / "moved"
-    alone(folder, whole)
-    parts = command(folder, moved, "strategy=fsdp", "keep_checkpoints=2", "keep_best=true")
-    stop_at(torchrun(2, *parts), moved, 5 * BATCH)
-    first = len(log_of(moved))
-    assert 5 <= first < 20
-    assert_kept(moved, in_parts=(True, True))
-    one = [*parts, "--set", "strategy=ddp", "--allow-change", "strategy"]
-    stop_at(
-        subprocess.Popen(
-            [sys.executable, *map(str, one)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        ),
-        moved,
-        10 * BATCH,
-        code=0,
+def test_sharded_run_resumes_on_another_number_of_ranks(ranks_folder: Path, tmp_path: Path) -> None:
+    """2 sharded ranks → 1 process → 2 sharded ranks, then export: nearly one process's run."""
+    expected = tmp_path / "expected"
+    moved = tmp_path / "moved"
+    wait_for_success(python(*distill_command(ranks_folder, expected)))
+
+    # Two ranks
+    sharded = distill_command(
+        ranks_folder, moved, "strategy=fsdp", "keep_checkpoints=2", "keep_best=true"
     )
-    assert first + 2 < len(log_of(moved)) < 20
-    assert_kept(moved, in_parts=(False, False))
-    done(torchrun(2, *parts))
-    assert_kept(moved, in_parts=(True, True))
-    assert [entry["pairs_seen"] for entry in log_of(moved)] == [BATCH * (i + 1) for i in range(20)]
-    (ours, _), (theirs, _) = (checkpoint.load(out / CHECKPOINT) for out in (moved, whole))
-    assert furthest(ours, theirs, "ema/") < 1e-4
-    for entry, other in zip(log_of(moved), log_of(whole), strict=True):
-        assert entry["loss"] == pytest.approx(other["loss"], rel=1e-4)
+    stop_at(torchrun(2, *sharded), moved, 5 * BATCH)
+    num_first_steps = len(read_log(moved))
+    assert 5 <= num_first_steps < 20
+    assert_kept_checkpoints(moved, is_sharded=[True, True])
+
+    # One process
+    single = [*sharded, "--set", "strategy=ddp", "--allow-change", "strategy"]
+    stop_at(python(*single), moved, 10 * BATCH, code=0)
+    assert num_first_steps + 2 < len(read_log(moved)) < 20
+    assert_kept_checkpoints(moved, is_sharded=[False, False])
+
+    # Two ranks again
+    wait_for_success(torchrun(2, *sharded))
+    assert_kept_checkpoints(moved, is_sharded=[True, True])
+
+    progress = [entry["pairs_seen"] for entry in read_log(moved)]
+    assert progress == [BATCH * (i + 1) for i in range(20)]
+    assert_same_losses(moved, expected)
+    tensors, _ = checkpoint.load(moved / CHECKPOINT)
+    expected_tensors, _ = checkpoint.load(expected / CHECKPOINT)
+    assert relative_difference(tensors, expected_tensors, "ema/") < 1e-4
+
+    # Export of the newest and of the best
     for name in (CHECKPOINT, BEST):
         export(moved / name, tmp_path / name)
         network = DiffusionPipeline.from_pretrained(tmp_path / name).unet.state_dict()
         average = checkpoint.unpack("ema", checkpoint.load(moved / name)[0])
-        assert all(torch.equal(value, network[key]) for key, value in average.items())
+        for key, value in average.items():
+            assert torch.equal(network[key], value), key
 
 
-def assert_kept(out: Path, in_parts: tuple[bool, ...]) -> None:
-    """The last two and the best, each whole; of parts those alone that one of them names."""
+def assert_kept_checkpoints(out: Path, is_sharded: list[bool]) -> None:
+    """The last ones and the best are complete, and no shards are left that none of them names."""
     numbered = sorted(out.glob("checkpoint-0*.safetensors"))
-    assert (
-        len(numbered) == len(in_parts)
-        and (out / BEST).exists()
-        and numbered[-1].samefile(out / CHECKPOINT)
-    )
-    named = []
+    assert len(numbered) == len(is_sharded)
+    assert numbered[-1].samefile(out / CHECKPOINT)
+
+    shard_folders = []
     for path in (*numbered, out / BEST):
         tensors, meta = checkpoint.load(path)
-        named.append(meta.get("parts", {}).get("folder"))
         assert {key.split("/")[0] + "/" for key in tensors} == set(STATES)
-        assert (
-            checkpoint.meta(path)["pairs_seen"] % BATCH == 0 and path.stat().st_size < 1e6
-        ) or not named[-1]
-    assert [name is not None for name in named[:-1]] == list(in_parts)
-    assert {path.name for path in out.glob("*parts*")} == {name for name in named if name}
-    assert [path.name for path in out.glob(".*")] == []
+        shard_folder = meta.get("parts", {}).get("folder")
+        shard_folders.append(shard_folder)
+        if shard_folder is not None:
+            assert meta["pairs_seen"] % BATCH == 0
+            assert path.stat().st_size < 1e6  # the tensors are in the shards
+
+    assert [folder is not None for folder in shard_folders[:-1]] == is_sharded
+    existing = {path.name for path in out.glob("*parts*")}
+    assert existing == {folder for folder in shard_folders if folder}
+    assert not list(out.glob(".*"))
 
 
-def test_a_kill_between_two_parts_leaves_the_checkpoint_before(
-    folder: Path,
-    tmp_path: Path,  # noqa: F811
+def test_kill_between_two_shards_leaves_the_previous_checkpoint(
+    ranks_folder: Path, tmp_path: Path
 ) -> None:
-    process = torchrun(2, PARTS_WORKER, folder, tmp_path)
+    process = torchrun(2, CHECKPOINT_WORKER, ranks_folder, tmp_path)
     _, err = process.communicate(timeout=600)
-    assert process.returncode != 0 and "SIGKILL" in err.upper()
-    assert [path.name for path in tmp_path.glob(".*.tmp")] == [f".{CHECKPOINT}.{2 * BATCH:09d}.tmp"]
+    assert process.returncode != 0
+    assert "SIGKILL" in err.upper()
+
+    # The unfinished shards are in a temporary folder
+    temporary = [path.name for path in tmp_path.glob(".*.tmp")]
+    assert temporary == [f".{CHECKPOINT}.{2 * BATCH:09d}.tmp"]
+
+    # The previous checkpoint is complete
     tensors, meta = checkpoint.load(tmp_path / CHECKPOINT)
-    assert meta["pairs_seen"] == BATCH and all(
-        bool(torch.isfinite(value).all()) for value in tensors.values()
-    )
-    rows = [
-        safe_open(path, "pt") for path in sorted((tmp_path / meta["parts"]["folder"]).iterdir())
-    ]
-    for (
-        key,
-        value,
-    ) in tensors.items():  # each rank has written its own part of both players, moments and average
-        if value.ndim > 0:
-            there = [part.get_slice(key).get_shape()[0] for part in rows if key in part.keys()]  # noqa: SIM118
-            assert (
-                len(there) == 2 and sum(there) == len(value) and there[0] == -(-len(value) // 2)
-            ), key
-    with exclusive_lock(tmp_path / CHECKPOINT):  # as the next start does
+    assert meta["pairs_seen"] == BATCH
+    assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
+
+    # Each rank wrote half the rows of every tensor
+    shard_folder = tmp_path / meta["parts"]["folder"]
+    shard_files = [safe_open(path, "pt") for path in sorted(shard_folder.iterdir())]
+    for key, value in tensors.items():
+        if value.ndim == 0:
+            continue
+        rows = []
+        for file in shard_files:
+            if key in set(file.keys()):
+                rows.append(file.get_slice(key).get_shape()[0])
+        first_half = -(-len(value) // 2)
+        assert rows == [first_half, len(value) - first_half], key
+
+    # The next start removes the temporary folder
+    with exclusive_lock(tmp_path / CHECKPOINT):
         assert not list(tmp_path.glob(".*.tmp"))
 
 
-LATE = """
+HANG = """
 import os, time, torch
 from pathlib import Path
 from diffusion2gan.errors import Failure
@@ -222,23 +209,21 @@ with connect_ranks(torch.device("cpu")) as group:
     try:
         group.unshard(layer)
     except Failure as error:
-        print("TOLD", error, flush=True)
+        print("REPORTED", error, flush=True)
         reported.touch()
         os._exit(0)
 """
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_named_by_the_gathering(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "late.py").write_text(LATE)
+def test_hanging_rank_is_named_by_unshard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hang.py").write_text(HANG)
     monkeypatch.setenv("DIFFUSION2GAN_RANK_TIMEOUT_S", "3")
-    out, _ = done(torchrun(2, tmp_path / "late.py"))
-    assert "TOLD step 3: rank 1 did not take part" in out
+    out, _ = wait_for_success(torchrun(2, tmp_path / "hang.py"))
+    assert "REPORTED step 3: rank 1 did not take part" in out
 
 
-def test_one_process_has_nothing_to_cut() -> None:
+def test_fsdp_needs_several_ranks_and_adamw() -> None:
     recipe = Recipe(batch_size=8, strategy="fsdp")
     check_ranks(recipe, 2)
     with pytest.raises(

@@ -1,9 +1,10 @@
-"""What a run tells of itself: each number against its definition, each warning by its name."""
+"""The health of a run: each quantity against its definition, each warning at its threshold."""
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from diffusion2gan.distill.health import (
     logit_means,
 )
 
-WELL = {
+HEALTHY = {
     "loss": 0.1,
     "accuracy": 0.75,
     "accuracy_real": 0.7,
@@ -25,31 +26,41 @@ WELL = {
     "latent_shift": 0.05,
     "latent_std_ratio": 0.97,
 }
+DRIFTED = {**HEALTHY, "latent_shift": 0.4}
 
 
-def test_latent_statistics() -> None:
-    teacher = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 + 1
+def test_latent_statistics_match_their_definitions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(64, 4, 8, 8, generator=generator) * 2 + 1
+
     same = latent_statistics(teacher, teacher)
     assert same == {"latent_shift": 0.0, "latent_std_ratio": pytest.approx(1.0)}
-    channel = torch.tensor([0.0, 0.0, 0.3, -0.1]).view(4, 1, 1)
-    std = teacher[:, 2].double().std()
-    assert latent_statistics(teacher + channel, teacher)["latent_shift"] == pytest.approx(
-        0.3 / float(std), rel=1e-5
-    )
-    washed = latent_statistics(1 + (teacher - 1) * 0.5, teacher)
-    assert washed["latent_std_ratio"] == pytest.approx(0.5) and washed["latent_shift"] < 0.02
+
+    # Two channels are shifted: the larger shift counts, in standard deviations of its channel
+    shift = torch.tensor([0.0, 0.0, 0.3, -0.1]).view(4, 1, 1)
+    std = float(teacher[:, 2].double().std())
+    shifted = latent_statistics(teacher + shift, teacher)
+    assert shifted["latent_shift"] == pytest.approx(0.3 / std, rel=1e-5)
+
+    # Half the standard deviation about the mean
+    washed_out = latent_statistics(1 + (teacher - 1) * 0.5, teacher)
+    assert washed_out["latent_std_ratio"] == pytest.approx(0.5)
+    assert washed_out["latent_shift"] < 0.02
 
 
-def test_accuracy() -> None:
-    logits = [
-        torch.tensor([[1.0, 2.0], [-1.0, 3.0]]).view(2, 1, 1, 2),
-        torch.tensor([-5.0, 5.0]).view(2, 1, 1, 1),
-    ]
+def test_accuracy_is_the_mean_over_heads_of_correct_signs() -> None:
+    first_head = torch.tensor([[1.0, 2.0], [-1.0, 3.0]]).view(2, 1, 1, 2)
+    second_head = torch.tensor([-5.0, 5.0]).view(2, 1, 1, 1)
+    logits = [first_head, second_head]
+
     assert accuracy(logits, real=True) == pytest.approx((3 / 4 + 1 / 2) / 2)
     assert accuracy(logits, real=False) == pytest.approx((1 / 4 + 1 / 2) / 2)
-    assert accuracy(logits, False, torch.tensor([False, True])) == pytest.approx((1 / 2 + 0) / 2)
-    assert accuracy(logits, False, torch.tensor([False, False])) is None
     assert logit_means(logits) == pytest.approx([1.25, 0.0])
+
+    second_row = torch.tensor([False, True])
+    no_row = torch.tensor([False, False])
+    assert accuracy(logits, False, second_row) == pytest.approx((1 / 2 + 0) / 2)
+    assert accuracy(logits, False, no_row) is None
 
 
 @pytest.mark.parametrize(
@@ -64,55 +75,80 @@ def test_accuracy() -> None:
         ({"skipped": 0.06}, health.SKIPS),
     ],
 )
-def test_each_band_has_its_name_and_remedy(change: dict[str, float], name: str) -> None:
-    assert find_warnings(WELL, 0.1) == set()
-    assert find_warnings(WELL | change, 0.1) == {name} and len(health.REMEDIES[name]) > 20
+def test_each_threshold_gives_its_warning_and_remedy(change: dict[str, float], name: str) -> None:
+    assert find_warnings(HEALTHY, lowest_loss=0.1) == set()
+    assert find_warnings(HEALTHY | change, lowest_loss=0.1) == {name}
+    assert len(health.REMEDIES[name]) > 20
 
 
-def test_a_warning_comes_once_after_the_start_and_again_after_recovery() -> None:
-    told = Health()
-    drifted = WELL | {"latent_shift": 0.4}
-    said = [told.record(drifted, False) for _ in range(health.MIN_VALUES + 50)]
-    assert [i + 1 for i, warnings in enumerate(said) if warnings] == [health.MIN_VALUES]
-    assert (
-        said[health.MIN_VALUES - 1][0].startswith("saturation drift: ")
-        and "saturation drift" in told.status()
-    )
+def test_warning_is_reported_once_and_again_after_recovery() -> None:
+    state = Health()
+
+    # Once, as soon as there are enough values
+    warnings = [state.record(DRIFTED, False) for _ in range(health.MIN_VALUES + 50)]
+    steps_with_warnings = [number for number, new in enumerate(warnings, 1) if new]
+    assert steps_with_warnings == [health.MIN_VALUES]
+    assert warnings[health.MIN_VALUES - 1][0].startswith("saturation drift: ")
+    assert "saturation drift" in state.status()
+
+    # Recovery
     for _ in range(300):
-        assert not told.record(WELL, False)
-    assert told.active_warnings == [] and "drift" not in told.status()
-    again = [told.record(drifted, False) for _ in range(300)]
-    assert sum(map(len, again)) == 1
+        assert not state.record(HEALTHY, False)
+    assert state.active_warnings == []
+    assert "drift" not in state.status()
+
+    # Again, once
+    warnings = [state.record(DRIFTED, False) for _ in range(300)]
+    assert sum(map(len, warnings)) == 1
 
 
-def test_a_discriminator_that_begins_late_is_judged_after_as_many_steps_of_its_own() -> None:
-    """Its first answers, of chance, are no ailment; nor is a student it takes for real while it finds the mixed."""
-    told, alone = Health(), {"loss": 0.1, "latent_shift": 0.0, "latent_std_ratio": 1.0}
-    chance = alone | {"accuracy": 0.5, "accuracy_real": 0.5, "accuracy_fake": 0.5}
-    young = alone | {"accuracy": 0.61, "accuracy_real": 0.92, "accuracy_fake": 0.1}
-    assert not any(told.record(alone, False) for _ in range(2 * health.MIN_VALUES))
-    assert not any(told.record(chance, False) for _ in range(20))
-    assert not any(told.record(young, False) for _ in range(2 * health.MIN_VALUES))
-    said = [warning for _ in range(2 * health.MIN_VALUES) for warning in told.record(chance, False)]
-    assert len(said) == 1 and said[0].startswith(health.D_AT_CHANCE)
+def test_late_discriminator_gives_no_warning_before_it_has_enough_values() -> None:
+    """Its first logits are at chance; later it may recognise only mismatched fakes, and is not."""
+    state = Health()
+    without_d = {"loss": 0.1, "latent_shift": 0.0, "latent_std_ratio": 1.0}
+    at_chance = {**without_d, "accuracy": 0.5, "accuracy_real": 0.5, "accuracy_fake": 0.5}
+    learning = {**without_d, "accuracy": 0.61, "accuracy_real": 0.92, "accuracy_fake": 0.1}
+
+    for entry, num_steps in (
+        (without_d, 2 * health.MIN_VALUES),
+        (at_chance, 20),
+        (learning, 2 * health.MIN_VALUES),
+    ):
+        assert not any(state.record(entry, False) for _ in range(num_steps))
+
+    warnings = []
+    for _ in range(2 * health.MIN_VALUES):
+        warnings += state.record(at_chance, False)
+    assert len(warnings) == 1
+    assert warnings[0].startswith(health.D_AT_CHANCE)
 
 
-def test_running_averages_leave_out_what_is_not_finite_and_count_skips() -> None:
-    told = Health()
-    for value, skipped in ((1.0, False), (math.nan, True), (math.inf, True), (3.0, False)):
-        told.record({"loss": value, "r1": value, "accuracy_mixed": None}, skipped)
-    assert told.average == {"loss": 2.0, "r1": 2.0, "skipped": 0.5} and (
-        told.skipped,
-        told.skipped_in_a_row,
-    ) == (2, 0)
-    assert told.status() == "loss 2.0000 · R1 2 · 2 skipped"
+def test_averages_ignore_values_that_are_not_finite_and_skips_are_counted() -> None:
+    state = Health()
+    for value, is_skipped in ((1.0, False), (math.nan, True), (math.inf, True), (3.0, False)):
+        state.record({"loss": value, "r1": value, "accuracy_mixed": None}, is_skipped)
+
+    assert state.average == {"loss": 2.0, "r1": 2.0, "skipped": 0.5}
+    assert state.skipped == 2
+    assert state.skipped_in_a_row == 0
+    assert state.status() == "loss 2.0000 · R1 2 · 2 skipped"
 
 
-def test_its_state_comes_back_from_json_as_it_was() -> None:
-    told = Health()
+def test_state_survives_json_exactly() -> None:
+    used = Health()
     for number in range(health.MIN_VALUES + 3):
-        told.record(WELL | {"loss": 0.1 + number / 777, "latent_shift": 0.4}, number == 2)
-    for state in (told, Health()):
-        back = Health.from_state(json.loads(json.dumps(state.state(), allow_nan=False)))
-        assert back == state
-        assert back.record(WELL, True) == state.record(WELL, True) and back == state
+        entry = {**DRIFTED, "loss": 0.1 + number / 777}
+        used.record(entry, skipped=number == 2)
+
+    for state in (used, Health()):
+        restored = Health.from_state(json.loads(json.dumps(state.state(), allow_nan=False)))
+        assert restored == state
+        assert restored.record(HEALTHY, True) == state.record(HEALTHY, True)
+        assert restored == state
+
+
+def test_state_of_version_0_1_is_read() -> None:
+    state = asdict(Health(steps=3, lowest_loss=0.2, active_warnings=[health.DRIFT]))
+    state["told"] = state.pop("active_warnings")
+    assert Health.from_state(state).active_warnings == [health.DRIFT]
+    assert "told" in state  # the argument is not changed

@@ -1,4 +1,4 @@
-"""Adam in 8 bits: it learns as Adam does, takes a quarter of the memory, and its run resumes exactly."""
+"""Adam in 8 bits: nearly Adam's updates, a quarter of its memory, and exact resuming."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from diffusion2gan.cost.distill import adam_bytes, dry_run
 from diffusion2gan.distill import train
@@ -24,8 +25,16 @@ from diffusion2gan.teacher.loading import load_teacher
 
 PROMPTS = ["a star", "two stars", "a red ring", "a star"]
 
+BuildOptimizer = Callable[[Recipe, nn.Module], Optimizer]
 
-def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+
+def require_bitsandbytes() -> None:
+    pytest.importorskip(
+        "bitsandbytes", reason="needs the extra [adam8bit]; it slows every start of diffusers"
+    )
+
+
+def test_missing_bitsandbytes_is_refused_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(
         UserError, match=r"pip install 'diffusion2gan\[adam8bit\]', or set optimizer=adamw"
@@ -33,57 +42,56 @@ def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
         student_optimizer(Recipe(optimizer="adamw8bit"), nn.Linear(2, 2))
 
 
-def test_the_default_is_torchs_own() -> None:
+def test_default_optimizers_are_those_of_torch() -> None:
     assert type(student_optimizer(Recipe(), nn.Linear(2, 2))) is torch.optim.AdamW
     assert type(discriminator_optimizer(Recipe(), nn.Linear(2, 2))) is torch.optim.Adam
 
 
-@pytest.mark.parametrize("make", [student_optimizer, discriminator_optimizer])
-def test_its_steps_are_nearly_adams(make: Callable[[Recipe, nn.Module], Any]) -> None:
-    pytest.importorskip(
-        "bitsandbytes", reason="needs the extra [adam8bit]; it slows every start of diffusers"
-    )
-    weights, states, losses = {}, {}, {}
+def train_layer(build: BuildOptimizer, recipe: Recipe) -> tuple[Tensor, list[float], int]:
+    """The change of a linear layer's weights in 30 updates, the losses, the optimiser's bytes."""
+    torch.manual_seed(1)
+    layer = nn.Linear(96, 96)
+    optimizer = build(recipe, layer)
+    initial = layer.weight.detach().clone()
+
+    losses = []
     data = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
-    for name in ("adamw", "adamw8bit"):
-        torch.manual_seed(1)
-        net = nn.Linear(96, 96)
-        recipe = Recipe(optimizer=name, learning_rate=1e-3, discriminator_learning_rate=1e-3)
-        optimizer = make(recipe, net)
-        start = net.weight.detach().clone()
-        for _ in range(30):
-            optimizer.zero_grad()
-            loss = (net(data) - data.flip(1)).square().mean()
-            losses.setdefault("start", float(loss.detach()))
-            loss.backward()
-            optimizer.step()
-        losses[name] = float(loss.detach())
-        weights[name] = net.weight.detach() - start
-        tensors = checkpoint.pack_optimizer("adam", optimizer)
-        states[name] = sum(
-            t.numel() * t.element_size()
-            for k, t in tensors.items()
-            if "qmap" not in k and "step" not in k
-        )
-        assert states[name] == adam_bytes(recipe, net)  # what a dry run counts
-    assert not torch.equal(weights["adamw8bit"], weights["adamw"])
-    assert (
-        float(
-            torch.cosine_similarity(weights["adamw8bit"].flatten(), weights["adamw"].flatten(), 0)
-        )
-        > 0.99
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (layer(data) - data.flip(1)).square().mean()
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+
+    num_bytes = 0
+    for key, tensor in checkpoint.pack_optimizer("adam", optimizer).items():
+        if "qmap" not in key and "step" not in key:
+            num_bytes += tensor.numel() * tensor.element_size()
+    assert num_bytes == adam_bytes(recipe, layer)  # as a dry run computes it
+    return layer.weight.detach() - initial, losses, num_bytes
+
+
+@pytest.mark.parametrize("build", [student_optimizer, discriminator_optimizer])
+def test_8bit_updates_are_nearly_those_of_adam(build: BuildOptimizer) -> None:
+    require_bitsandbytes()
+    rates: dict[str, Any] = {"learning_rate": 1e-3, "discriminator_learning_rate": 1e-3}
+    change, losses, num_bytes = train_layer(build, Recipe(**rates))
+    change_8bit, losses_8bit, num_bytes_8bit = train_layer(
+        build, Recipe(optimizer="adamw8bit", **rates)
     )
-    assert losses["adamw"] < 0.95 * losses["start"]
-    assert losses["adamw8bit"] == pytest.approx(losses["adamw"], rel=0.01)
-    assert states["adamw8bit"] < 0.28 * states["adamw"]
+
+    assert not torch.equal(change_8bit, change)
+    similarity = torch.cosine_similarity(change_8bit.flatten(), change.flatten(), 0)
+    assert float(similarity) > 0.99
+    assert losses[-1] < 0.95 * losses[0]
+    assert losses_8bit[-1] == pytest.approx(losses[-1], rel=0.01)
+    assert num_bytes_8bit < 0.28 * num_bytes
 
 
-def test_a_run_stops_and_resumes_exactly(
+def test_8bit_run_resumes_exactly(
     family_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip(
-        "bitsandbytes", reason="needs the extra [adam8bit]; it slows every start of diffusers"
-    )
+    require_bitsandbytes()
     folder = family_folder("sdxl")
     teacher = load_teacher(str(folder))
     spec = PairsSpec(teacher.name, teacher.revision, "words", 4, 0, 2, 3.0, teacher.latent_shape, 4)
@@ -93,29 +101,41 @@ def test_a_run_stops_and_resumes_exactly(
         "loss": "mse",
         "batch_size": 2,
         "adversarial_weight": 0.1,
+        "discriminator_warmup": 0,
+        "total_pairs": 8,
     }
-    recipe = Recipe(optimizer="adamw8bit", total_pairs=8, discriminator_warmup=0, **settings)
+    recipe = Recipe(optimizer="adamw8bit", **settings)
+
+    # A run without interruption, and one that is stopped before its third step and resumed
     train.distill(recipe, tmp_path / "pairs", tmp_path / "whole")
-    real, steps = train.step, iter(range(100))
+    real_step = train.step
+    num_steps = 0
 
-    def cut(*args: Any) -> Any:
-        if next(steps) == 2:
-            args[0].save(tmp_path / "cut")
+    def stop_before_third_step(run: Any, *args: Any) -> Any:
+        nonlocal num_steps
+        if num_steps == 2:
+            run.save(tmp_path / "resumed")
             raise SystemExit
-        return real(*args)
+        num_steps += 1
+        return real_step(run, *args)
 
-    monkeypatch.setattr(train, "step", cut)
-    with pytest.raises(SystemExit):
-        train.distill(recipe, tmp_path / "pairs", tmp_path / "cut")
-    monkeypatch.setattr(train, "step", real)
-    train.distill(recipe, tmp_path / "pairs", tmp_path / "cut")
-    whole, resumed = (checkpoint.load(tmp_path / name / CHECKPOINT) for name in ("whole", "cut"))
-    assert whole[1] == resumed[1] and whole[0].keys() == resumed[0].keys()
-    assert all(torch.equal(value, resumed[0][key]) for key, value in whole[0].items())
-    assert any(
-        value.dtype == torch.uint8 for key, value in whole[0].items() if key.endswith("/state1")
-    )
-    told = dry_run(recipe, tmp_path / "pairs")
-    assert float(told["checkpoint_disk_mib"]) < float(
-        dry_run(Recipe(total_pairs=8, **settings), tmp_path / "pairs")["checkpoint_disk_mib"]
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "step", stop_before_third_step)
+        with pytest.raises(SystemExit):
+            train.distill(recipe, tmp_path / "pairs", tmp_path / "resumed")
+    train.distill(recipe, tmp_path / "pairs", tmp_path / "resumed")
+
+    # The same bits
+    expected, expected_meta = checkpoint.load(tmp_path / "whole" / CHECKPOINT)
+    found, found_meta = checkpoint.load(tmp_path / "resumed" / CHECKPOINT)
+    assert found_meta == expected_meta
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+    states = [value for key, value in expected.items() if key.endswith("/state1")]
+    assert any(value.dtype == torch.uint8 for value in states)
+
+    # A smaller checkpoint
+    size_8bit = float(dry_run(recipe, tmp_path / "pairs")["checkpoint_disk_mib"])
+    size = float(dry_run(Recipe(**settings), tmp_path / "pairs")["checkpoint_disk_mib"])
+    assert size_8bit < size

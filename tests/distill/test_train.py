@@ -1,4 +1,4 @@
-"""The loop: exact resume, refusals, and a loss that falls."""
+"""The training loop by regression alone: exact resuming, refusals, skipped steps, falling loss."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from diffusion2gan.cost.distill import dry_run
 from diffusion2gan.distill import checkpoints, steps, train
+from diffusion2gan.distill.checks import check_pairs
 from diffusion2gan.distill.run import CHECKPOINT, Run, initial_weights, load_student, open_run
-from diffusion2gan.distill.student import Student
 from diffusion2gan.distill.steps import learning_rate, step_seed
+from diffusion2gan.distill.student import Student
 from diffusion2gan.distill.train import distill
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.noise import noise_from_seeds
@@ -46,13 +47,13 @@ def pairs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    """The paper's loss with a random network; a checkpoint after every step."""
+    """The paper's regression loss with a random network; a checkpoint after every step."""
     folder = tmp_path_factory.mktemp("latent_vgg")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LatentLPIPS(VGG(4, (8, 8, 8, 8, 8), 2), [torch.rand(8) for _ in range(5)]).save_pretrained(
-            folder
-        )
+        vgg = VGG(4, (8, 8, 8, 8, 8), 2)
+        heads = [torch.rand(8) for _ in range(5)]
+    LatentLPIPS(vgg, heads).save_pretrained(folder)
     return Recipe(
         teacher=str(tiny_teacher),
         perceptual=str(folder),
@@ -67,171 +68,219 @@ def recipe(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Reci
 
 
 @pytest.fixture(scope="module")
-def whole_run(recipe: Recipe, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "whole"
+def finished_run(recipe: Recipe, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "finished"
     distill(recipe, pairs, out)
     return out
 
 
-def contents(out: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    return (*checkpoint.load(out / CHECKPOINT), (out / "log.jsonl").read_text())
+def read_log(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def assert_same(a: Path, b: Path) -> None:
-    (tensors_a, meta_a, log_a), (tensors_b, meta_b, log_b) = contents(a), contents(b)
-    assert tensors_a.keys() == tensors_b.keys() and meta_a == meta_b and log_a == log_b
-    assert [key for key in tensors_a if not torch.equal(tensors_a[key], tensors_b[key])] == []
+def assert_same_run(found: Path, expected: Path) -> None:
+    """Checkpoint and log are equal, bit for bit."""
+    tensors, meta = checkpoint.load(found / CHECKPOINT)
+    expected_tensors, expected_meta = checkpoint.load(expected / CHECKPOINT)
+    assert meta == expected_meta
+    assert (found / "log.jsonl").read_text() == (expected / "log.jsonl").read_text()
+    assert tensors.keys() == expected_tensors.keys()
+    for key, value in expected_tensors.items():
+        assert torch.equal(tensors[key], value), key
 
 
-def stop_before(monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
-    """Ctrl-C just before the step that would start at `stop` pairs."""
+def assert_same_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def interrupt_before_step(monkeypatch: pytest.MonkeyPatch, pairs_seen: int) -> None:
+    """Ctrl-C just before the student's update at `pairs_seen`."""
     real = steps.student_step
 
-    def step(run: Run, *rest: Any) -> dict[str, Any]:
-        if run.pairs_seen == stop:
+    def student_step(run: Run, *args: Any) -> Any:
+        if run.pairs_seen == pairs_seen:
             raise KeyboardInterrupt
-        return real(run, *rest)
+        return real(run, *args)
 
-    monkeypatch.setattr(steps, "student_step", step)
+    monkeypatch.setattr(steps, "student_step", student_step)
 
 
-def test_the_student_is_born_as_the_teacher_at_t(
+def test_initial_student_is_the_teacher_at_its_last_timestep(
     tiny_teacher: Path, sd_style_teacher: Path
 ) -> None:
     for folder in (tiny_teacher, sd_style_teacher):
         teacher = load_teacher(str(folder))
-        noise, cond = (
-            noise_from_seeds([1, 2], teacher.latent_shape),
-            teacher.encode(["a star", "two rings"]),
-        )
+        noise = noise_from_seeds([1, 2], teacher.latent_shape)
+        cond = teacher.encode(["a star", "two rings"])
+
         student = Student(teacher)
         latents = student(noise, cond)
-        assert torch.equal(latents, teacher.denoise(noise, 999, cond)) and latents.requires_grad
-        ours, theirs = dict(student.named_parameters()), dict(teacher.network.named_parameters())
-        assert len(ours) == len(theirs) and all(p.requires_grad for p in ours.values())
+        assert torch.equal(latents, teacher.denoise(noise, 999, cond))
+        assert latents.requires_grad
+
+        # Gradients reach the student's weights, and not the teacher's
+        student_parameters = dict(student.named_parameters())
+        teacher_parameters = dict(teacher.network.named_parameters())
+        assert len(student_parameters) == len(teacher_parameters)
+        assert all(parameter.requires_grad for parameter in student_parameters.values())
         latents.square().sum().backward()
-        assert all(p.grad is None and not p.requires_grad for p in theirs.values())
+        for parameter in teacher_parameters.values():
+            assert parameter.grad is None
+            assert not parameter.requires_grad
 
 
-def test_a_run_writes_what_it_saw(whole_run: Path, recipe: Recipe) -> None:
-    tensors, meta, log = contents(whole_run)
-    lines = [json.loads(line) for line in log.splitlines()]
-    assert [line["pairs_seen"] for line in lines] == list(range(BATCH, STEPS * BATCH + 1, BATCH))
-    assert all(line["loss"] > 0 and line["grad_norm"] > 0 for line in lines)
-    assert (
-        meta["pairs_seen"] == STEPS * BATCH
-        and meta["num_updates"] == STEPS
-        and meta["health"]["steps"] == STEPS
-    )
-    assert not [key for key in tensors if key.startswith("discriminator")]  # none is asked for
-    moved = [key for key in tensors if key.startswith("student/")]
-    assert any(
-        not torch.equal(tensors[key], tensors[key.replace("student/", "ema/")]) for key in moved
-    )
-    assert [p.name for p in (whole_run / "samples").iterdir()] == ["000000020.png"]
-    teacher, average, described = load_student(whole_run)
-    assert described["pairs_seen"] == STEPS * BATCH and described["recipe"] == recipe.model_dump()
+def test_run_writes_checkpoint_log_and_samples(finished_run: Path, recipe: Recipe) -> None:
+    # Log
+    lines = read_log(finished_run)
+    progress = [line["pairs_seen"] for line in lines]
+    assert progress == list(range(BATCH, STEPS * BATCH + 1, BATCH))
+    for line in lines:
+        assert line["loss"] > 0
+        assert line["grad_norm"] > 0
+
+    # Checkpoint
+    tensors, meta = checkpoint.load(finished_run / CHECKPOINT)
+    assert meta["pairs_seen"] == STEPS * BATCH
+    assert meta["num_updates"] == STEPS
+    assert meta["health"]["steps"] == STEPS
+    assert not any(key.startswith("discriminator") for key in tensors)
+    student = checkpoint.unpack("student", tensors)
+    ema = checkpoint.unpack("ema", tensors)
+    assert any(not torch.equal(value, ema[key]) for key, value in student.items())
+
+    # Samples
+    assert [path.name for path in (finished_run / "samples").iterdir()] == ["000000020.png"]
+
+    # Loaded again
+    teacher, average, described = load_student(finished_run)
+    assert described["pairs_seen"] == STEPS * BATCH
+    assert described["recipe"] == recipe.model_dump()
     assert average.keys() == teacher.network.state_dict().keys()
 
 
-def test_one_seed_one_run_another_seed_another(
-    whole_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path
+def test_run_is_a_function_of_its_seed(
+    finished_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path
 ) -> None:
-    distill(recipe, pairs, tmp_path / "again")
-    assert_same(whole_run, tmp_path / "again")
-    short = recipe.model_copy(update={"total_pairs": BATCH, "seed": 1})
-    distill(short, pairs, tmp_path / "other")
-    assert contents(tmp_path / "other")[2].splitlines()[0] != contents(whole_run)[2].splitlines()[0]
+    distill(recipe, pairs, tmp_path / "same")
+    assert_same_run(tmp_path / "same", finished_run)
+
+    other_seed = recipe.model_copy(update={"total_pairs": BATCH, "seed": 1})
+    distill(other_seed, pairs, tmp_path / "other")
+    assert read_log(tmp_path / "other")[0] != read_log(finished_run)[0]
 
 
-def test_stopped_and_resumed_is_bit_for_bit_uninterrupted(
-    whole_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_interrupted_run_resumes_bit_for_bit(
+    finished_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        stop_before(patch, 5 * BATCH)
+        interrupt_before_step(patch, 5 * BATCH)
         with pytest.raises(KeyboardInterrupt):
             distill(recipe, pairs, out)
     assert checkpoint.load(out / CHECKPOINT)[1]["pairs_seen"] == 5 * BATCH
-    with (out / "log.jsonl").open(
-        "a"
-    ) as log:  # it went on past its checkpoint before it died, in mid-line
+
+    # As if it had gone on after its checkpoint, and died while it wrote a line
+    with (out / "log.jsonl").open("a") as log:
         log.write('{"pairs_seen": 12, "loss": 9.0, "grad_norm": 9.0}\n{"pairs_se')
-    distill(recipe.model_copy(update={"checkpoint_every_s": 100.0, "sample_every": 7}), pairs, out)
-    assert_same(whole_run, out)
-    distill(recipe, pairs, out)  # nothing left to do
-    assert_same(whole_run, out)
+    other_intervals = recipe.model_copy(update={"checkpoint_every_s": 100.0, "sample_every": 7})
+    distill(other_intervals, pairs, out)
+    assert_same_run(out, finished_run)
+
+    # A finished run has nothing left to do
+    distill(recipe, pairs, out)
+    assert_same_run(out, finished_run)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_mid_step_saves_after_it_and_resumes_exactly(
-    whole_run: Path,
+def test_signal_during_a_step_saves_after_it_and_the_run_resumes_exactly(
+    finished_run: Path,
     recipe: Recipe,
     pairs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
 ) -> None:
-    out, slow = tmp_path / "run", recipe.model_copy(update={"checkpoint_every_s": 1e6})
-    real, write = steps.learning_rate, checkpoints.write
+    out = tmp_path / "run"
+    without_checkpoints = recipe.model_copy(update={"checkpoint_every_s": 1e6})
+    real_learning_rate = steps.learning_rate
+    real_write = checkpoints.write
 
-    def preempted_again(*args: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        write(*args)
-
-    def signalled(recipe: Recipe, pairs_seen: int) -> float:
+    def learning_rate_with_signal(recipe: Recipe, pairs_seen: int) -> float:
         if pairs_seen == 4 * BATCH:
             os.kill(os.getpid(), number)
-        return real(recipe, pairs_seen)
+        return real_learning_rate(recipe, pairs_seen)
 
+    def write_with_second_signal(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        real_write(*args)
+
+    # Ctrl-C ends it as an interruption, SIGTERM with exit code 0
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "learning_rate", signalled)
-        patch.setattr(checkpoints, "write", preempted_again)
-        with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else SystemExit) as end:
-            distill(slow, pairs, out)
-    assert number == signal.SIGINT or end.value.code == 0  # preempted: no failure
+        patch.setattr(steps, "learning_rate", learning_rate_with_signal)
+        patch.setattr(checkpoints, "write", write_with_second_signal)
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                distill(without_checkpoints, pairs, out)
+        else:
+            with pytest.raises(SystemExit) as end:
+                distill(without_checkpoints, pairs, out)
+            assert end.value.code == 0
     assert checkpoint.load(out / CHECKPOINT)[1]["pairs_seen"] == 5 * BATCH
-    distill(slow, pairs, out)
-    assert_same(whole_run, out)
+
+    distill(without_checkpoints, pairs, out)
+    assert_same_run(out, finished_run)
 
 
-def test_stopped_before_any_checkpoint_it_starts_afresh(
-    whole_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_run_stopped_before_its_first_checkpoint_starts_again(
+    finished_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, slow = tmp_path / "run", recipe.model_copy(update={"checkpoint_every_s": 1e6})
+    out = tmp_path / "run"
+    without_checkpoints = recipe.model_copy(update={"checkpoint_every_s": 1e6})
     with monkeypatch.context() as patch:
-        stop_before(patch, 2 * BATCH)
+        interrupt_before_step(patch, 2 * BATCH)
         with pytest.raises(KeyboardInterrupt):
-            distill(slow, pairs, out)
-    assert not (out / CHECKPOINT).exists() and (out / "log.jsonl").exists()
+            distill(without_checkpoints, pairs, out)
+    assert not (out / CHECKPOINT).exists()
+    assert (out / "log.jsonl").exists()
     with pytest.raises(UserError, match="no checkpoint yet"):
         load_student(out)
-    distill(slow, pairs, out)
-    assert_same(whole_run, out)
+
+    distill(without_checkpoints, pairs, out)
+    assert_same_run(out, finished_run)
 
 
-def test_the_transforms_randomness_depends_on_the_seed_and_the_step() -> None:
-    """torch's CPU generator reads 32 bits of a seed: the two must be mixed into those."""
-    seeds = [step_seed(seed, seen) for seed in (0, 1, 2**31 - 1) for seen in range(0, 20_000, 32)]
-    assert len(set(seeds)) == len(seeds) and max(seeds) < 2**32
-    first = {torch.rand((), generator=torch.Generator().manual_seed(s)).item() for s in seeds[:50]}
-    assert len(first) == 50
+def test_step_seeds_are_distinct_for_every_seed_and_step() -> None:
+    """torch's CPU generator uses 32 bits of a seed: both numbers must be mixed into those."""
+    seeds = []
+    for seed in (0, 1, 2**31 - 1):
+        seeds += [step_seed(seed, pairs_seen) for pairs_seen in range(0, 20_000, 32)]
+    assert len(set(seeds)) == len(seeds)
+    assert max(seeds) < 2**32
+
+    first_numbers = set()
+    for seed in seeds[:50]:
+        generator = torch.Generator().manual_seed(seed)
+        first_numbers.add(torch.rand((), generator=generator).item())
+    assert len(first_numbers) == 50
 
 
-def test_the_learning_rate_rises_then_falls() -> None:
+def test_learning_rate_rises_linearly_then_follows_a_cosine() -> None:
     recipe = Recipe(total_pairs=1000, batch_size=10, warmup=0.1, learning_rate=2e-3)
-    rates = [learning_rate(recipe, seen) for seen in range(0, 1000, 10)]
+    rates = [learning_rate(recipe, pairs_seen) for pairs_seen in range(0, 1000, 10)]
+
     assert rates[:10] == pytest.approx([2e-3 * (i + 1) / 10 for i in range(10)])
     for i, rate in enumerate(rates[10:]):
-        assert rate == pytest.approx(2e-3 * (0.05 + 0.95 * (1 + math.cos(math.pi * i / 90)) / 2))
-    assert (
-        rates[-1] < 2e-3 * 0.06
-        and learning_rate(recipe.model_copy(update={"warmup": 0.0}), 0) == 2e-3
-    )
+        cosine = (1 + math.cos(math.pi * i / 90)) / 2
+        assert rate == pytest.approx(2e-3 * (0.05 + 0.95 * cosine))
+    assert rates[-1] < 2e-3 * 0.06
+
+    without_warmup = recipe.model_copy(update={"warmup": 0.0})
+    assert learning_rate(without_warmup, 0) == 2e-3
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"learning_rate": 1e-3}, r"learning_rate: 0\.0003 in the run, 0\.001 requested"),
         (
@@ -241,171 +290,169 @@ def test_the_learning_rate_rises_then_falls() -> None:
         ({"total_pairs": 22}, "total_pairs: 20 in the run, 22 requested"),
     ],
 )
-def test_a_folder_of_another_recipe_is_refused(
-    whole_run: Path, recipe: Recipe, pairs: Path, change: dict[str, Any], told: str
+def test_run_with_other_settings_is_refused_and_not_touched(
+    finished_run: Path, recipe: Recipe, pairs: Path, change: dict[str, Any], message: str
 ) -> None:
-    before = (whole_run / CHECKPOINT).stat().st_mtime_ns
-    with pytest.raises(UserError, match=told):
-        distill(recipe.model_copy(update=change), pairs, whole_run)
-    assert (whole_run / CHECKPOINT).stat().st_mtime_ns == before
+    modified_at = (finished_run / CHECKPOINT).stat().st_mtime_ns
+    with pytest.raises(UserError, match=message):
+        distill(recipe.model_copy(update=change), pairs, finished_run)
+    assert (finished_run / CHECKPOINT).stat().st_mtime_ns == modified_at
 
 
-def test_pairs_of_another_teacher_or_size_are_refused(
-    recipe: Recipe, pairs: Path, tiny_teacher: Path, tmp_path: Path
+def test_pairs_of_another_teacher_or_resolution_are_refused(
+    recipe: Recipe, tiny_teacher: Path, tmp_path: Path
 ) -> None:
     teacher = load_teacher(str(tiny_teacher))
-    for changes, told in [
-        (
-            {"revision": "0123", "teacher": "another"},
-            r"'another' \(weights 0123\).*" + teacher.revision,
-        ),
-        ({"latent_shape": (4, 8, 8)}, r"\(4, 8, 8\), the teacher's have \(4, 16, 16\)"),
-    ]:
-        folder = tmp_path / next(iter(changes))
-        values: dict[str, Any] = {
-            "teacher": teacher.name,
-            "revision": teacher.revision,
-            "prompts": "p",
-            "count": 1,
-            "seed": 0,
-            "num_inference_steps": 1,
-            "guidance_scale": 1.0,
-            "latent_shape": teacher.latent_shape,
-            "shard_size": 1,
-        }
-        spec = PairsSpec(**(values | changes))
-        make_pairs(
-            teacher, lambda indices: ["a"] * len(indices), spec, folder
-        ) if "revision" in changes else None
-        with pytest.raises(UserError, match=told):
-            train.check_pairs(spec, teacher, folder)
+    settings: dict[str, Any] = {
+        "teacher": teacher.name,
+        "revision": teacher.revision,
+        "prompts": "p",
+        "count": 1,
+        "seed": 0,
+        "num_inference_steps": 1,
+        "guidance_scale": 1.0,
+        "latent_shape": teacher.latent_shape,
+        "shard_size": 1,
+    }
+
+    other_teacher = PairsSpec(**{**settings, "revision": "0123", "teacher": "another"})
+    with pytest.raises(UserError, match=r"'another' \(weights 0123\).*" + teacher.revision):
+        check_pairs(other_teacher, teacher, tmp_path)
+    other_size = PairsSpec(**{**settings, "latent_shape": (4, 8, 8)})
+    with pytest.raises(UserError, match=r"\(4, 8, 8\), the teacher's have \(4, 16, 16\)"):
+        check_pairs(other_size, teacher, tmp_path)
+
+    # By the command, before it writes anything
+    make_pairs(teacher, lambda indices: ["a"] * len(indices), other_teacher, tmp_path / "pairs")
     with pytest.raises(UserError, match="Make pairs with this teacher"):
-        distill(recipe, tmp_path / "revision", tmp_path / "run")
+        distill(recipe, tmp_path / "pairs", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_other_pairs_are_refused_on_resume(
-    whole_run: Path, recipe: Recipe, tiny_teacher: Path, tmp_path: Path
+def test_run_is_not_resumed_with_other_pairs(
+    finished_run: Path, recipe: Recipe, tiny_teacher: Path, tmp_path: Path
 ) -> None:
     teacher = load_teacher(str(tiny_teacher))
     spec = PairsSpec(teacher.name, teacher.revision, "words", 2, 9, 1, 1.0, teacher.latent_shape, 4)
     make_pairs(teacher, lambda indices: ["a"] * len(indices), spec, tmp_path)
     with pytest.raises(UserError, match="other pairs"):
-        distill(recipe, tmp_path, whole_run)
+        distill(recipe, tmp_path, finished_run)
 
 
-def test_the_loss_falls(recipe: Recipe, pairs: Path, tmp_path: Path) -> None:
-    """Seven pairs are learned by heart: towards the teacher's latents, in the averaged weights too."""
-    steps = 40
-    mse = recipe.model_copy(
-        update={
-            "loss": "mse",
-            "total_pairs": steps * 7,
-            "batch_size": 7,
-            "learning_rate": 2e-3,
-            "ema_decay": 0.8,
-            "checkpoint_every_s": 1e6,
-        }
-    )
-    distill(mse, pairs, tmp_path)
-    losses = [
-        json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()
-    ]
-    assert len(losses) == steps and losses[-1] < 0.5 * losses[0]
+def test_loss_falls_on_seven_pairs(recipe: Recipe, pairs: Path, tmp_path: Path) -> None:
+    num_steps = 40
+    changes = {
+        "loss": "mse",
+        "total_pairs": num_steps * 7,
+        "batch_size": 7,
+        "learning_rate": 2e-3,
+        "ema_decay": 0.8,
+        "checkpoint_every_s": 1e6,
+    }
+    distill(recipe.model_copy(update=changes), pairs, tmp_path)
+
+    losses = [line["loss"] for line in read_log(tmp_path)]
+    assert len(losses) == num_steps
+    assert losses[-1] < 0.5 * losses[0]
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, bad: range) -> None:
-    """The distance's calls of these numbers, counted from 1, are infinite."""
+def make_distance_infinite(monkeypatch: pytest.MonkeyPatch, calls: range) -> None:
+    """Calls of the distance with these numbers, counted from 1, return infinity."""
     real: Callable[..., Any] = train.build_distance
-    calls = 0
+    num_calls = 0
 
-    def poisoned(*arguments: Any) -> Any:
-        distance = real(*arguments)
+    def build_distance(*args: Any) -> Any:
+        distance = real(*args)
 
-        def one(*arguments: Any) -> Tensor:
-            nonlocal calls
-            calls += 1
-            return distance(*arguments) * (float("inf") if calls in bad else 1.0)
+        def sometimes_infinite(*args: Any) -> Tensor:
+            nonlocal num_calls
+            num_calls += 1
+            factor = float("inf") if num_calls in calls else 1.0
+            return distance(*args) * factor
 
-        return one
+        return sometimes_infinite
 
-    monkeypatch.setattr(train, "build_distance", poisoned)
+    monkeypatch.setattr(train, "build_distance", build_distance)
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_and_counted(
+def test_step_with_an_infinite_gradient_is_skipped_and_counted(
     recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = recipe.model_copy(update={"total_pairs": 14 * BATCH})
-    poison(monkeypatch, range(3, 12))  # nine in a row are borne
-    distill(long, pairs, tmp_path)
-    tensors, meta, log = contents(tmp_path)
-    lines = [json.loads(line) for line in log.splitlines()]
+    make_distance_infinite(monkeypatch, range(3, 12))  # nine in a row are no failure
+    distill(recipe.model_copy(update={"total_pairs": 14 * BATCH}), pairs, tmp_path)
+
+    lines = read_log(tmp_path)
     assert [line["skipped"] for line in lines] == [0, 0, *range(1, 10), 9, 9, 9]
-    assert [line["loss"] is None for line in lines] == [2 < i < 12 for i in range(1, 15)]
-    assert (
-        meta["num_updates"] == 5
-        and meta["health"]["skipped"] == 9
-        and meta["health"]["skipped_in_a_row"] == 0
-    )
+    assert [line["loss"] is None for line in lines] == [3 <= i <= 11 for i in range(1, 15)]
+    tensors, meta = checkpoint.load(tmp_path / CHECKPOINT)
+    assert meta["num_updates"] == 5
+    assert meta["health"]["skipped"] == 9
+    assert meta["health"]["skipped_in_a_row"] == 0
     assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
 
 
-def test_ten_skipped_in_a_row_are_a_failure(
+def test_ten_skipped_steps_in_a_row_are_a_failure_that_keeps_the_last_good_checkpoint(
     recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = recipe.model_copy(update={"total_pairs": 14 * BATCH})
-    distill(long, pairs, tmp_path / "well")
-    poison(monkeypatch, range(3, 99))
-    with pytest.raises(
-        Failure,
-        match=r"not finite in 10 steps in a row, up to 24 pairs .*intact; lower learning_rate",
-    ):
-        distill(long, pairs, tmp_path / "run")
-    tensors, meta, _ = contents(tmp_path / "run")
-    assert meta["pairs_seen"] == 4 and meta["health"]["skipped"] == 0  # the last good one
+    longer = recipe.model_copy(update={"total_pairs": 14 * BATCH})
+    distill(longer, pairs, tmp_path / "expected")
+
+    with monkeypatch.context() as patch:
+        make_distance_infinite(patch, range(3, 99))
+        with pytest.raises(
+            Failure,
+            match=r"not finite in 10 steps in a row, up to 24 pairs .*intact; lower learning_rate",
+        ):
+            distill(longer, pairs, tmp_path / "run")
+    tensors, meta = checkpoint.load(tmp_path / "run" / CHECKPOINT)
+    assert meta["pairs_seen"] == 2 * BATCH
+    assert meta["health"]["skipped"] == 0
     assert all(bool(torch.isfinite(value).all()) for value in tensors.values())
-    monkeypatch.undo()
-    distill(long, pairs, tmp_path / "run")
-    assert_same(tmp_path / "well", tmp_path / "run")
+
+    # From it the run can be resumed
+    distill(longer, pairs, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "expected")
 
 
-def test_a_run_may_start_from_anothers_student(
-    whole_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path
+def test_run_may_start_from_the_student_of_another_run(
+    finished_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path
 ) -> None:
-    """Its first loss is that student's, not the teacher's; resumed, it no longer needs the other run."""
-    other = tmp_path / "other"
-    shutil.copytree(whole_run, other)
-    later = recipe.model_copy(update={"init_from": str(other), "total_pairs": BATCH, "seed": 3})
+    other_run = tmp_path / "other"
+    shutil.copytree(finished_run, other_run)
+    changes = {"init_from": str(other_run), "total_pairs": BATCH, "seed": 3}
+    later = recipe.model_copy(update=changes)
+
+    # Weights and their average are the other student's
     run = Run(later, load_teacher(later.teacher))
     open_run(run, tmp_path / "run", open_set(pairs))
-    weights = load_student(whole_run)[1]
-    for now in (run.student.trained.state_dict(), run.ema.shadow):
-        assert all(torch.equal(now[key], value) for key, value in weights.items())
+    expected = load_student(finished_run)[1]
+    assert_same_weights(run.student.trained.state_dict(), expected)
+    assert_same_weights(run.ema.shadow, expected)
+
+    # Once it has a checkpoint, it no longer needs the other run
     distill(later, pairs, tmp_path / "run")
-    shutil.rmtree(other)
+    shutil.rmtree(other_run)
     distill(later, pairs, tmp_path / "run")
 
 
-def test_a_start_that_is_no_run_or_anothers_teachers_is_refused(
-    whole_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path, sd_style_teacher: Path
+def test_init_from_needs_a_run_with_the_same_teacher_and_lora(
+    finished_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path, sd_style_teacher: Path
 ) -> None:
-    later = recipe.model_copy(update={"init_from": str(tmp_path / "none")})
+    without_run = recipe.model_copy(update={"init_from": str(tmp_path / "none")})
     with pytest.raises(UserError, match="contains no run"):
-        distill(later, pairs, tmp_path / "run")
+        distill(without_run, pairs, tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.json").exists()
+
+    later = recipe.model_copy(update={"init_from": str(finished_run)})
     with pytest.raises(UserError, match=r"init_from = .* was distilled from weights"):
-        initial_weights(
-            recipe.model_copy(update={"init_from": str(whole_run)}),
-            load_teacher(str(sd_style_teacher)),
-        )
+        initial_weights(later, load_teacher(str(sd_style_teacher)))
+
+    lora = recipe.model_copy(update={"init_from": str(finished_run), "lora_rank": 2})
     with pytest.raises(UserError, match=r"init_from = .* has lora_rank = 0, this recipe 2"):
-        initial_weights(
-            recipe.model_copy(update={"init_from": str(whole_run), "lora_rank": 2}),
-            load_teacher(recipe.teacher),
-        )
+        initial_weights(lora, load_teacher(recipe.teacher))
 
 
-def test_a_damaged_checkpoint_is_a_failure(recipe: Recipe, pairs: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_a_failure(recipe: Recipe, pairs: Path, tmp_path: Path) -> None:
     short = recipe.model_copy(update={"total_pairs": BATCH})
     distill(short, pairs, tmp_path)
     path = tmp_path / CHECKPOINT
@@ -414,24 +461,24 @@ def test_a_damaged_checkpoint_is_a_failure(recipe: Recipe, pairs: Path, tmp_path
         distill(short, pairs, tmp_path)
 
 
-def test_the_average_is_lent_and_given_back(recipe: Recipe) -> None:
+def test_ema_weights_are_used_inside_the_block_and_restored_after_it(recipe: Recipe) -> None:
     run = Run(recipe, load_teacher(recipe.teacher))
     run.ema.shadow = {key: torch.zeros_like(value) for key, value in run.ema.shadow.items()}
     before = {key: value.clone() for key, value in run.student.network.state_dict().items()}
-    noise, cond = noise_from_seeds([0], (4, 16, 16)), run.teacher.encode(["a"])
+    noise = noise_from_seeds([0], (4, 16, 16))
+    cond = run.teacher.encode(["a"])
+
     with torch.no_grad(), run.ema_weights():
-        lent = run.student(noise, cond)
-    assert torch.allclose(
-        lent, run.teacher.alpha_bar(999) ** 0.5 * noise
-    )  # a network of zeros: v = 0
-    assert all(
-        torch.equal(before[key], value) for key, value in run.student.network.state_dict().items()
-    )
+        latents = run.student(noise, cond)
+
+    # A network with zero weights predicts v = 0
+    expected = run.teacher.alpha_bar(999) ** 0.5 * noise
+    assert torch.allclose(latents, expected)
+    assert_same_weights(run.student.network.state_dict(), before)
 
 
-def test_a_dry_run_trains_nothing(recipe: Recipe, pairs: Path) -> None:
-    told = dry_run(recipe, pairs)
-    assert told["steps"] == STEPS
-    assert told["student_parameters"] == sum(
-        p.numel() for p in load_teacher(recipe.teacher).network.parameters()
-    )
+def test_dry_run_counts_steps_and_parameters(recipe: Recipe, pairs: Path) -> None:
+    cost = dry_run(recipe, pairs)
+    network = load_teacher(recipe.teacher).network
+    assert cost["steps"] == STEPS
+    assert cost["student_parameters"] == sum(p.numel() for p in network.parameters())

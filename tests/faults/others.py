@@ -48,24 +48,24 @@ OTHER_FAULTS = {
         "tests/runtime/test_sharded_checkpoint.py::test_a_wrong_part_is_named"
     ],
     "a rank killed between two parts": [
-        "tests/distill/test_fsdp.py::test_a_kill_between_two_parts_leaves_the_checkpoint_before"
+        "tests/distill/test_fsdp.py::test_kill_between_two_shards_leaves_the_previous_checkpoint"
     ],
     "a rank that cannot write its part": [
         "tests/runtime/test_sharded_checkpoint.py::test_a_rank_that_cannot_write_is_told_by_all"
     ],
     "two processes writing one folder": [
         "tests/runtime/test_lock.py",
-        "tests/distill/test_ranks.py::test_preemption_ends_well_and_a_second_run_is_refused",
+        "tests/distill/test_ranks.py::test_preempted_run_exits_with_0_and_a_second_process_is_refused",
         "tests/test_export.py::test_a_second_export_at_the_same_time_is_refused",
         "tests/perceptual/test_fit.py::test_two_processes_do_not_write_the_same_folder",
     ],
     "a rank that hangs": [
-        "tests/distill/test_ranks.py::test_a_rank_that_hangs_is_named",
-        "tests/distill/test_fsdp.py::test_a_rank_that_hangs_is_named_by_the_gathering",
+        "tests/distill/test_ranks.py::test_hanging_rank_is_named",
+        "tests/distill/test_fsdp.py::test_hanging_rank_is_named_by_unshard",
         "tests/evaluate/test_share.py::test_a_rank_that_never_comes_is_named",
     ],
     "a rank killed under torchrun --max-restarts": [
-        "tests/distill/test_ranks.py::test_the_loss_of_a_rank_is_survived"
+        "tests/distill/test_ranks.py::test_run_survives_the_loss_of_a_rank"
     ],
     "NaN in one rank only": [
         "tests/distill/test_ranks.py::test_any_number_of_ranks_is_the_same_update",

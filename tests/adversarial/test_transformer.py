@@ -1,4 +1,4 @@
-"""The transformer families' discriminator: the same promises as the UNets'."""
+"""The transformer families' discriminator: the same properties as the UNets'."""
 
 from __future__ import annotations
 
@@ -19,144 +19,201 @@ from diffusion2gan.teacher.loading import load_teacher
 from diffusion2gan.teacher.pipeline import Teacher
 
 NAMES = ("sd3", "flux_dev", "sana")
+PROMPTS = ["a red ring", "two stars", "a big blue square"]
 
 
 @pytest.fixture(params=NAMES)
 def teacher(request: pytest.FixtureRequest, family_folder: Callable[[str], Path]) -> Teacher:
-    return load_teacher(
-        str(family_folder(request.param)), resolution=256 if request.param == "sana" else 64
-    )
+    resolution = 256 if request.param == "sana" else 64
+    return load_teacher(str(family_folder(request.param)), resolution=resolution)
 
 
-def inputs(teacher: Teacher, batch: int = 3) -> tuple[Tensor, Conditioning, Tensor]:
+def make_inputs(teacher: Teacher, batch_size: int = 3) -> tuple[Tensor, Conditioning, Tensor]:
+    """(noise, cond, latents), random."""
     generator = torch.Generator().manual_seed(1)
-    noise, latents = torch.randn(2, batch, *teacher.latent_shape, generator=generator)
-    return noise, teacher.encode(["a red ring", "two stars", "a big blue square"][:batch]), latents
+    noise, latents = torch.randn(2, batch_size, *teacher.latent_shape, generator=generator)
+    return noise, teacher.encode(PROMPTS[:batch_size]), latents
 
 
-def made_of(teacher: Teacher, **options: Any) -> TransformerDiscriminator:
+def make_discriminator(teacher: Teacher, **options: Any) -> TransformerDiscriminator:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return TransformerDiscriminator.from_teacher(teacher, **options)
 
 
-def stirred(made: TransformerDiscriminator, size: float = 0.05) -> TransformerDiscriminator:
-    """As after some training: nothing is zero any more."""
+def perturb(
+    discriminator: TransformerDiscriminator, scale: float = 0.05
+) -> TransformerDiscriminator:
+    """As after some training: no weight is zero any more."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for parameter in made.parameters():
-            parameter += size * torch.randn(parameter.shape, generator=generator).to(parameter)
-    return made
+        for parameter in discriminator.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter += scale * noise.to(parameter)
+    return discriminator
 
 
 @torch.no_grad()
-def test_its_features_are_born_as_the_teachers(teacher: Teacher) -> None:
-    """Read off the teacher's own forward, at the same blocks."""
-    noise, cond, latents = inputs(teacher)
-    made, expected = made_of(teacher), list[Tensor]()
+def test_initial_features_are_those_of_the_teacher(teacher: Teacher) -> None:
+    """Compared with the outputs of the same blocks in the teacher's forward pass."""
+    noise, cond, latents = make_inputs(teacher)
+    discriminator = make_discriminator(teacher)
+
+    expected: list[Tensor] = []
+
+    def store_tokens(module: Any, args: Any, output: Any) -> None:
+        expected.append(output[-1] if isinstance(output, tuple) else output)
+
+    teacher_blocks = blocks(teacher.network)
     for depth in depths(teacher.network):
-        blocks(teacher.network)[depth].register_forward_hook(
-            lambda module, args, out: expected.append(out[-1] if isinstance(out, tuple) else out)
-        )
+        teacher_blocks[depth].register_forward_hook(store_tokens)
     teacher.family.output(teacher.network, latents, 0, cond)
-    found = made.features(noise, cond, latents)
-    assert len(found) == len(expected) == len(blocks(teacher.network))
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.equal(ours.flatten(2).mT, theirs)
+
+    features = discriminator.features(noise, cond, latents)
+    assert len(features) == len(expected) == len(teacher_blocks)
+    for x, tokens in zip(features, expected, strict=True):
+        assert torch.equal(x.flatten(2).mT, tokens)
 
 
-def test_it_is_a_copy_all_of_it_trainable_and_all_of_it_used(teacher: Teacher) -> None:
+def test_weights_are_a_trainable_copy_and_all_are_used(teacher: Teacher) -> None:
     before = {key: value.clone() for key, value in teacher.network.state_dict().items()}
-    made = made_of(teacher)
-    noise, cond, latents = inputs(teacher)
-    discriminator_loss(made(noise, cond, latents), made(noise, cond, noise)).backward()
-    assert [name for name, p in made.named_parameters() if p.grad is None] == []
-    stirred(made)
-    assert all(
-        torch.equal(before[key], value) for key, value in teacher.network.state_dict().items()
-    )
-    assert not any(p.requires_grad or p.grad is not None for p in teacher.network.parameters())
+    discriminator = make_discriminator(teacher)
+    noise, cond, latents = make_inputs(teacher)
+
+    # Every parameter gets a gradient
+    real = discriminator(noise, cond, latents)
+    fake = discriminator(noise, cond, noise)
+    discriminator_loss(real, fake).backward()
+    for name, parameter in discriminator.named_parameters():
+        assert parameter.grad is not None, name
+
+    # The teacher does not change
+    perturb(discriminator)
+    for key, value in teacher.network.state_dict().items():
+        assert torch.equal(before[key], value), key
+    for parameter in teacher.network.parameters():
+        assert not parameter.requires_grad
+        assert parameter.grad is None
 
 
 @torch.no_grad()
-def test_it_reads_noise_once_trained_prompt_and_each_row_alone(teacher: Teacher) -> None:
-    made = made_of(teacher)
-    noise, cond, latents = inputs(teacher)
-    for a, b in zip(
-        made(noise, cond, latents), made(noise.flip(0) * 9, cond, latents), strict=True
-    ):
-        assert torch.equal(a, b)  # at birth
-    stirred(made)
-    whole = made(noise, cond, latents)
-    other_noise = made(noise.flip(0), cond, latents)
-    other_prompt = made(noise, cond.map(lambda x: x.flip(0)), latents)
-    blind = stirred(made_of(teacher, noise_input=False))
-    for a, b in zip(blind(noise, cond, latents), blind(noise.flip(0), cond, latents), strict=True):
+def test_logits_depend_on_noise_prompt_and_their_own_sample_alone(teacher: Teacher) -> None:
+    discriminator = make_discriminator(teacher)
+    noise, cond, latents = make_inputs(teacher)
+
+    # Initially not on the noise
+    logits = discriminator(noise, cond, latents)
+    with_other_noise = discriminator(noise.flip(0) * 9, cond, latents)
+    for a, b in zip(logits, with_other_noise, strict=True):
         assert torch.equal(a, b)
-    assert not any(torch.allclose(a[0], b[0]) for a, b in zip(whole, other_noise, strict=True))
-    assert not any(torch.equal(a[0], b[0]) for a, b in zip(whole, other_prompt, strict=True))
-    one = slice(1, 2)
-    for a, b in zip(whole, made(noise[one], cond.rows(one), latents[one]), strict=True):
-        torch.testing.assert_close(a[one], b, rtol=1e-3, atol=1e-4)
+
+    # After training, on noise and prompt
+    perturb(discriminator)
+    logits = discriminator(noise, cond, latents)
+    with_other_noise = discriminator(noise.flip(0), cond, latents)
+    for a, b in zip(logits, with_other_noise, strict=True):
+        assert not torch.allclose(a[0], b[0])
+    with_other_prompts = discriminator(noise, cond.map(lambda x: x.flip(0)), latents)
+    for a, b in zip(logits, with_other_prompts, strict=True):
+        assert not torch.equal(a[0], b[0])
+
+    # Never on other samples
+    row = slice(1, 2)
+    single = discriminator(noise[row], cond.rows(row), latents[row])
+    for head, single_head in zip(logits, single, strict=True):
+        torch.testing.assert_close(head[row], single_head, rtol=1e-3, atol=1e-4)
+
+    # Without the noise input, never on the noise
+    without_noise = perturb(make_discriminator(teacher, noise_input=False))
+    logits = without_noise(noise, cond, latents)
+    with_other_noise = without_noise(noise.flip(0), cond, latents)
+    for a, b in zip(logits, with_other_noise, strict=True):
+        assert torch.equal(a, b)
 
 
-def test_two_heads_a_depth(teacher: Teacher) -> None:
+def test_two_heads_per_depth_have_the_tokens_grid_and_half_of_it(teacher: Teacher) -> None:
     side = 8 // (teacher.family.packed * teacher.network.config.patch_size)
-    shapes = [(3, 1, side, side), (3, 1, side // 2, side // 2)] * len(depths(teacher.network))
-    assert [tuple(x.shape) for x in made_of(teacher)(*inputs(teacher))] == shapes
-    assert [
-        tuple(x.shape) for x in made_of(teacher, multi_scale_output=False)(*inputs(teacher))
-    ] == shapes[:1]
+    inputs = make_inputs(teacher)
+
+    shapes = [tuple(head.shape) for head in make_discriminator(teacher)(*inputs)]
+    shapes_per_depth = [(3, 1, side, side), (3, 1, side // 2, side // 2)]
+    assert shapes == shapes_per_depth * len(depths(teacher.network))
+
+    single = make_discriminator(teacher, multi_scale_output=False)(*inputs)
+    assert [tuple(head.shape) for head in single] == shapes_per_depth[:1]
 
 
-def test_r1_is_finite_differences(teacher: Teacher) -> None:
-    """Along the gradients themselves: the slope in the latents, and the penalty's in the weights (double backward).
+def test_r1_and_its_gradient_match_finite_differences(teacher: Teacher) -> None:
+    """Along the gradients: the slope of ΣD in the latents, and the slope of R1 in the weights.
 
-    The networks' own norms and embeddings run in float32, which bounds what differences can tell.
+    The networks' own norms and embeddings run in float32, which limits the accuracy of differences.
     """
-    made = stirred(made_of(teacher), 0.02).double()
-    noise, cond, latents = inputs(teacher, 1)
-    noise, latents, cond = noise.double(), latents.double(), cond.map(lambda x: x.double())
-    x, step = latents.clone().requires_grad_(), 1e-3
+    discriminator = perturb(make_discriminator(teacher), 0.02).double()
+    noise, cond, latents = make_inputs(teacher, 1)
+    noise = noise.double()
+    latents = latents.double()
+    cond = cond.map(lambda x: x.double())
+    step = 1e-3
+
+    # The penalty is the squared norm of ∇_x ΣD
+    x = latents.clone().requires_grad_()
     with plain_attention():
-        (gradient,) = torch.autograd.grad(sum(logits.sum() for logits in made(noise, cond, x)), x)
-    penalty = r1_penalty(made, noise, cond, latents)
+        total = sum(head.sum() for head in discriminator(noise, cond, x))
+        (gradient,) = torch.autograd.grad(total, x)
+    penalty = r1_penalty(discriminator, noise, cond, latents)
     torch.testing.assert_close(penalty.detach(), gradient.square().sum())
-    move = step * gradient / gradient.norm()
-    with torch.no_grad():
-        up, down = (
-            sum(float(y.sum()) for y in made(noise, cond, latents + sign * move))
-            for sign in (1, -1)
-        )
-    assert (up - down) / (2 * step) == pytest.approx(float(gradient.norm()), rel=1e-2)
-    parameters = list(made.parameters())
-    slopes = torch.autograd.grad(penalty, parameters, allow_unused=True)
-    length = float(torch.stack([g.square().sum() for g in slopes if g is not None]).sum().sqrt())
-    values = []
-    for sign in (1, -2):  # to one side, and from there to the other
+
+    # ∇_x ΣD, by finite differences in the latents
+    def sum_of_logits(x: Tensor) -> float:
         with torch.no_grad():
-            for parameter, slope in zip(parameters, slopes, strict=True):
-                parameter += 0 if slope is None else sign * step * slope / length
-        values.append(float(r1_penalty(made, noise, cond, latents).detach()))
-    assert (values[0] - values[1]) / (2 * step) == pytest.approx(length, rel=1e-2)
+            return sum(float(head.sum()) for head in discriminator(noise, cond, x))
+
+    move = step * gradient / gradient.norm()
+    slope = (sum_of_logits(latents + move) - sum_of_logits(latents - move)) / (2 * step)
+    assert slope == pytest.approx(float(gradient.norm()), rel=1e-2)
+
+    # The gradient of the penalty, by finite differences in the weights
+    parameters = list(discriminator.parameters())
+    gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+    squares = [g.square().sum() for g in gradients if g is not None]
+    norm = float(torch.stack(squares).sum().sqrt())
+
+    def move_weights(distance: float) -> None:
+        with torch.no_grad():
+            for parameter, parameter_gradient in zip(parameters, gradients, strict=True):
+                if parameter_gradient is not None:
+                    parameter += distance * parameter_gradient / norm
+
+    move_weights(step)
+    upper = float(r1_penalty(discriminator, noise, cond, latents).detach())
+    move_weights(-2 * step)
+    lower = float(r1_penalty(discriminator, noise, cond, latents).detach())
+    assert (upper - lower) / (2 * step) == pytest.approx(norm, rel=1e-2)
 
 
-def test_recomputed_activations_give_the_same_gradients(teacher: Teacher) -> None:
-    noise, cond, latents = inputs(teacher, 2)
-    gradients = []
-    for recompute in (False, True):
-        made = stirred(made_of(teacher, gradient_checkpointing=recompute))
+def test_gradient_checkpointing_gives_the_same_gradients(teacher: Teacher) -> None:
+    noise, cond, latents = make_inputs(teacher, 2)
+
+    def compute_gradients(gradient_checkpointing: bool) -> list[Tensor | None]:
+        discriminator = make_discriminator(teacher, gradient_checkpointing=gradient_checkpointing)
+        perturb(discriminator)
         with plain_attention():
-            loss = discriminator_loss(made(noise, cond, latents), made(noise, cond, noise))
-            (loss + r1_penalty(made, noise, cond, latents)).backward()
-        gradients.append([p.grad for p in made.parameters()])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+            real = discriminator(noise, cond, latents)
+            fake = discriminator(noise, cond, noise)
+            penalty = r1_penalty(discriminator, noise, cond, latents)
+            (discriminator_loss(real, fake) + penalty).backward()
+        return [parameter.grad for parameter in discriminator.parameters()]
+
+    for found, expected in zip(compute_gradients(True), compute_gradients(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_the_recipe_chooses_it(teacher: Teacher) -> None:
-    made = build_discriminator(Recipe(adversarial_weight=1), teacher)
-    assert isinstance(made, TransformerDiscriminator)
-    random = build_discriminator(Recipe(adversarial_weight=1, discriminator="random"), teacher)
-    key = next(key for key in made.state_dict() if key.endswith("to_q.weight"))
-    assert not torch.equal(made.state_dict()[key], random.state_dict()[key])
+def test_recipe_selects_the_transformer_discriminator(teacher: Teacher) -> None:
+    pretrained = build_discriminator(Recipe(adversarial_weight=1), teacher)
+    assert isinstance(pretrained, TransformerDiscriminator)
+
+    recipe = Recipe(adversarial_weight=1, discriminator="random")
+    random_weights = build_discriminator(recipe, teacher).state_dict()
+    weights = pretrained.state_dict()
+    key = next(key for key in weights if key.endswith("to_q.weight"))
+    assert not torch.equal(weights[key], random_weights[key])

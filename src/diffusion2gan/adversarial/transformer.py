@@ -138,12 +138,12 @@ def blocks(network: Any) -> list[nn.Module]:
 
 
 def depths(network: Any) -> list[int]:
-    """The index of the last block of each of NUM_DEPTHS equal parts; fewer for fewer blocks."""
+    """The indices of the blocks that end each quarter (NUM_DEPTHS); fewer for fewer blocks."""
     num_blocks = len(blocks(network))
     indices = set()
-    for part in range(1, NUM_DEPTHS + 1):
-        num_blocks_before = -(-num_blocks * part // NUM_DEPTHS)  # rounded up
-        indices.add(num_blocks_before - 1)
+    for quarter in range(1, NUM_DEPTHS + 1):
+        count = -(-num_blocks * quarter // NUM_DEPTHS)  # rounded up
+        indices.add(count - 1)
     return sorted(indices)
 
 

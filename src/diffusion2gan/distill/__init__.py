@@ -1,0 +1,1 @@
+"""Distillation: training a one-step student on a teacher's pairs."""

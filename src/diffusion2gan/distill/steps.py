@@ -106,10 +106,12 @@ def discriminator_step(run: Run, batches: Sequence[MicroBatch]) -> dict[str, Any
     set_spectral_norm_update(discriminator, False)
 
     # 3. R1 penalty, at every `r1_every`-th step
+    r1 = torch.zeros(())
     with_r1 = r1_is_due(recipe, run.pairs_seen)
-    r1 = r1_step(run, batches, generator) if with_r1 else torch.zeros(())
+    if with_r1:
+        r1 = r1_step(run, batches, generator)
 
-    # 4. Sum of the gradients and of what is logged over the ranks
+    # 4. Sum over the ranks: gradients, losses, logits
     real = scatter_heads(batches, real_logits)
     fakes = scatter_heads(batches, fake_logits)
     (gan_loss, r1, *heads), _ = run.group.sum(discriminator, [gan_loss, r1, *real, *fakes])
@@ -174,7 +176,7 @@ def student_step(
             regression_loss += regression.detach().cpu()
             outputs.append(latents)
 
-    # 2. Sum of the gradients and of what is logged over the ranks
+    # 2. Sum over the ranks: gradients, losses, outputs
     extras = [regression_loss, gan_loss, scatter_rows(batches, outputs)]
     sums, flags = run.group.sum(run.student.trained, extras, get_flags())
     regression_loss, gan_loss, output = sums
@@ -221,11 +223,9 @@ def r1_step(run: Run, batches: Sequence[MicroBatch], generator: torch.Generator)
         if batch.rows.start <= row < batch.rows.stop:
             index = row - batch.rows.start
             sample = slice(index, index + 1)
-            noise, cond, latents = (
-                batch.noise[sample],
-                batch.cond.rows(sample),
-                batch.latents[sample],
-            )
+            noise = batch.noise[sample]
+            cond = batch.cond.rows(sample)
+            latents = batch.latents[sample]
 
             # With gradient checkpointing `backward` recomputes the forward pass, attention included
             with plain_attention():
@@ -239,7 +239,7 @@ def r1_step(run: Run, batches: Sequence[MicroBatch], generator: torch.Generator)
 def frozen(module: nn.Module | None) -> Iterator[None]:
     """Gradients pass through `module` but not into its parameters.
 
-    The backward pass belongs inside too: gradient checkpointing runs the forward pass again there.
+    The backward pass belongs inside too: gradient checkpointing repeats the forward pass in it.
     """
     if module is None:
         yield

@@ -574,7 +574,7 @@ def test_plan_chooses_micro_batches_that_fit(arguments: str, expected: str) -> N
         (
             "pocket --gpus 64",
             [
-                "batch_size 16 cannot be cut over 64 GPUs",
+                "batch_size 16 cannot be split evenly over 64 GPUs",
                 "1, 2, 4, 8, 16;",
                 "a multiple of 64",
             ],

@@ -32,12 +32,14 @@ OTHER_FAULTS = {
         "tests/faults/test_read_only.py::test_a_file_in_place_of_the_output_folder_is_reported",
     ],
     "clock jumps": ["tests/faults/test_faults.py::test_a_clock_that_jumps_changes_nothing"],
-    "shard truncated": ["tests/pairs/test_store.py::test_a_cut_off_shard_is_a_failure"],
-    "shard bit-flipped": ["tests/pairs/test_store.py::test_no_flipped_byte_passes_unnoticed"],
+    "shard truncated": ["tests/pairs/test_store.py::test_a_truncated_shard_is_a_failure"],
+    "shard bit-flipped": [
+        "tests/pairs/test_store.py::test_every_flipped_byte_is_detected_or_harmless"
+    ],
     "shard swapped between two sets": [
         "tests/pairs/test_store.py::test_a_shard_of_another_set_is_refused"
     ],
-    "shard duplicated": ["tests/pairs/test_check.py::test_a_duplicated_shard_is_told"],
+    "shard duplicated": ["tests/pairs/test_check.py::test_a_duplicated_shard_is_reported"],
     "newest checkpoint or recipe.json missing": [
         "tests/distill/test_checkpoints.py::test_going_back_to_an_earlier_one_gives_the_same_run"
     ],
@@ -45,13 +47,13 @@ OTHER_FAULTS = {
         "tests/runtime/test_checkpoint.py::test_a_damaged_checkpoint_is_a_failure"
     ],
     "a checkpoint's part missing, cut off or damaged": [
-        "tests/runtime/test_sharded_checkpoint.py::test_a_wrong_part_is_named"
+        "tests/runtime/test_sharded_checkpoint.py::test_a_missing_altered_or_extra_shard_is_named"
     ],
     "a rank killed between two parts": [
         "tests/distill/test_fsdp.py::test_kill_between_two_shards_leaves_the_previous_checkpoint"
     ],
     "a rank that cannot write its part": [
-        "tests/runtime/test_sharded_checkpoint.py::test_a_rank_that_cannot_write_is_told_by_all"
+        "tests/runtime/test_sharded_checkpoint.py::test_all_ranks_report_a_rank_that_cannot_write"
     ],
     "two processes writing one folder": [
         "tests/runtime/test_lock.py",
@@ -72,8 +74,8 @@ OTHER_FAULTS = {
         "tests/distill/test_fsdp.py::test_memory_is_shared_and_nan_on_one_rank_skips_on_all",
     ],
     "object store answers 500, or vanishes": [
-        "tests/runtime/test_storage.py::test_faults_are_waited_out",
-        "tests/runtime/test_storage.py::test_a_server_that_vanishes_for_ten_seconds",
+        "tests/runtime/test_storage.py::test_server_errors_are_retried",
+        "tests/runtime/test_storage.py::test_a_server_outage_of_ten_seconds_is_survived",
     ],
 }
 

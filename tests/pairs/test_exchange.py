@@ -1,4 +1,4 @@
-"""Parts become a set, and a set goes out and comes back the same."""
+"""Merging folders into a set; export to and import from WebDataset."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ def contents(folder: Path) -> list[dict[str, object]]:
     return [row for shard in range(3) for row in store.read_table(folder, shard, SPEC).to_pylist()]
 
 
-def test_parts_become_the_set(tmp_path: Path) -> None:
-    whole = write(tmp_path / "whole", range(3))
+def test_folders_with_some_shards_are_merged_into_the_set(tmp_path: Path) -> None:
+    complete = write(tmp_path / "complete", range(3))
     a, b = write(tmp_path / "a", range(0, 2)), write(tmp_path / "b", range(1, 3))
     assert merge([a], tmp_path / "out") == (2, 3)
     assert merge([a, b], tmp_path / "out") == (3, 3) == merge([b, a], tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(whole) and verify(tmp_path / "out") == []
+    assert contents(tmp_path / "out") == contents(complete) and verify(tmp_path / "out") == []
 
 
-def test_only_one_set_is_merged_and_nothing_damaged(tmp_path: Path) -> None:
+def test_merge_refuses_different_sets_and_damaged_or_misnamed_shards(tmp_path: Path) -> None:
     a = write(tmp_path / "a", range(1))
     b = write(tmp_path / "b", range(1, 3), dataclasses.replace(SPEC, guidance_scale=8.0))
     with pytest.raises(UserError, match=r"different sets \(guidance_scale: 3\.0 and 8\.0\)"):
@@ -60,7 +60,7 @@ def test_only_one_set_is_merged_and_nothing_damaged(tmp_path: Path) -> None:
     assert store.present_shards(tmp_path / "out", SPEC) == [0, 1]
 
 
-def test_out_and_back_is_the_same_set(tmp_path: Path) -> None:
+def test_export_and_import_give_the_same_set(tmp_path: Path) -> None:
     made = write(tmp_path / "made", range(3))
     assert export_webdataset(made, tmp_path / "tars") == 3
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "tars").glob("*.tar")}
@@ -70,7 +70,7 @@ def test_out_and_back_is_the_same_set(tmp_path: Path) -> None:
     assert contents(tmp_path / "back") == contents(made) and verify(tmp_path / "back") == []
 
 
-def test_webdataset_itself_reads_it(tmp_path: Path) -> None:
+def test_webdataset_reads_an_export(tmp_path: Path) -> None:
     wds = pytest.importorskip("webdataset")
     made = write(tmp_path / "made", range(3))
     export_webdataset(made, tmp_path / "tars")
@@ -85,7 +85,7 @@ def test_webdataset_itself_reads_it(tmp_path: Path) -> None:
         assert latents.tobytes() == expected["latents"]
 
 
-def test_damaged_and_foreign_exports_are_told(tmp_path: Path) -> None:
+def test_damaged_and_foreign_exports_are_refused(tmp_path: Path) -> None:
     made = write(tmp_path / "made", range(3))
     export_webdataset(made, tmp_path / "tars")
     with pytest.raises(UserError, match="holds an export of another set"):

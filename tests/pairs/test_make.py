@@ -1,4 +1,4 @@
-"""Making pairs: whatever the batches and the interruptions, the same pairs."""
+"""Making pairs: they do not depend on the batch size or on interruptions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def made(teacher: Teacher, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_pair_is_the_teachers_answer_to_its_own_seed(teacher: Teacher, made: Path) -> None:
+def test_latents_are_the_teachers_solution_for_the_pairs_seed_and_prompt(
+    teacher: Teacher, made: Path
+) -> None:
     spec = spec_of(teacher)
     pairs = read_all(made, spec)
     assert (
@@ -67,7 +69,7 @@ def test_a_pair_is_the_teachers_answer_to_its_own_seed(teacher: Teacher, made: P
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_pairs_do_not_depend_on_the_batch(
+def test_pairs_do_not_depend_on_the_batch_size(
     teacher: Teacher, made: Path, tmp_path: Path, batch_size: int
 ) -> None:
     spec = spec_of(teacher, keep_noise=True)
@@ -77,7 +79,7 @@ def test_pairs_do_not_depend_on_the_batch(
     torch.testing.assert_close(found.latents, expected.latents, rtol=1e-3, atol=1e-4)
 
 
-def test_run_again_makes_nothing(teacher: Teacher, made: Path) -> None:
+def test_a_complete_set_is_not_made_again(teacher: Teacher, made: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in made.iterdir()}
     assert sorted(path.name for path in before) == [
         "pairs-00000.parquet",
@@ -93,7 +95,7 @@ def test_run_again_makes_nothing(teacher: Teacher, made: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in made.iterdir()} == before
 
 
-def test_after_an_interruption_only_the_rest_is_made(
+def test_only_missing_shards_are_made_after_an_interruption(
     teacher: Teacher, made: Path, tmp_path: Path
 ) -> None:
     spec = spec_of(teacher)
@@ -107,18 +109,18 @@ def test_after_an_interruption_only_the_rest_is_made(
         make_pairs(teacher, interrupted, spec, tmp_path, batch_size=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs-00000.parquet", "pairs.json"]
     first = shard_path(tmp_path, 0).stat().st_mtime_ns
-    asked: list[int] = []
+    requested: list[int] = []
 
     def noted(indices: Sequence[int]) -> list[str]:
-        asked.extend(indices)
+        requested.extend(indices)
         return prompts_of(indices)
 
     make_pairs(teacher, noted, spec, tmp_path, batch_size=3)
-    assert asked == list(range(4, 9)) and shard_path(tmp_path, 0).stat().st_mtime_ns == first
+    assert requested == list(range(4, 9)) and shard_path(tmp_path, 0).stat().st_mtime_ns == first
     shard_path(tmp_path, 0).unlink()  # a shard that was lost
-    asked.clear()
+    requested.clear()
     make_pairs(teacher, noted, spec, tmp_path, batch_size=3)
-    assert asked == list(range(4))
+    assert requested == list(range(4))
     found, expected = read_all(tmp_path, spec), read_all(made, spec)
     assert (found.index, found.seed, found.prompts) == (
         expected.index,
@@ -128,12 +130,14 @@ def test_after_an_interruption_only_the_rest_is_made(
     assert torch.equal(found.latents, expected.latents)
 
 
-def test_another_guidance_is_another_set(teacher: Teacher, made: Path) -> None:
+def test_continuing_a_set_with_another_guidance_scale_is_refused(
+    teacher: Teacher, made: Path
+) -> None:
     with pytest.raises(UserError, match=r"guidance_scale: 3\.0 there, 1\.0 requested"):
         make_pairs(teacher, prompts_of, spec_of(teacher, guidance_scale=1.0), made)
 
 
-def test_the_stored_noise_is_the_seeds(teacher: Teacher, tmp_path: Path) -> None:
+def test_stored_noise_is_generated_from_the_seed(teacher: Teacher, tmp_path: Path) -> None:
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -144,14 +148,14 @@ def test_the_stored_noise_is_the_seeds(teacher: Teacher, tmp_path: Path) -> None
         assert np.frombuffer(row["noise"], np.float16).tobytes() == expected.tobytes()
 
 
-def test_prompts_are_read_a_line_each(tmp_path: Path) -> None:
+def test_prompts_are_read_one_per_line(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("  a cat \nein Hündchen\r\na “dog”", encoding="utf-8")
     assert read_prompts(path) == ["a cat", "ein Hündchen", "a “dog”"]
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"", "is empty"),
         (b" \n\n", "is empty"),
@@ -159,20 +163,20 @@ def test_prompts_are_read_a_line_each(tmp_path: Path) -> None:
         (b"a\n\xff\xfe", r"is not UTF-8 \(byte 2\)"),
     ],
 )
-def test_bad_prompt_files_are_said(tmp_path: Path, content: bytes, told: str) -> None:
+def test_bad_prompt_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_prompts(path)
 
 
-def test_missing_prompt_files_are_said(tmp_path: Path) -> None:
+def test_missing_prompt_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no prompts file"):
         read_prompts(tmp_path / "no.txt")
     with pytest.raises(UserError, match="is a folder"):
         read_prompts(tmp_path)
 
 
-def test_a_digest_names_the_content() -> None:
+def test_prompts_digest_identifies_the_content() -> None:
     assert prompts_digest(["a", "b"]) == prompts_digest(["a", "b"]) != prompts_digest(["b", "a"])
     assert prompts_digest(["a", "b"]).startswith("2 prompts")

@@ -1,4 +1,4 @@
-"""Pairs by many hands: ranks, ranges and restarts make the set that one process makes."""
+"""Ranks, shard ranges and restarts together make the set that one process makes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(world))
 
 
-def test_ranks_share_the_shards_by_index(
+def test_ranks_make_every_nth_shard(
     teacher: Teacher,
     spec: PairsSpec,
     alone: tuple[Pairs, bytes],
@@ -91,7 +91,7 @@ def test_ranks_share_the_shards_by_index(
     assert_same_set(tmp_path, spec, alone)
 
 
-def test_any_mixture_is_the_same_set(
+def test_ranges_ranks_and_interruptions_give_the_same_set(
     teacher: Teacher,
     spec: PairsSpec,
     alone: tuple[Pairs, bytes],
@@ -106,22 +106,24 @@ def test_any_mixture_is_the_same_set(
     )  # shards 2 and 4, which is there
     assert present_shards(tmp_path, spec) == [2, 4, 5]
     monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
-    asked: list[int] = []
+    requested: list[int] = []
 
     def interrupted(indices: Sequence[int]) -> list[str]:
-        asked.extend(indices)
+        requested.extend(indices)
         if 5 in indices:
             raise KeyboardInterrupt
         return prompts_of(indices)
 
     with pytest.raises(KeyboardInterrupt):
         make_pairs(teacher, interrupted, spec, tmp_path, 2)
-    assert present_shards(tmp_path, spec) == [0, 2, 4, 5] and asked == [0, 1, 2, 3, 4, 5]
+    assert present_shards(tmp_path, spec) == [0, 2, 4, 5] and requested == [0, 1, 2, 3, 4, 5]
     make_pairs(teacher, prompts_of, spec, tmp_path, 64)
     assert_same_set(tmp_path, spec, alone)
 
 
-def test_a_shard_in_work_is_nobody_elses(teacher: Teacher, spec: PairsSpec, tmp_path: Path) -> None:
+def test_a_locked_shard_is_refused_and_others_are_made(
+    teacher: Teacher, spec: PairsSpec, tmp_path: Path
+) -> None:
     with exclusive_lock(shard_path(tmp_path, 1)):
         with pytest.raises(
             UserError, match=r"pairs-00001\.parquet is being written by another process"
@@ -133,10 +135,10 @@ def test_a_shard_in_work_is_nobody_elses(teacher: Teacher, spec: PairsSpec, tmp_
     assert present_shards(tmp_path, spec) == [0, 2]
 
 
-def test_a_shard_finished_meanwhile_is_left(
+def test_a_shard_finished_before_the_lock_is_kept(
     teacher: Teacher, spec: PairsSpec, tmp_path: Path, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]
-    """Another process ends shard 0 between our look at the folder and our claim."""
+    """Another process finishes shard 0 after this one has listed the folder, before it locks it."""
     make_pairs(teacher, prompts_of, spec, tmp_path, shards=range(0, 1))
     before = shard_path(tmp_path, 0).stat().st_mtime_ns
     looks = iter([[], [0]])
@@ -158,7 +160,7 @@ def test_ranges_outside_the_set_are_refused(
 
 
 @pytest.mark.slow
-def test_torchrun_makes_the_same_set(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_two_ranks_under_torchrun_make_the_same_set(tiny_teacher: Path, tmp_path: Path) -> None:
     """Two real ranks, one result; progress of both from the first alone."""
     command = [
         "-m",

@@ -1,4 +1,4 @@
-"""The order of reading: a permutation an epoch, and the same stream from wherever one starts."""
+"""The order of reading: a permutation per epoch, and the same stream from any position."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def test_each_epoch_is_a_permutation(folder: Path) -> None:
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 23, 30])
 def test_any_position_continues_the_same_stream(folder: Path, batch_size: int) -> None:
     length = 3 * COUNT // batch_size * batch_size
-    whole = stream(folder, length, batch_size)
-    assert whole == stream(folder, length)  # the order does not depend on the batch
+    complete = stream(folder, length, batch_size)
+    assert complete == stream(folder, length)  # the order does not depend on the batch
     for position in range(0, length, batch_size):
-        assert stream(folder, length - position, batch_size, position) == whole[position:]
+        assert stream(folder, length - position, batch_size, position) == complete[position:]
 
 
-def test_the_order_is_the_seeds(folder: Path) -> None:
+def test_the_order_depends_on_the_seed(folder: Path) -> None:
     assert (
         stream(folder, COUNT, seed=0)
         == stream(folder, COUNT, seed=0)
@@ -71,14 +71,14 @@ def test_the_order_is_the_seeds(folder: Path) -> None:
     )
 
 
-def test_a_row_stays_together(folder: Path) -> None:
+def test_seed_prompt_and_latents_of_a_pair_stay_together(folder: Path) -> None:
     for batch in islice(PairReader(folder, 0).batches(4), 12):
         assert batch.seed == [pair_seed(1, i) for i in batch.index]
         assert batch.prompts == [f"prompt {i}" for i in batch.index]
         assert batch.latents.equal(noise_from_seeds(batch.seed, (1, 2, 2)).half().float())
 
 
-def test_the_first_pairs(folder: Path) -> None:
+def test_first_returns_the_first_pairs_of_the_set(folder: Path) -> None:
     reader = PairReader(folder, 0)
     assert reader.first(9).index == list(range(9)) and reader.first(99).index == list(range(COUNT))
 
@@ -86,7 +86,7 @@ def test_the_first_pairs(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("shard_size", "expected"), [(128, 128), (1000, 16), (16_384, 1), (10**6, 1)]
 )
-def test_a_window_is_bounded(shard_size: int, expected: int) -> None:
+def test_windows_are_bounded_in_pairs_and_bytes(shard_size: int, expected: int) -> None:
     """16 384 pairs of SD 1.5, half a GiB; of larger latents fewer pairs, the same memory."""
     sd = PairsSpec("t", "r", "p", 10**7, 1, 5, 3.0, (4, 64, 64), shard_size)
     assert sampler.shards_per_window(sd) == expected
@@ -95,7 +95,9 @@ def test_a_window_is_bounded(shard_size: int, expected: int) -> None:
     )
 
 
-def test_the_next_window_is_read_meanwhile(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_window_is_read_in_the_background(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[int] = []
     real = sampler.read_shard
 
@@ -123,7 +125,7 @@ def test_an_incomplete_set_is_refused(folder: Path) -> None:
         PairReader(folder, 0)
 
 
-def test_one_pair_is_enough(tmp_path: Path) -> None:
+def test_a_set_of_one_pair_fills_any_batch(tmp_path: Path) -> None:
     spec = dataclasses.replace(PairsSpec("t", "r", "p", 1, 1, 5, 3.0, (1, 2, 2), 7))
     store.start_set(tmp_path, spec)
     store.write_shard(

@@ -1,4 +1,4 @@
-"""Shards: what is written is read, and nothing damaged passes."""
+"""Shards on disk: they are read as written, and damage is detected."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write_set(folder: Path, spec: PairsSpec = SPEC) -> None:
         store.write_shard(folder, shard, spec, pairs, pairs.latents if spec.keep_noise else None)
 
 
-def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_read_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "ROW_GROUP", 3)
     write_set(tmp_path)
     assert [len(SPEC.shard_indices(s)) for s in range(SPEC.num_shards)] == [4, 4, 2]
@@ -56,7 +56,7 @@ def test_what_is_written_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert verify(tmp_path) == []
 
 
-def test_a_shard_explains_itself_to_pyarrow_alone(tmp_path: Path) -> None:
+def test_a_shard_is_readable_by_pyarrow_alone(tmp_path: Path) -> None:
     spec = dataclasses.replace(SPEC, keep_noise=True)
     write_set(tmp_path, spec)
     table = pq.read_table(shard_path(tmp_path, 2))
@@ -79,29 +79,31 @@ def _written(folder: Path) -> Path:
     return shard_path(folder, 0)
 
 
-def test_a_cut_off_shard_is_a_failure(tmp_path: Path) -> None:
+def test_a_truncated_shard_is_a_failure(tmp_path: Path) -> None:
     write_set(tmp_path)
     path = shard_path(tmp_path, 1)
-    whole = path.read_bytes()
-    for length in (0, 3, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:length])
+    content = path.read_bytes()
+    for length in (0, 3, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
         with pytest.raises(Failure, match=r"pairs-00001\.parquet is damaged.*Delete that file"):
             read_shard(tmp_path, 1)
         assert len(verify(tmp_path)) == 1
 
 
-def test_no_flipped_byte_passes_unnoticed(tmp_path: Path) -> None:
-    """Every altered byte is a deliberate error, or lies where nothing of a pair is kept (a writer's name)."""
+def test_every_flipped_byte_is_detected_or_harmless(tmp_path: Path) -> None:
+    """Harmless: a byte outside of the pairs' data, such as the name of the writing library."""
     write_set(tmp_path)
     path = shard_path(tmp_path, 0)
-    whole, made = path.read_bytes(), read_shard(tmp_path, 0)
+    content, made = path.read_bytes(), read_shard(tmp_path, 0)
     latents_at = pq.ParquetFile(path).metadata.row_group(0).column(3)
     pages = range(
         latents_at.data_page_offset, latents_at.data_page_offset + latents_at.total_compressed_size
     )
     num_noticed = 0
-    for place in range(0, len(whole), 3):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x15]) + whole[place + 1 :])
+    for position in range(0, len(content), 3):
+        path.write_bytes(
+            content[:position] + bytes([content[position] ^ 0x15]) + content[position + 1 :]
+        )
         try:
             found = read_shard(tmp_path, 0)
         except (Failure, UserError):
@@ -111,16 +113,16 @@ def test_no_flipped_byte_passes_unnoticed(tmp_path: Path) -> None:
                 made.index,
                 made.seed,
                 made.prompts,
-            ), place
-            assert torch.equal(found.latents, made.latents), place
+            ), position
+            assert torch.equal(found.latents, made.latents), position
     path.write_bytes(
-        whole[: pages.stop - 1] + bytes([whole[pages.stop - 1] ^ 1]) + whole[pages.stop :]
+        content[: pages.stop - 1] + bytes([content[pages.stop - 1] ^ 1]) + content[pages.stop :]
     )
     assert len(verify(tmp_path)) == 1 and "damaged" in verify(tmp_path)[0]
     assert num_noticed > len(pages) // 3
 
 
-def test_verify_reads_the_contents(tmp_path: Path) -> None:
+def test_verify_finds_wrong_order_bad_numbers_duplicates_and_missing_shards(tmp_path: Path) -> None:
     write_set(tmp_path)
     made = some_pairs(SPEC, range(4, 8))
     store.write_shard(tmp_path, 1, SPEC, made.rows([1, 0, 2, 3]))
@@ -144,7 +146,7 @@ def test_a_shard_of_another_set_is_refused(tmp_path: Path) -> None:
         read_shard(tmp_path / "a", 0)
 
 
-def test_a_set_is_continued_only_with_its_own_settings(tmp_path: Path) -> None:
+def test_continuing_a_set_with_other_settings_is_refused(tmp_path: Path) -> None:
     store.start_set(tmp_path, SPEC)
     store.start_set(tmp_path, SPEC)
     assert store.open_set(tmp_path) == SPEC
@@ -155,7 +157,7 @@ def test_a_set_is_continued_only_with_its_own_settings(tmp_path: Path) -> None:
         store.start_set(tmp_path, dataclasses.replace(SPEC, guidance_scale=8.0, shard_size=5))
 
 
-def test_a_folder_without_pairs_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_a_valid_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no pairs \(pairs\.json is missing\)"):
         store.open_set(tmp_path)
     for content in ("{}", "[]", "3", '{"latent_shape": 4}', '{"latent_shape": [4, 2, 3]}', "{"):
@@ -164,7 +166,7 @@ def test_a_folder_without_pairs_is_said(tmp_path: Path) -> None:
             store.open_set(tmp_path)
 
 
-def test_pair_seeds_never_meet_and_fit_the_generator() -> None:
+def test_pair_seeds_are_unique_and_have_32_bits() -> None:
     ends = [0, 1, PAIRS_PER_SEED - 1]
     seeds = [pair_seed(s, i) for s in range(256) for i in ends]
     assert len(set(seeds)) == len(seeds) and min(seeds) == 0 and max(seeds) == 2**32 - 1
@@ -177,7 +179,7 @@ def test_pair_seeds_never_meet_and_fit_the_generator() -> None:
             pair_seed(0, bad)
 
 
-def test_noise_is_each_pairs_own() -> None:
+def test_noise_depends_on_the_pairs_seed_alone() -> None:
     seeds, shape = [pair_seed(2, i) for i in (0, 1, 2**24 - 1)], (4, 8, 8)
     together = noise_from_seeds(seeds, shape)
     for seed, noise in zip(seeds, together, strict=True):

@@ -30,7 +30,7 @@ def step(module: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None
     optimizer.step()
 
 
-def test_the_average_is_the_written_out_one() -> None:
+def test_ema_matches_the_recursion_written_out() -> None:
     module, decay = network(), 0.6
     ema, optimizer = EMA(module, decay), adam(module)
     expected = {key: value.double() for key, value in module.state_dict().items()}
@@ -52,7 +52,7 @@ def test_the_average_is_the_written_out_one() -> None:
     )
 
 
-def test_saved_and_loaded_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
+def test_training_resumed_from_a_checkpoint_gives_the_same_weights(tmp_path: Path) -> None:
     module = network()
     optimizer = adam(module)
     for seed in range(3):
@@ -77,7 +77,7 @@ def test_saved_and_loaded_goes_on_as_if_never_stopped(tmp_path: Path) -> None:
         assert torch.equal(again.state_dict()[key], value), key
 
 
-def test_names_do_not_mix(tmp_path: Path) -> None:
+def test_unpack_distinguishes_names_with_a_common_prefix(tmp_path: Path) -> None:
     a, b = network(1), network(2)
     packed = checkpoint.pack("net", a) | checkpoint.pack("network", b)
     assert torch.equal(checkpoint.unpack("net", packed)["0.weight"], a[0].weight)

@@ -1,4 +1,4 @@
-"""What ranks find in torchrun's environment, and that two nodes come back after one has lost its rank."""
+"""torchrun's environment, and the recovery of two nodes after one rank is killed."""
 
 from __future__ import annotations
 
@@ -14,44 +14,58 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.runtime.distributed import store_prefix
 
 
-def torchrun_says(
-    monkeypatch: pytest.MonkeyPatch, lent: bool, nodes: int, count: int, most: int
+def set_torchrun_environment(
+    monkeypatch: pytest.MonkeyPatch,
+    shared_store: bool,
+    nodes: int,
+    restart_count: int,
+    max_restarts: int,
 ) -> None:
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(lent))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(shared_store))
     monkeypatch.setenv("GROUP_WORLD_SIZE", str(nodes))
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(most))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restart_count))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", str(max_restarts))
 
 
-def test_attempts_are_told_apart_where_one_store_serves_them_all(
+def test_attempts_that_share_a_store_have_different_prefixes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    torchrun_says(monkeypatch, lent=True, nodes=1, count=0, most=3)
+    set_torchrun_environment(
+        monkeypatch, shared_store=True, nodes=1, restart_count=0, max_restarts=3
+    )
     first = store_prefix()
-    torchrun_says(monkeypatch, lent=True, nodes=1, count=1, most=3)
+    set_torchrun_environment(
+        monkeypatch, shared_store=True, nodes=1, restart_count=1, max_restarts=3
+    )
     assert store_prefix() != first
 
 
-def test_nodes_that_count_differently_meet_in_a_fresh_store(
+def test_nodes_with_different_restart_counts_share_the_prefix_of_a_new_store(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    torchrun_says(monkeypatch, lent=False, nodes=2, count=0, most=3)
+    set_torchrun_environment(
+        monkeypatch, shared_store=False, nodes=2, restart_count=0, max_restarts=3
+    )
     first = store_prefix()
-    torchrun_says(monkeypatch, lent=False, nodes=2, count=1, most=3)
+    set_torchrun_environment(
+        monkeypatch, shared_store=False, nodes=2, restart_count=1, max_restarts=3
+    )
     assert store_prefix() == first
 
 
-def test_a_lent_store_is_refused_where_several_nodes_restart(
+def test_a_shared_store_is_refused_if_several_nodes_may_restart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    torchrun_says(monkeypatch, lent=True, nodes=2, count=0, most=3)
+    set_torchrun_environment(
+        monkeypatch, shared_store=True, nodes=2, restart_count=0, max_restarts=3
+    )
     with pytest.raises(
         UserError, match=r"--max-restarts 3 on 2 nodes.*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
     ):
         store_prefix()
-    torchrun_says(
-        monkeypatch, lent=True, nodes=2, count=0, most=0
-    )  # what never restarts may keep it
+    set_torchrun_environment(
+        monkeypatch, shared_store=True, nodes=2, restart_count=0, max_restarts=0
+    )  # without restarts a shared store is safe
     assert store_prefix()
 
 
@@ -72,8 +86,8 @@ with connect_ranks(torch.device("cpu")) as group:
 
 
 @pytest.mark.slow
-def test_two_nodes_come_back_after_one_has_lost_its_rank(tmp_path: Path) -> None:
-    """Two agents of one rank each; kill −9 of one rank, and both end well. The attempts they count are told."""
+def test_two_nodes_recover_after_one_rank_is_killed(tmp_path: Path) -> None:
+    """Two agents with one rank each; one rank is killed with SIGKILL, and both finish."""
     (tmp_path / "loses_one.py").write_text(LOSES_ONE)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -106,9 +120,9 @@ def test_two_nodes_come_back_after_one_has_lost_its_rank(tmp_path: Path) -> None
         for _ in range(2)
     ]
     try:
-        told = [node.communicate(timeout=600) for node in nodes]
+        outputs = [node.communicate(timeout=600) for node in nodes]
     finally:
         for node in nodes:
             node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], told
-    assert (tmp_path / "lost").exists() and all("DONE" in out for out, _ in told), told
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert (tmp_path / "lost").exists() and all("DONE" in out for out, _ in outputs), outputs

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Atomic writing of files, folders, JSON and images."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_is_replaced(tmp_path: Path) -> None:
+def test_atomic_write_creates_folders_and_replaces_a_file(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "file"
     for text in ("one", "two"):
         with atomic_write(path) as temporary:
             temporary.write_text(text)
-            assert temporary.parent == path.parent  # one file system, so that a rename is whole
+            assert temporary.parent == path.parent  # on one file system a rename is atomic
         assert path.read_text() == text and names(path.parent) == ["file"]
 
 
-def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
-    """Of this machine's dead processes alone; a folder that stood aside only once another is in its place."""
+def test_temporaries_of_killed_processes_are_removed(tmp_path: Path) -> None:
+    """Only those of this machine; a folder set aside only once a new one has replaced it."""
     dead = subprocess.Popen(["true"])
     dead.wait()
     path = tmp_path / "x"
@@ -123,7 +123,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.usefixtures("small_files")
 @pytest.mark.parametrize("writer", WRITERS)
-def test_every_library_that_writes_tells_of_a_full_disk(tmp_path: Path, writer: str) -> None:
+def test_a_full_disk_is_detected_in_every_writing_library(tmp_path: Path, writer: str) -> None:
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(Failure, match="disk is full"), atomic_write(path) as temporary:
@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.load(path)[1] == {"step": 1} and names(tmp_path) == ["checkpoint.safetensors"]
 
 
-def test_json_and_its_errors(tmp_path: Path) -> None:
+def test_json_is_written_and_read_and_bad_files_are_refused(tmp_path: Path) -> None:
     value = {"words": "“ünï” ✓", "numbers": [1, 2.5, 1e-30], "none": None}
     write_json(tmp_path / "a.json", value)
     assert read_json(tmp_path / "a.json") == value
@@ -152,7 +152,7 @@ def test_json_and_its_errors(tmp_path: Path) -> None:
             read_json(tmp_path / "c.json")
 
 
-def test_digests_are_the_contents(tmp_path: Path) -> None:
+def test_sha256_depends_on_the_contents_alone(tmp_path: Path) -> None:
     (tmp_path / "one").write_bytes(b"abc")
     assert sha256(tmp_path / "one") == hashlib.sha256(b"abc").hexdigest()
     folders = [tmp_path / name for name in ("a", "b")]
@@ -165,7 +165,7 @@ def test_digests_are_the_contents(tmp_path: Path) -> None:
     assert sha256(folders[0]) != sha256(folders[1])
 
 
-def test_pictures_are_written_whole(tmp_path: Path) -> None:
+def test_images_are_converted_arranged_and_written_atomically(tmp_path: Path) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (4, 5, 6, 3)).astype(np.uint8)
     assert np.array_equal(to_uint8(from_uint8(pictures)), pictures)
     greys = to_uint8(torch.tensor([-9.0, -1, 0, 1, 9]).expand(1, 3, 1, 5))[0, 0, :, 0]

@@ -1,4 +1,4 @@
-"""A claim: one owner at a time, free when the owner dies, nothing left behind."""
+"""The exclusive lock: one owner at a time, freed when the owner is killed, nothing left."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def holder(path: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_the_second_is_refused_and_told_by_whom(tmp_path: Path) -> None:
+def test_a_second_process_is_refused_and_the_owner_is_named(tmp_path: Path) -> None:
     process = holder(tmp_path / "x")
     try:
-        told = f"x is being written by another process .process {process.pid} on "
-        with pytest.raises(UserError, match=told), exclusive_lock(tmp_path / "x"):
+        message = f"x is being written by another process .process {process.pid} on "
+        with pytest.raises(UserError, match=message), exclusive_lock(tmp_path / "x"):
             raise AssertionError("two owners")
         with exclusive_lock(tmp_path / "y"):  # another thing is free
             pass
@@ -45,13 +45,13 @@ def test_the_second_is_refused_and_told_by_whom(tmp_path: Path) -> None:
         process.wait()
 
 
-def test_a_dead_owner_holds_nothing(tmp_path: Path) -> None:
+def test_a_killed_owner_frees_the_lock_and_its_temporaries_are_removed(tmp_path: Path) -> None:
     process = holder(tmp_path / "x")
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     (tmp_path / ".x.123.tmp").write_text("half")  # what the killed one left
     (tmp_path / ".y.123.tmp").write_text("another's")
-    (tmp_path / ".x.half.host-123.tmp").mkdir()  # of `x.half`, which somebody may be writing
+    (tmp_path / ".x.half.host-123.tmp").mkdir()  # of `x.half`, not of `x`
     assert (tmp_path / ".x.lock").exists()
     with exclusive_lock(tmp_path / "x"):
         assert not (tmp_path / ".x.123.tmp").exists()
@@ -61,19 +61,19 @@ def test_a_dead_owner_holds_nothing(tmp_path: Path) -> None:
     ]
 
 
-def test_many_at_once_are_never_two(tmp_path: Path) -> None:
-    """Lock files come and go: whoever holds the claim holds it alone."""
-    inside, most, won = 0, 0, 0
+def test_many_threads_never_hold_the_lock_at_once(tmp_path: Path) -> None:
+    """Lock files are created and deleted all the time; one thread at a time has the lock."""
+    inside, most_at_once, won = 0, 0, 0
     guard = threading.Lock()
 
     def often() -> None:
-        nonlocal inside, most, won
+        nonlocal inside, most_at_once, won
         for _ in range(200):
             try:
                 with exclusive_lock(tmp_path / "x"):
                     with guard:
                         inside, won = inside + 1, won + 1
-                        most = max(most, inside)
+                        most_at_once = max(most_at_once, inside)
                     with guard:
                         inside -= 1
             except UserError:
@@ -84,4 +84,4 @@ def test_many_at_once_are_never_two(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == 1 and won > 10 and not list(tmp_path.iterdir())
+    assert most_at_once == 1 and won > 10 and not list(tmp_path.iterdir())

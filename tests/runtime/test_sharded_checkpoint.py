@@ -1,4 +1,4 @@
-"""A state cut over ranks, on disk: what several processes wrote, one reads whole, or says which part is wrong."""
+"""A sharded state on disk: written by several ranks, read by one process, wrong shards named."""
 
 from __future__ import annotations
 
@@ -30,18 +30,22 @@ from diffusion2gan.runtime.distributed import connect_ranks
 
 def main(out):
     with connect_ranks(torch.device("cpu")) as group:
-        mesh, beside = init_device_mesh("cpu", (group.ranks.world_size,)), group.new_gloo_group()
-        cut = lambda x: distribute_tensor(x, mesh, [Shard(0)], src_data_rank=None)
-        tensors = {key: cut(value) if value.ndim and key != "whole" else value for key, value in state().items()}
-        write = sharded_checkpoint.prepare_write(out / "parts", tensors, beside)
+        mesh = init_device_mesh("cpu", (group.ranks.world_size,))
+        second_group = group.new_gloo_group()
+        tensors = state()
+        for key, value in tensors.items():
+            if value.ndim and key != "full":
+                tensors[key] = distribute_tensor(value, mesh, [Shard(0)], src_data_rank=None)
+        write = sharded_checkpoint.prepare_write(out / "parts", tensors, second_group)
         for value in tensors.values():
-            value.zero_()  # training goes on meanwhile
+            value.zero_()  # training continues before the shards are written
         write()
-        full = sharded_checkpoint.prepare_write(out / "no" / "such" if group.ranks.is_main else Path(__file__) / "below", tensors, beside)
+        folder = out / "no" / "such" if group.ranks.is_main else Path(__file__) / "below"
+        failing_write = sharded_checkpoint.prepare_write(folder, tensors, second_group)
         try:
-            full()
+            failing_write()
         except Failure as error:
-            (out / f"told{group.ranks.rank}").write_text(str(error))
+            (out / f"error{group.ranks.rank}").write_text(str(error))
 
 main(Path(sys.argv[1]))
 """
@@ -49,13 +53,13 @@ NAMES = [f"shard-0000{rank}-model-00001-of-00001.safetensors" for rank in (1, 2)
 
 
 def state() -> dict[str, Tensor]:
-    """Rows that two ranks cannot halve, fewer rows than ranks, none at all; numbers; other types; one that is whole."""
+    """Odd numbers of rows, fewer than ranks, and none; scalars; other types; a full tensor."""
     generator = torch.Generator().manual_seed(0)
     rows = {f"rows/{count}": torch.randn(count, 3, generator=generator) for count in (0, 1, 2, 5)}
     rows |= {
         "half": torch.randn(5, generator=generator).bfloat16(),
         "integers": torch.arange(3),
-        "whole": torch.ones(4),
+        "full": torch.ones(4),
     }
     return rows | {"adam/0/step": torch.tensor(3.0), "count": torch.tensor(2**40)}
 
@@ -71,7 +75,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_one_process_reads_what_two_wrote(written: Path) -> None:
+def test_one_process_reads_the_shards_of_two_ranks(written: Path) -> None:
     numels = {key: value.numel() for key, value in state().items()}
     files = sharded_checkpoint.check_written(written / "parts", numels)
     assert list(files) == NAMES and min(files.values()) > 0
@@ -83,29 +87,27 @@ def test_one_process_reads_what_two_wrote(written: Path) -> None:
         safe_open(written / "parts" / name, "pt").get_slice("rows/5").get_shape()[0]
         for name in NAMES
     ]
-    assert rows == [3, 2]  # each rank has written its own alone
+    assert rows == [3, 2]  # each rank has written its rows only
     with pytest.raises(Failure, match=r"15 of the 18 elements of rows/5.*all ranks share"):
         sharded_checkpoint.check_written(written / "parts", numels | {"rows/5": 18})
     with pytest.raises(Failure, match=r"0 of the 1 elements of another"):
         sharded_checkpoint.check_written(written / "parts", numels | {"another": 1})
 
 
-def test_a_rank_that_cannot_write_is_told_by_all(written: Path) -> None:
+def test_all_ranks_report_a_rank_that_cannot_write(written: Path) -> None:
     for rank in (0, 1):
-        told = (written / f"told{rank}").read_text()
-        assert (
-            "rank 1: NotADirectoryError" in told
-            and "The previous checkpoint is intact" in told
-            and "\n" not in told
-        )
+        message = (written / f"error{rank}").read_text()
+        assert "rank 1: NotADirectoryError" in message
+        assert "The previous checkpoint is intact" in message
+        assert "\n" not in message
     assert not (written / "no" / "such").exists()
 
 
-def test_a_wrong_part_is_named(written: Path, tmp_path: Path) -> None:
-    """Missing (DCP alone gives its rows by chance, or fewer rows), cut off, one too many, overwritten."""
+def test_a_missing_altered_or_extra_shard_is_named(written: Path, tmp_path: Path) -> None:
+    """Missing (DCP alone would return random or fewer rows), truncated, extra, overwritten."""
     for name in NAMES:
         files = sharded_checkpoint.file_sizes(written / "parts")
-        for damage, told in (
+        for damage, message in (
             (
                 lambda path: path.unlink(),
                 "no such file, but .* bytes when the checkpoint was written",
@@ -131,7 +133,7 @@ def test_a_wrong_part_is_named(written: Path, tmp_path: Path) -> None:
             tensors, meta = checkpoint.load(tmp_path / "newest")
             assert torch.equal(tensors["rows/5"], state()["rows/5"]) and meta["pairs_seen"] == 3
             damage(folder / name)
-            with pytest.raises(Failure, match=told + r"(.|\n)*another checkpoint of the run"):
+            with pytest.raises(Failure, match=message + r"(.|\n)*another checkpoint of the run"):
                 checkpoint.load(tmp_path / "newest")
 
 
@@ -140,7 +142,7 @@ class Bomb:
         return (exec, ("raise SystemExit('unpickled')",))
 
 
-def test_no_pickle_is_read(written: Path, tmp_path: Path) -> None:
+def test_pickled_metadata_is_never_loaded(written: Path, tmp_path: Path) -> None:
     shutil.copytree(written / "parts", tmp_path / "parts")
     (tmp_path / "parts" / ".metadata").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(SystemExit, match="unpickled"):

@@ -16,26 +16,28 @@ def send(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize(
-    "came",
+    "received",
     [
         [signal.SIGINT, signal.SIGTERM],
         [signal.SIGTERM, signal.SIGTERM, signal.SIGTERM, signal.SIGINT],
     ],
     ids=["ctrl-c first", "sigterm often"],
 )
-def test_the_first_signal_asks_and_a_second_ctrl_c_interrupts(came: list[signal.Signals]) -> None:
+def test_the_first_signal_is_reported_and_a_second_ctrl_c_interrupts(
+    received: list[signal.Signals],
+) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with stop_signal() as stopped:
         assert not stopped()
-        for number in came:
+        for number in received:
             send(number)
-            assert stopped() == came[0]
+            assert stopped() == received[0]
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_outside_the_main_thread_nothing_changes() -> None:
+def test_no_handler_is_installed_outside_the_main_thread() -> None:
     before, seen = signal.getsignal(signal.SIGINT), []
 
     def job() -> None:

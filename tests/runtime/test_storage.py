@@ -1,4 +1,4 @@
-"""Files in an object store: whole or not at all, patient with its faults, a bounded cache. A real S3 server (moto)."""
+"""Files in an object store: atomic writes, retries, a bounded cache. A real S3 server (moto)."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ SPEC = PairsSpec("t", "r", "p", 10, 3, 5, 3.0, (4, 2, 3), 4)
 
 
 class Server:
-    """moto's S3 on 127.0.0.1, which can be told to answer 500 and can go away and come back on its port."""
+    """moto's S3 on 127.0.0.1; it can return status 500, and go down and up again on its port."""
 
     def __init__(self) -> None:
         from moto.server import DomainDispatcherApplication, create_backend_app
 
         self._app = DomainDispatcherApplication(create_backend_app)
-        self.port, self.faults, self.asked = 0, 0, 0
+        self.port, self.faults, self.num_requests = 0, 0, 0
         self.up()
 
     def __call__(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-        self.asked += 1
+        self.num_requests += 1
         if self.faults > 0:
             self.faults -= 1
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
@@ -104,8 +104,8 @@ def bucket(server: Server, request: pytest.FixtureRequest) -> Remote:
     return remote
 
 
-def write(place: storage.Location, shards: range = range(3), spec: PairsSpec = SPEC) -> None:
-    store.start_set(place, spec)
+def write(location: storage.Location, shards: range = range(3), spec: PairsSpec = SPEC) -> None:
+    store.start_set(location, spec)
     for shard in shards:
         seeds = [pair_seed(3, i) for i in spec.shard_indices(shard)]
         pairs = Pairs(
@@ -114,29 +114,31 @@ def write(place: storage.Location, shards: range = range(3), spec: PairsSpec = S
             [f"p{i}" for i in seeds],
             -noise_from_seeds(seeds, (4, 2, 3)),
         )
-        store.write_shard(place, shard, spec, pairs)
+        store.write_shard(location, shard, spec, pairs)
 
 
-def write_bytes(place: storage.Location, name: str, content: bytes) -> None:
-    with atomic_put(place, name) as temporary:
+def write_bytes(location: storage.Location, name: str, content: bytes) -> None:
+    with atomic_put(location, name) as temporary:
         temporary.write_bytes(content)
 
 
-def test_a_set_in_a_store_is_a_set(bucket: Remote, tmp_path: Path) -> None:
+def test_a_set_in_an_object_store_reads_like_a_local_one(bucket: Remote, tmp_path: Path) -> None:
     write(bucket)
-    write(tmp_path / "here")
+    write(tmp_path / "local")
     assert store.open_set(bucket) == SPEC and verify(bucket) == []
     assert "10 of 10 pairs" in info(bucket, time.time())["made"]
-    assert set(list_files(bucket)) == set(list_files(tmp_path / "here"))
-    ours, theirs = (PairReader(place, 0).batches(4) for place in (bucket, tmp_path / "here"))
+    assert set(list_files(bucket)) == set(list_files(tmp_path / "local"))
+    remote, local = (
+        PairReader(location, 0).batches(4) for location in (bucket, tmp_path / "local")
+    )
     for _ in range(8):
-        a, b = next(ours), next(theirs)
+        a, b = next(remote), next(local)
         assert a.index == b.index and a.latents.equal(b.latents)
     with pytest.raises(UserError, match=r"already holds other pairs"):
         store.start_set(bucket, PairsSpec("t", "r", "p", 11, 3, 5, 3.0, (4, 2, 3), 4))
 
 
-def test_faults_are_waited_out(
+def test_server_errors_are_retried(
     bucket: Remote, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for number in range(3):
@@ -146,7 +148,7 @@ def test_faults_are_waited_out(
     assert verify(bucket) == []
 
 
-def test_a_store_that_stays_away_is_a_failure(
+def test_a_store_that_stays_unreachable_is_a_failure(
     bucket: Remote, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(bucket, range(2))
@@ -168,7 +170,7 @@ def test_a_block_that_fails_uploads_nothing(bucket: Remote) -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_vanishes_for_ten_seconds(bucket: Remote, server: Server) -> None:
+def test_a_server_outage_of_ten_seconds_is_survived(bucket: Remote, server: Server) -> None:
     write(bucket, range(2))
     server.down()
     returning = threading.Event()
@@ -197,16 +199,18 @@ def test_the_cache_is_bounded_and_never_stale(
     fetch_file(bucket, "c")
     kept = sorted(path.name[-1] for path in (tmp_path / "cache").iterdir())
     assert kept == ["a", "c"]
-    asked = server.asked
+    num_requests = server.num_requests
     assert with_local_copy(bucket, "a", Path.read_bytes) == b"a" * 1000
-    assert server.asked - asked == 1  # a look at its version, no more
+    assert server.num_requests - num_requests == 1  # only its version was looked up
     write_bytes(bucket, "a", b"new")
     assert with_local_copy(bucket, "a", Path.read_bytes) == b"new"
     with pytest.raises(FileNotFoundError):
         with_local_copy(bucket, "nothing", Path.read_bytes)
 
 
-def test_what_a_store_needs_is_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_protocols_and_credentials_are_named(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sys
 
     with pytest.raises(UserError, match="Protocol not known: nowhere"):
@@ -232,7 +236,7 @@ def test_what_a_store_needs_is_said(server: Server, monkeypatch: pytest.MonkeyPa
         )
 
 
-def test_a_bucket_that_is_not_there_is_named(server: Server) -> None:
+def test_a_missing_bucket_is_named(server: Server) -> None:
     with pytest.raises(
         UserError, match=r"s3://no-such-bucket/set cannot be written.*Make the bucket or"
     ):
@@ -240,7 +244,7 @@ def test_a_bucket_that_is_not_there_is_named(server: Server) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
-def test_a_disk_that_takes_nothing_is_no_fault_of_the_store(number: int) -> None:
+def test_errors_of_the_local_disk_are_not_retried(number: int) -> None:
     calls = []
 
     def full() -> None:
@@ -252,7 +256,7 @@ def test_a_disk_that_takes_nothing_is_no_fault_of_the_store(number: int) -> None
     assert len(calls) == 1
 
 
-def test_a_full_disk_is_told_where_a_fetch_meets_it(
+def test_a_full_disk_during_a_download_is_a_failure(
     bucket: Remote, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_bytes(bucket, "x", b"x")

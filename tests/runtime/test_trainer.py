@@ -67,35 +67,37 @@ def test_an_interrupted_stage_ends_with_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
 ) -> None:
     monkeypatch.setattr(module_fit, "CHECKPOINT_EVERY_S", 0.0)
-    whole, calls = train(tmp_path / "whole")
+    uninterrupted, calls = train(tmp_path / "uninterrupted")
     assert calls == [range(i, i + BATCH) for i in range(0, NUM_SAMPLES, BATCH)]
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut", stop_at=stop_at)
     assert [path.name for path in (tmp_path / "cut").iterdir()] == ["stage.safetensors"]
     resumed, rest = train(tmp_path / "cut")
     assert rest == calls[stop_at:]
-    assert same(whole, resumed)
-    assert not same(whole, train(tmp_path / "other", seed=6)[0])  # the comparison can fail
+    assert same(uninterrupted, resumed)
+    assert not same(uninterrupted, train(tmp_path / "other", seed=6)[0])  # the comparison can fail
 
 
-def test_progress_since_the_last_checkpoint_is_made_again(tmp_path: Path) -> None:
-    """With two minutes between checkpoints an early interruption starts the stage anew, to the same end."""
+def test_steps_since_the_last_checkpoint_are_repeated(tmp_path: Path) -> None:
+    """Before the first checkpoint, after two minutes, a stage starts again, to the same result."""
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut", stop_at=5)
     assert not (tmp_path / "cut").exists() or not list((tmp_path / "cut").iterdir())
     resumed, calls = train(tmp_path / "cut")
-    assert len(calls) == NUM_SAMPLES // BATCH and same(resumed, train(tmp_path / "whole")[0])
+    assert len(calls) == NUM_SAMPLES // BATCH and same(
+        resumed, train(tmp_path / "uninterrupted")[0]
+    )
 
 
-def test_a_finished_stage_is_loaded(tmp_path: Path) -> None:
+def test_a_finished_stage_is_loaded_without_training(tmp_path: Path) -> None:
     first, _ = train(tmp_path)
     again, calls = train(tmp_path)
     assert calls == [] and same(first, again)
     assert not again.training and not any(p.requires_grad for p in again.parameters())
 
 
-def test_the_result_is_the_average_of_the_weights(tmp_path: Path) -> None:
-    """The averaged weights against the recursion written out: w ← w + (1 − decay_n)(parameter − w)."""
+def test_the_result_has_the_ema_weights(tmp_path: Path) -> None:
+    """Against the recursion written out: w ← w + (1 − decay_n)(parameter − w)."""
     net, calls, seen = tiny(), [], []
     inner = noisy_loss(net, calls)
 
@@ -120,7 +122,7 @@ def test_the_result_is_the_average_of_the_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(averaged.double(), expected, rtol=0, atol=1e-6)
 
 
-def test_it_learns(tmp_path: Path) -> None:
+def test_a_linear_function_is_learned(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = nn.Linear(3, 1)
     weights = torch.tensor([[1.0, -2.0, 0.5]])
@@ -140,7 +142,7 @@ def test_it_learns(tmp_path: Path) -> None:
     torch.testing.assert_close(net.bias, torch.ones(1), rtol=0, atol=0.03)
 
 
-def test_learning_rate_ends() -> None:
+def test_learning_rate_warms_up_and_decays_to_zero() -> None:
     assert learning_rate(0.0, 2.0) == 0
     assert learning_rate(0.015, 2.0) == pytest.approx(1.0)
     assert learning_rate(0.03, 2.0) == pytest.approx(2.0)
@@ -170,8 +172,8 @@ with connect_ranks(torch.device("cpu")) as group:
 
 
 @pytest.mark.slow
-def test_ranks_average_gradients_and_batch_norms(tmp_path: Path) -> None:
-    """Two ranks against one process that runs both halves of each batch from the same state, and averages."""
+def test_two_ranks_average_gradients_and_batch_norm_buffers(tmp_path: Path) -> None:
+    """Against one process that computes both halves of each batch from one state, and averages."""
     script = tmp_path / "ranked.py"
     script.write_text(RANKED)
     done(torchrun(2, script, tmp_path, Path(__file__).parents[1]))

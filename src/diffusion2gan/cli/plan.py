@@ -37,7 +37,7 @@ def plan(
 
     loaded = load_recipe(recipe, set_ or [])
     if model is None:
-        model_name, reason = job.model_of(loaded)
+        model_name, reason = job.choose_model(loaded)
     else:
         model_name, reason = model, "--model"
 

@@ -23,7 +23,7 @@ import lines
 import torch
 from torch import Tensor
 
-from diffusion2gan.evaluate.run import HELD_OUT_WORLD
+from diffusion2gan.evaluate.pocket import HELD_OUT_WORLD
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, PixelLPIPS
 from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime.files import read_json, write_image, write_json

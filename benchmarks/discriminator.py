@@ -25,7 +25,9 @@ import torch
 from diffusion2gan.cost.distill import dry_run
 from diffusion2gan.demo import complete_shipped_pairs
 from diffusion2gan.distill.train import distill
-from diffusion2gan.evaluate.run import HELD_OUT_WORLD, evaluate
+from diffusion2gan.evaluate.pocket import HELD_OUT_WORLD
+from diffusion2gan.evaluate.run import evaluate
+from diffusion2gan.evaluate.settings import EvaluateSettings
 from diffusion2gan.export import export
 from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pairs.store import open_set
@@ -120,7 +122,7 @@ def train(args: argparse.Namespace, row: str, seed: int) -> Path:
 def measure(args: argparse.Namespace, row: str, folder: Path, seed: int) -> dict[str, Any]:
     """All metrics of one student."""
     metrics = evaluate(
-        str(folder / "export"), count=args.count, seed=0, cache=args.work / "pictures"
+        EvaluateSettings(str(folder / "export"), args.work / "pictures", count=args.count)
     )
     metrics["system"] = f"student, {row}, seed {seed}"
     return {"pairs_seen": build_recipe(args, row, seed).total_pairs, **metrics}
@@ -246,7 +248,7 @@ def main() -> None:
             entry.update(summarize(entry["seeds"]))
             write_json(path, result)
     result["rows"]["teacher"] = evaluate(
-        "pocket-teacher", count=args.count, seed=0, cache=args.work / "pictures"
+        EvaluateSettings("pocket-teacher", args.work / "pictures", count=args.count)
     )
     write_json(path, result)
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageFilter
 
 from diffusion2gan.evaluate.features import PocketClip, load_probe, probe_features
 from diffusion2gan.evaluate.metrics import frechet_distance
-from diffusion2gan.evaluate.run import real_pictures
+from diffusion2gan.evaluate.pocket import real_images
 from diffusion2gan.runtime.files import write_json
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results" / "feature_spaces.json"
@@ -47,8 +47,8 @@ def main() -> None:
     args = parser.parse_args()
 
     # Two halves of other captions; the second one degraded
-    first = real_pictures(args.count, 101)
-    second = real_pictures(args.count, 102)
+    first = real_images(args.count, 101)
+    second = real_images(args.count, 102)
     degraded = {"untouched": second, "noise 0.05": add_noise(second, 0.05)}
     for radius in (0.5, 0.8, 1.2, 2.0):
         degraded[f"blur {radius}"] = blur(second, radius)
@@ -56,7 +56,7 @@ def main() -> None:
     # Distances in both feature spaces, and their ratios to the distance of the unchanged halves
     clip, probe = PocketClip(), load_probe()
     spaces = {
-        "clip": lambda images: clip.images(images).image_embeds,
+        "clip": lambda images: clip.encode_images(images).image_embeds,
         "probe": lambda images: probe_features(probe, images),
     }
     distances: dict[str, dict[str, float]] = {}

@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 
-from diffusion2gan.evaluate.features import attributes_right, load_probe
-from diffusion2gan.evaluate.metrics import share
-from diffusion2gan.evaluate.run import HELD_OUT_WORLD, evaluate, real_pictures
+from diffusion2gan.evaluate.features import load_probe, score_attributes
+from diffusion2gan.evaluate.metrics import accuracy
+from diffusion2gan.evaluate.pocket import HELD_OUT_WORLD, real_images
+from diffusion2gan.evaluate.run import evaluate
+from diffusion2gan.evaluate.settings import EvaluateSettings
 from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pipelines.system import load_system
 from diffusion2gan.pocket import scenes
@@ -49,7 +51,9 @@ def vae_psnr(count: int = 256) -> tuple[float, torch.Tensor, torch.Tensor]:
 
 
 def measure(system: str, args: argparse.Namespace) -> dict[str, Any]:
-    return evaluate(system, count=args.count, seed=0, cache=args.work, num_noises=args.num_noises)
+    return evaluate(
+        EvaluateSettings(system, args.work, count=args.count, num_noises=args.num_noises)
+    )
 
 
 def write_figures(images: torch.Tensor, decoded: torch.Tensor, prompts: Sequence[str]) -> None:
@@ -82,7 +86,7 @@ def main() -> None:
     pace = scenes_per_second()
     psnr, images, decoded = vae_psnr()
     prompts = scenes.captions(range(args.count), HELD_OUT_WORLD)
-    right_by_kind = attributes_right(load_probe(), real_pictures(args.count, 0), prompts)
+    right_by_kind = score_attributes(load_probe(), real_images(args.count, 0), prompts)
     all_right = [right for kind in right_by_kind.values() for right in kind]
 
     result: dict[str, Any] = {
@@ -93,14 +97,14 @@ def main() -> None:
         "gpu": "not measured",
         "scenes_per_second": pace,
         "vae_psnr_db": psnr,
-        "probe_accuracy_on_real": share(all_right),
+        "probe_accuracy_on_real": accuracy(all_right),
         "probe_accuracy_on_real_by_kind": {
-            kind: share(right) for kind, right in right_by_kind.items()
+            kind: accuracy(right) for kind, right in right_by_kind.items()
         },
         "teacher": measure("pocket-teacher", args),
         "student": measure("pocket-student", args),
         "teacher_one_step": evaluate(
-            "pocket-teacher", count=args.count, seed=0, cache=args.work, num_inference_steps=1
+            EvaluateSettings("pocket-teacher", args.work, count=args.count, num_inference_steps=1)
         ),
     }
     write_json(DOCS / "results" / "pocket_world.json", result)

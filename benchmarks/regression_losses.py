@@ -18,7 +18,9 @@ import torch
 from diffusion2gan.cost.distill import dry_run
 from diffusion2gan.demo import complete_shipped_pairs
 from diffusion2gan.distill.train import distill
-from diffusion2gan.evaluate.run import HELD_OUT_WORLD, evaluate
+from diffusion2gan.evaluate.pocket import HELD_OUT_WORLD
+from diffusion2gan.evaluate.run import evaluate
+from diffusion2gan.evaluate.settings import EvaluateSettings
 from diffusion2gan.export import export
 from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pairs.store import open_set
@@ -43,7 +45,7 @@ def measure_student(args: argparse.Namespace, loss: str) -> dict[str, Any]:
         export(run, exported)
 
     step_s = float(dry_run(recipe, args.pairs)["seconds_per_step"])
-    metrics = evaluate(str(exported), count=args.count, seed=0, cache=args.work / "pictures")
+    metrics = evaluate(EvaluateSettings(str(exported), args.work / "pictures", count=args.count))
     metrics["system"] = f"student, {loss}"
     return {"training_pairs_per_second": recipe.batch_size / step_s, **metrics}
 
@@ -107,7 +109,7 @@ def main() -> None:
         result["rows"][loss] = measure_student(args, loss)
         write_json(path, result)
     result["rows"]["teacher"] = evaluate(
-        "pocket-teacher", count=args.count, seed=0, cache=args.work / "pictures"
+        EvaluateSettings("pocket-teacher", args.work / "pictures", count=args.count)
     )
     write_json(path, result)
 

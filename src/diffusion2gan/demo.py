@@ -10,6 +10,7 @@ from diffusion2gan import assets
 from diffusion2gan.compare.compare import compare
 from diffusion2gan.distill.train import distill
 from diffusion2gan.evaluate.run import evaluate
+from diffusion2gan.evaluate.settings import EvaluateSettings
 from diffusion2gan.export import export
 from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.store import SPEC_FILE, open_set
@@ -55,13 +56,13 @@ def demo(out: Path, *, count: int, num_prompts: int, settings: list[str]) -> dic
     }
     metrics: dict[str, Any] = {}
     for name, (path, num_inference_steps) in systems.items():
-        metrics[name] = evaluate(
-            path,
-            count=count,
-            seed=0,
+        evaluation = EvaluateSettings(
+            system=path,
             cache=out / "pictures",
             num_inference_steps=num_inference_steps,
+            count=count,
         )
+        metrics[name] = evaluate(evaluation)
     result = {"systems": metrics}
     write_json(out / "metrics.json", result)
 

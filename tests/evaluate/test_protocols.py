@@ -1,4 +1,4 @@
-"""Protocols and pictures: captions, image folders, feature caches, and a COCO protocol in miniature."""
+"""Protocols and images: captions, image folders, feature caches, and a small COCO protocol."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import importlib
 import io
 import json
 import re
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,29 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, Dinov2Config
 
 from diffusion2gan.cli import app
 from diffusion2gan.errors import UserError
-from diffusion2gan.evaluate import backbones, metrics, protocols, run
-from diffusion2gan.evaluate.coco import evaluate_coco
-from diffusion2gan.evaluate.pictures import fitted, middle, noise_seeds, warn_few
+from diffusion2gan.evaluate import backbones, coco, metrics, protocols
+from diffusion2gan.evaluate.coco import FeatureSpaces
+from diffusion2gan.evaluate.images import (
+    ImageSet,
+    centre_crop,
+    collect_images,
+    noise_seeds,
+    resize_centre_square,
+    warn_if_few_images,
+)
+from diffusion2gan.evaluate.pocket import collect_pocket_images
 from diffusion2gan.evaluate.protocols import (
     COCO2014,
     POCKET,
+    Protocol,
     captions_digest,
-    check_same,
-    describe,
+    check_same_protocol,
+    describe_protocol,
     read_captions,
 )
-from diffusion2gan.pipelines.image_folder import open_images, read_image
+from diffusion2gan.evaluate.run import evaluate
+from diffusion2gan.evaluate.settings import COCO_ONLY, EvaluateSettings
+from diffusion2gan.pipelines.image_folder import open_images, open_system, read_image
 from diffusion2gan.pipelines.system import load_system
 from diffusion2gan.pocket import models
 
@@ -39,110 +49,145 @@ SMALL = dataclasses.replace(COCO2014, count=7, side=32, patch=16)
 CAPTIONS = [f"a red ring number {i}" for i in range(7)]
 
 
-def save_pictures(folder: Path, count: int, seed: int, side: tuple[int, int] = (48, 40)) -> Path:
+def save_images(folder: Path, count: int, seed: int, size: tuple[int, int] = (48, 40)) -> Path:
+    """Writes `count` images of random pixels, `size` = (height, width), by caption index."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for i in range(count):
-        Image.fromarray(rng.integers(0, 255, (*side, 3), np.uint8)).save(folder / f"{i:06d}.png")
+        pixels = rng.integers(0, 255, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:06d}.png")
     return folder
+
+
+def mean_colour_space() -> backbones.FeatureSpace:
+    """A stand-in for Inception: the mean colour, three numbers."""
+    return backbones.FeatureSpace(
+        "inception", "1", lambda images: images.astype(np.float32).mean((1, 2))
+    )
+
+
+def resized(images: list[np.ndarray], side: int) -> np.ndarray:
+    return np.stack([resize_centre_square(image, side) for image in images])
 
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a CLIP with random weights and 28 × 28 inputs."""
     folder = tmp_path_factory.mktemp("clip")
-    words = models.tokenizer()
-    small = {
+    tokenizer = models.tokenizer()
+    transformer = {
         "hidden_size": 32,
         "intermediate_size": 32,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    text = small | {
-        "vocab_size": len(words),
+    text = {
+        **transformer,
+        "vocab_size": len(tokenizer),
         "max_position_embeddings": 77,
-        "eos_token_id": words.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
     }
+    vision = {**transformer, "image_size": 28, "patch_size": 14}
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        config = CLIPConfig(
-            text_config=text, vision_config=small | {"image_size": 28, "patch_size": 14}
-        )
+        config = CLIPConfig(text_config=text, vision_config=vision)
         CLIPModel(config).save_pretrained(folder)
-    words.save_pretrained(folder)
-    prepared = {
+    tokenizer.save_pretrained(folder)
+
+    preprocessing = {
         "size": {"shortest_edge": 28},
         "crop_size": {"height": 28, "width": 28},
         "resample": 3,
         "image_mean": [0.48, 0.46, 0.41],
         "image_std": [0.27, 0.26, 0.28],
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(prepared))
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
     return folder
 
 
 @pytest.fixture(scope="module")
 def tiny_dinov2(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a DINOv2 with random weights, and the CLIP's preprocessing."""
     folder = tmp_path_factory.mktemp("dinov2")
+    config = Dinov2Config(
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(4)
-        Dinov2Model(
-            Dinov2Config(
-                hidden_size=24,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                image_size=28,
-                patch_size=14,
-            )
-        ).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(
-        (tiny_clip / "preprocessor_config.json").read_text()
-    )
+        Dinov2Model(config).save_pretrained(folder)
+
+    preprocessing = (tiny_clip / "preprocessor_config.json").read_text()
+    (folder / "preprocessor_config.json").write_text(preprocessing)
     return folder
 
 
-def test_captions_of_lines_and_of_annotations_are_one_list(tmp_path: Path) -> None:
-    rows = [
+# ---------------------------------------------------------------------------------- captions
+
+
+def test_captions_of_a_text_file_and_of_annotations_are_the_same_list(tmp_path: Path) -> None:
+    annotations = []
+    for image_id, caption_id, caption in (
         (9, 90, "second  picture\n"),
         (4, 41, "later caption"),
         (4, 40, "first picture"),
         (11, 5, "third"),
-    ]
-    told = {"annotations": [{"image_id": i, "id": k, "caption": text} for i, k, text in rows]}
-    (tmp_path / "captions.json").write_text(json.dumps(told))
-    (tmp_path / "captions.txt").write_text("first picture\nsecond picture\nthird\n")
-    lists = [read_captions(tmp_path / f"captions.{form}", 3) for form in ("json", "txt")]
-    assert lists[0] == lists[1] == ["first picture", "second picture", "third"]
-    digest = hashlib.sha256(b"first picture\nsecond picture\nthird").hexdigest()
-    assert captions_digest(lists[0]) == digest
-    assert read_captions(tmp_path / "captions.txt", 3, digest[:12].upper()) == lists[0]
-    with pytest.raises(
-        UserError, match=f"have sha256 {digest}, not {'0' * 64}: it is another list"
     ):
-        read_captions(tmp_path / "captions.txt", 3, "0" * 64)
+        annotations.append({"image_id": image_id, "id": caption_id, "caption": caption})
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": annotations}))
+    (tmp_path / "captions.txt").write_text("first picture\nsecond picture\nthird\n")
+
+    expected = ["first picture", "second picture", "third"]
+    assert read_captions(tmp_path / "captions.json", 3) == expected
+    assert read_captions(tmp_path / "captions.txt", 3) == expected
+
+
+def test_captions_are_checked_by_count_and_digest(tmp_path: Path) -> None:
+    path = tmp_path / "captions.txt"
+    path.write_text("first picture\nsecond picture\nthird\n")
+    captions = read_captions(path, 3)
+    digest = hashlib.sha256(b"first picture\nsecond picture\nthird").hexdigest()
+    assert captions_digest(captions) == digest
+    assert read_captions(path, 3, digest[:12].upper()) == captions
+
+    message = f"have sha256 {digest}, not {'0' * 64}: it is another list"
+    with pytest.raises(UserError, match=message):
+        read_captions(path, 3, "0" * 64)
     with pytest.raises(UserError, match="has 3 captions, the protocol needs 30000"):
-        read_captions(tmp_path / "captions.txt", 30_000)
+        read_captions(path, 30_000)
     with pytest.raises(UserError, match="no captions file"):
         read_captions(tmp_path / "none.txt", 3)
-    (tmp_path / "captions.txt").write_text("one\n\nthree\n")
+    path.write_text("one\n\nthree\n")
     with pytest.raises(UserError, match="line 2 is empty"):
-        read_captions(tmp_path / "captions.txt", 3)
+        read_captions(path, 3)
 
 
-def test_metrics_of_different_protocols_refuse_one_table() -> None:
-    def of(**more: object) -> dict[str, object]:
-        settings = {
-            "captions": CAPTIONS,
-            "seed": 0,
-            "weights": {"inception": "ab"},
-            "reference": "cd",
-        } | more
-        return describe(
-            more.pop("protocol", POCKET), **{k: v for k, v in settings.items() if k != "protocol"}
-        )  # type: ignore[arg-type]
+# --------------------------------------------------------------------------- equal protocols
 
-    check_same({"a": of(), "b": of(), "c": of()})
-    check_same({"a": {}, "b": {}})
-    for more, told in (
+
+def described(protocol: Protocol = POCKET, **changes: Any) -> dict[str, Any]:
+    """The protocol's keys of a metrics.json."""
+    arguments: dict[str, Any] = {
+        "captions": CAPTIONS,
+        "seed": 0,
+        "weights": {"inception": "ab"},
+        "reference": "cd",
+    }
+    arguments.update(changes)
+    return describe_protocol(protocol, **arguments)
+
+
+def test_metrics_of_one_protocol_share_a_table() -> None:
+    check_same_protocol({"a": described(), "b": described(), "c": described()})
+    check_same_protocol({"a": {}, "b": {}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"protocol": COCO2014}, "name is 'pocket' for a and 'coco2014-30k' for b"),
         ({"captions": CAPTIONS[:3]}, "count is 7 for a and 3 for b"),
         ({"captions": CAPTIONS[::-1]}, "captions_sha256 is"),
@@ -152,32 +197,86 @@ def test_metrics_of_different_protocols_refuse_one_table() -> None:
             "feature_weights.inception is 'ab' for a and 'xy' for b",
         ),
         ({"reference": "ef"}, "reference_sha256 is"),
-    ):
-        with pytest.raises(UserError, match=told):
-            check_same({"a": of(), "b": of(**more)})
-    with pytest.raises(UserError, match="cannot stand in one table"):
-        check_same({"a": of(), "b": {"frechet_distance": 1.0}})
+    ],
+    ids=["protocol", "count", "captions", "seed", "weights", "reference"],
+)
+def test_metrics_of_different_protocols_are_refused_in_one_table(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check_same_protocol({"a": described(), "b": described(**changes)})
 
 
-def test_noises_depend_on_the_caption_alone_and_never_meet() -> None:
+def test_metrics_with_and_without_a_protocol_are_refused_in_one_table() -> None:
+    with pytest.raises(UserError, match="cannot be shown in one table"):
+        check_same_protocol({"a": described(), "b": {"frechet_distance": 1.0}})
+
+
+# ----------------------------------------------------------------------------------- options
+
+
+def option_arguments(name: str) -> list[str]:
+    values = {"precision": "float32", "batch_size": "4"}
+    return ["--" + name.replace("_", "-"), values.get(name, "cpu")]
+
+
+@pytest.mark.parametrize("name", COCO_ONLY)
+def test_pocket_refuses_options_of_the_coco_protocols(name: str, tmp_path: Path) -> None:
+    arguments = option_arguments(name)
+    message = f"--protocol pocket does not use {arguments[0]}: .* Leave {arguments[0]} out, or"
+    out = ["--out", str(tmp_path / "metrics.json")]
+    with pytest.raises(UserError, match=message):
+        app(["evaluate", "pocket-student", *arguments, *out], standalone_mode=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_pocket_names_all_options_that_it_does_not_use(tmp_path: Path) -> None:
+    settings = EvaluateSettings("pocket-student", tmp_path, teacher="a", device="cpu")
+    message = r"does not use --teacher, --device: .* \(coco2014-30k, coco2017-5k\)"
+    with pytest.raises(UserError, match=message):
+        evaluate(settings)
+
+
+def test_coco_refuses_count(tmp_path: Path) -> None:
+    message = "coco2017-5k does not use --count: it is defined on exactly 5000 captions. .* pocket"
+    command = "evaluate pocket-student --protocol coco2017-5k --count 10 --captions a --reference b"
+    with pytest.raises(UserError, match=message):
+        app([*command.split(), "--out", str(tmp_path / "metrics.json")], standalone_mode=False)
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------ images
+
+
+def test_noise_seeds_depend_only_on_the_caption_index_and_never_repeat() -> None:
     first = noise_seeds(0, range(1000))
     assert noise_seeds(0, [7]) == [first[7]]
-    all_of = [noise_seeds(seed, range(1000), nth) for seed in (0, 1) for nth in (0, 1, 2)]
-    assert len({seed for seeds in all_of for seed in seeds}) == 6000
+
+    seen: set[int] = set()
+    for seed in (0, 1):
+        for noise_index in (0, 1, 2):
+            seen.update(noise_seeds(seed, range(1000), noise_index))
+    assert len(seen) == 6000
 
 
-def test_images_by_caption_index(tmp_path: Path) -> None:
-    folder = save_pictures(tmp_path / "pictures", 3, 1)
+def test_image_folder_is_read_by_caption_index(tmp_path: Path) -> None:
+    folder = save_images(tmp_path / "pictures", 3, 1)
     images = open_images("gigagan", folder)
     assert np.array_equal(images.read([2])[0], np.asarray(Image.open(folder / "000002.png")))
     assert images.formats == ["png"] and images.note == "pictures"
+
+
+def test_image_folder_refuses_missing_double_unnamed_and_damaged_images(tmp_path: Path) -> None:
+    folder = save_images(tmp_path / "pictures", 3, 1)
     with pytest.raises(UserError, match="has no image for caption 3"):
-        images.read(range(5))
+        open_images("gigagan", folder).read(range(5))
+
     (folder / "other_000002.jpg").write_bytes(b"not a picture")
     with pytest.raises(UserError, match="both for caption 2"):
         open_images("gigagan", folder)
     with pytest.raises(UserError, match="cannot be read as an image"):
         read_image(folder / "other_000002.jpg")
+
     (folder / "other_000002.jpg").rename(folder / "cover.jpg")
     with pytest.raises(UserError, match="must contain its caption's index"):
         open_images("gigagan", folder)
@@ -186,330 +285,383 @@ def test_images_by_caption_index(tmp_path: Path) -> None:
         open_images("gigagan", tmp_path / "empty")
 
 
-def test_the_pocket_protocol_measures_a_folder_and_refuses_other_sizes(tmp_path: Path) -> None:
-    system = run.open_system(f"gigagan={save_pictures(tmp_path / 'wide', 4, 2)}")
-    with pytest.raises(
-        UserError, match="makes 40×48 pictures; the pocket protocol measures 64×64 ones"
-    ):
-        run.render(system, CAPTIONS[:4], 0, tmp_path)
-    folder = save_pictures(tmp_path / "square", 4, 3, (64, 64))
-    assert run.render(run.open_system(str(folder)), CAPTIONS[:4], 0, tmp_path).shape == (
-        4,
-        64,
-        64,
-        3,
-    )
+def test_pocket_protocol_measures_an_image_folder_and_refuses_other_sizes(tmp_path: Path) -> None:
+    wide = open_system(f"gigagan={save_images(tmp_path / 'wide', 4, 2)}")
+    message = "makes 40×48 images; the pocket protocol measures 64×64 ones"
+    with pytest.raises(UserError, match=message):
+        collect_pocket_images(ImageSet(wide, CAPTIONS[:4], 0, tmp_path))
+
+    folder = save_images(tmp_path / "square", 4, 3, (64, 64))
+    square = ImageSet(open_system(str(folder)), CAPTIONS[:4], 0, tmp_path)
+    assert collect_pocket_images(square).shape == (4, 64, 64, 3)
     with pytest.raises(UserError, match="neither a number of steps nor a guidance scale"):
-        run.open_system(str(folder), 4)
+        open_system(str(folder), 4)
 
 
-def test_fitted_is_a_centre_square_by_lanczos_and_middle_resizes_nothing() -> None:
-    rng = np.random.default_rng(4)
-    picture = rng.integers(0, 255, (40, 60, 3), np.uint8)
-    square = Image.fromarray(picture[:, 10:50]).resize((16, 16), Image.Resampling.LANCZOS)
-    assert np.array_equal(fitted(picture, 16), np.asarray(square))
-    assert np.array_equal(fitted(picture, 40), picture[:, 10:50])
-    pictures = picture[None]
-    assert np.array_equal(middle(pictures, 20)[0], picture[10:30, 20:40])
+def test_centre_square_is_resized_by_lanczos_and_centre_crop_is_not_resized() -> None:
+    image = np.random.default_rng(4).integers(0, 255, (40, 60, 3), np.uint8)
+    expected = Image.fromarray(image[:, 10:50]).resize((16, 16), Image.Resampling.LANCZOS)
+    assert np.array_equal(resize_centre_square(image, 16), np.asarray(expected))
+    assert np.array_equal(resize_centre_square(image, 40), image[:, 10:50])
+
+    assert np.array_equal(centre_crop(image[None], 20)[0], image[10:30, 20:40])
     with pytest.raises(UserError, match="patches of 64 pixels cannot be cut out of 60×40"):
-        middle(pictures, 64)
+        centre_crop(image[None], 64)
 
 
-def test_clip_prepares_pictures_as_transformers_does(tiny_clip: Path) -> None:
-    pictures = np.random.default_rng(5).integers(0, 255, (3, 40, 61, 3), np.uint8)
-    theirs = CLIPImageProcessor.from_pretrained(tiny_clip)(
-        list(pictures), return_tensors="pt"
-    ).pixel_values
-    ours = backbones.preprocessing(tiny_clip)(pictures)
-    assert ours.shape == theirs.shape
-    assert (
-        ours - theirs
-    ).abs().max() < 0.06  # ±1 of 255 where torchvision resizes for transformers; else 1e-6
-    space = backbones.clip(str(tiny_clip))
+# -------------------------------------------------------------------------- feature networks
+
+
+def test_clip_features_match_transformers(tiny_clip: Path) -> None:
+    images = np.random.default_rng(5).integers(0, 255, (3, 40, 61, 3), np.uint8)
+
+    # Preprocessing. Where transformers resizes with torchvision, values differ by ±1 of 255;
+    # otherwise by 1e-6.
+    processor = CLIPImageProcessor.from_pretrained(tiny_clip)
+    expected_pixels = processor(list(images), return_tensors="pt").pixel_values
+    pixels = backbones.load_preprocessing(tiny_clip)(images)
+    assert pixels.shape == expected_pixels.shape
+    assert (pixels - expected_pixels).abs().max() < 0.06
+
+    # Embeddings
+    space = backbones.load_clip(str(tiny_clip))
     model = CLIPModel.from_pretrained(tiny_clip).eval()
     with torch.no_grad():
-        embeds = model.get_image_features(pixel_values=ours).pooler_output
+        embeds = model.get_image_features(pixel_values=pixels).pooler_output
     expected = torch.nn.functional.normalize(embeds, dim=1).numpy()
-    np.testing.assert_allclose(space.features(pictures), expected, atol=1e-5)
-    np.testing.assert_allclose(
-        space.features(pictures)[1:2], space.features(pictures[1:2]), atol=1e-5
-    )
-    assert space.texts(CAPTIONS).shape == (7, expected.shape[1])
+    features = space.extract(images)
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+    np.testing.assert_allclose(features[1:2], space.extract(images[1:2]), atol=1e-5)
+    assert space.encode_texts(CAPTIONS).shape == (7, expected.shape[1])
 
 
-def test_features_are_kept_by_what_they_are_of(tmp_path: Path) -> None:
+def test_features_are_cached_by_network_and_image_content(tmp_path: Path) -> None:
     calls: list[int] = []
 
-    def count(pictures: np.ndarray) -> np.ndarray:
-        calls.append(len(pictures))
-        return pictures.reshape(len(pictures), -1)[:, :4].astype(np.float32)
+    def extract(images: np.ndarray) -> np.ndarray:
+        calls.append(len(images))
+        return images.reshape(len(images), -1)[:, :4].astype(np.float32)
 
-    pictures = np.random.default_rng(6).integers(0, 255, (5, 4, 4, 3), np.uint8)
-    space = backbones.Space("counted", "1", count)
-    first = backbones.cached(space, pictures, tmp_path)
-    assert np.array_equal(backbones.cached(space, pictures.copy(), tmp_path), first) and calls == [
-        5
-    ]
-    backbones.cached(dataclasses.replace(space, revision="2"), pictures, tmp_path)
-    changed = pictures.copy()
+    # Equal images: extracted once
+    images = np.random.default_rng(6).integers(0, 255, (5, 4, 4, 3), np.uint8)
+    space = backbones.FeatureSpace("counted", "1", extract)
+    first = backbones.extract_chunk_cached(space, images, tmp_path)
+    again = backbones.extract_chunk_cached(space, images.copy(), tmp_path)
+    assert np.array_equal(again, first) and calls == [5]
+
+    # Another revision, and one pixel changed
+    revised = dataclasses.replace(space, revision="2")
+    backbones.extract_chunk_cached(revised, images, tmp_path)
+    changed = images.copy()
     changed[0, 0, 0, 0] ^= 1
-    assert not np.array_equal(backbones.cached(space, changed, tmp_path), first) and calls == [
-        5,
-        5,
-        5,
-    ]
-    bad = dataclasses.replace(
-        space, name="bad", features=lambda p: np.full((len(p), 2), np.nan, np.float32)
+    found = backbones.extract_chunk_cached(space, changed, tmp_path)
+    assert not np.array_equal(found, first) and calls == [5, 5, 5]
+
+
+def test_features_that_are_not_finite_are_refused_and_not_cached(tmp_path: Path) -> None:
+    images = np.zeros((5, 4, 4, 3), np.uint8)
+    space = backbones.FeatureSpace(
+        "bad", "1", lambda images: np.full((len(images), 2), np.nan, np.float32)
     )
-    with pytest.raises(UserError, match="bad: the features of 5 of 5 pictures are not finite"):
-        backbones.cached(bad, pictures, tmp_path)
+    with pytest.raises(UserError, match="bad: the features of 5 of 5 images are not finite"):
+        backbones.extract_chunk_cached(space, images, tmp_path)
     assert not list(tmp_path.glob("bad-*"))
 
 
-def test_a_coco_protocol_in_miniature_twice(
+# ------------------------------------------------------------------------------------- COCO
+
+
+def modification_times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+
+
+def test_small_coco_protocol_gives_the_same_from_the_cache_and_from_nothing(
     tiny_teacher: Path, tiny_clip: Path, tiny_dinov2: Path, tmp_path: Path
 ) -> None:
-    reference = save_pictures(tmp_path / "real", 9, 7)
-    clip, dinov2 = backbones.clip(str(tiny_clip)), backbones.dinov2(str(tiny_dinov2))
-    stand_in = backbones.Space("inception", "1", lambda p: p.astype(np.float32).mean((1, 2)))
+    reference = save_images(tmp_path / "real", 9, 7)
+    clip = backbones.load_clip(str(tiny_clip))
+    dinov2 = backbones.load_dinov2(str(tiny_dinov2))
+    spaces = FeatureSpaces(mean_colour_space(), clip, dinov2)
     system = load_system(str(tiny_teacher), 1)
 
-    def measured(cache: Path, batch_size: int) -> dict[str, object]:
-        return evaluate_coco(
-            system,
-            SMALL,
-            CAPTIONS,
-            reference,
-            cache,
-            inception=stand_in,
-            clip=clip,
-            dinov2=dinov2,
-            batch_size=batch_size,
-            num_resamples=50,
-        )
+    def measure(cache: Path, batch_size: int) -> dict[str, Any]:
+        image_set = ImageSet(system, CAPTIONS, 0, cache, batch_size=batch_size)
+        return coco.measure(image_set, SMALL, reference, spaces, num_resamples=50)
 
-    first = measured(tmp_path / "cache", 3)
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
-    assert measured(tmp_path / "cache", 7) == first  # from what is kept
-    assert {
-        path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")
-    } == made
-    again = measured(tmp_path / "other", 3)
-    assert again == first
-    assert first["protocol_settings"]["captions_sha256"] == captions_digest(CAPTIONS)  # type: ignore[index]
-    ours = np.stack(
-        [fitted(p, 32) for p in run.render_any(system, CAPTIONS, 0, tmp_path / "cache")]
-    )
-    theirs = np.stack([fitted(read_image(p), 32) for p in sorted(reference.iterdir())])
-    expected = metrics.frechet_distance(ours.mean((1, 2)), theirs.mean((1, 2)))
+    # From the cache, and from nothing
+    first = measure(tmp_path / "cache", 3)
+    written = modification_times(tmp_path / "cache")
+    assert measure(tmp_path / "cache", 7) == first
+    assert modification_times(tmp_path / "cache") == written
+    assert measure(tmp_path / "other", 3) == first
+    assert first["protocol_settings"]["captions_sha256"] == captions_digest(CAPTIONS)
+
+    # Values
+    generated = resized(collect_images(ImageSet(system, CAPTIONS, 0, tmp_path / "cache")), 32)
+    real = resized([read_image(path) for path in sorted(reference.iterdir())], 32)
+    expected = metrics.frechet_distance(generated.mean((1, 2)), real.mean((1, 2)))
     assert first["frechet_distance"] == pytest.approx(expected, rel=1e-4)
-    assert first["clip_score"] == pytest.approx(
-        metrics.clip_score(clip.features(ours), clip.texts(CAPTIONS)), abs=1e-6
-    )
+    score = metrics.clip_score(clip.extract(generated), clip.encode_texts(CAPTIONS))
+    assert first["clip_score"] == pytest.approx(score, abs=1e-6)
+
+
+def test_coco_needs_a_feature_network() -> None:
     with pytest.raises(UserError, match="no feature network given"):
-        evaluate_coco(system, SMALL, CAPTIONS, reference, tmp_path)
+        FeatureSpaces()
 
 
 @pytest.fixture
-def coco(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """COCO's own layout with seven pictures, the protocol being pinned to seven captions: everything else is COCO's."""
-    monkeypatch.setitem(protocols.PROTOCOLS, "coco2014-30k", dataclasses.replace(COCO2014, count=7))
+def coco_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """COCO's layout with eight images; the protocol has seven captions instead of 30 000."""
+    small = dataclasses.replace(COCO2014, count=7)
+    monkeypatch.setitem(protocols.PROTOCOLS, "coco2014-30k", small)
     rng = np.random.default_rng(11)
     folder = tmp_path / "coco"
     (folder / "val2014").mkdir(parents=True)
     (folder / "annotations").mkdir()
-    rows = []
-    for i in range(8):  # one picture more than captions: all of val2014 is the reference
-        rough = Image.fromarray(rng.integers(0, 255, (9, 12, 3), np.uint8)).resize(
-            (640, 480), Image.Resampling.BICUBIC
-        )
-        rough.save(folder / "val2014" / f"COCO_val2014_{42 + i:012d}.jpg", quality=95)
-        rows += [
-            {"image_id": 42 + i, "id": 900 - 10 * i + k, "caption": f"a ring {i}, told {k}\n"}
-            for k in range(2)
-        ]
-    (folder / "annotations" / "captions_val2014.json").write_text(
-        json.dumps({"images": [], "annotations": rows[::-1]})
-    )
-    save_pictures(folder / "made", 7, 12, (512, 512))
+
+    # One image more than captions: all of val2014 is the reference
+    annotations = []
+    for i in range(8):
+        pixels = rng.integers(0, 255, (9, 12, 3), np.uint8)
+        image = Image.fromarray(pixels).resize((640, 480), Image.Resampling.BICUBIC)
+        image.save(folder / "val2014" / f"COCO_val2014_{42 + i:012d}.jpg", quality=95)
+        for k in range(2):
+            caption_id = 900 - 10 * i + k
+            caption = f"a ring {i}, caption {k}\n"
+            annotations.append({"image_id": 42 + i, "id": caption_id, "caption": caption})
+
+    content = {"images": [], "annotations": annotations[::-1]}
+    (folder / "annotations" / "captions_val2014.json").write_text(json.dumps(content))
+    save_images(folder / "made", 7, 12, (512, 512))
     return folder
 
 
-def by_pillow(path: Path) -> np.ndarray:
-    """The protocol's 256 pixels by Pillow alone: its own centre crop, its own Lanczos."""
-    picture = Image.open(path).convert("RGB")
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side))
-    return np.asarray(square.resize((256, 256), Image.Resampling.LANCZOS))
+def resized_by_pillow(folder: Path) -> np.ndarray:
+    """[N, 256, 256, 3]: the protocol's resizing by Pillow alone: centre crop and Lanczos."""
+    images = []
+    for path in sorted(folder.iterdir()):
+        image = Image.open(path).convert("RGB")
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = image.crop((left, top, left + side, top + side))
+        images.append(np.asarray(square.resize((256, 256), Image.Resampling.LANCZOS)))
+    return np.stack(images)
 
 
-def test_cocos_own_layout_by_the_command(
-    coco: Path, tiny_clip: Path, tiny_dinov2: Path, capsys: pytest.CaptureFixture[str]
+def run_coco(folder: Path, *options: object) -> dict[str, Any]:
+    """metrics.json of the images in `made` by the command."""
+    arguments = [
+        "evaluate",
+        f"gigagan={folder / 'made'}",
+        "--protocol",
+        "coco2014-30k",
+        "--captions",
+        folder / "annotations" / "captions_val2014.json",
+        "--reference",
+        folder / "val2014",
+        "--out",
+        folder / "metrics.json",
+        "--num-resamples",
+        40,
+        *options,
+    ]
+    app([str(argument) for argument in arguments], standalone_mode=False)
+    return dict(json.loads((folder / "metrics.json").read_text()))
+
+
+def test_coco_command_measures_cocos_layout(
+    coco_folder: Path, tiny_clip: Path, tiny_dinov2: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def measured(*options: object) -> dict[str, object]:
-        arguments = [
-            "evaluate",
-            f"gigagan={coco / 'made'}",
-            "--protocol",
-            "coco2014-30k",
-            "--captions",
-            coco / "annotations" / "captions_val2014.json",
-            "--reference",
-            coco / "val2014",
-            "--out",
-            coco / "metrics.json",
-            "--num-resamples",
-            40,
-            *options,
-        ]
-        app(list(map(str, arguments)), standalone_mode=False)
-        return json.loads((coco / "metrics.json").read_text())
+    teacher = save_images(coco_folder / "made_more", 9, 12, (512, 512))
+    result = run_coco(
+        coco_folder, "--clip", tiny_clip, "--dinov2", tiny_dinov2, "--teacher", teacher
+    )
+    printed = "".join(capsys.readouterr().err.split())  # a long path is folded anywhere
+    assert "made_more:contains9images;thoseofthe7captionsareused" in printed
 
-    save_pictures(coco / "made_more", 9, 12, (512, 512))
-    told = measured("--clip", tiny_clip, "--dinov2", tiny_dinov2, "--teacher", coco / "made_more")
-    told_err = "".join(capsys.readouterr().err.split())  # a long path is folded anywhere
-    assert "made_more:9pictures,andthoseof7captionsaretaken" in told_err
-    captions = [f"a ring {i}, told 0" for i in range(7)]
-    clip, dinov2 = backbones.clip(str(tiny_clip)), backbones.dinov2(str(tiny_dinov2))
-    made = np.stack([by_pillow(path) for path in sorted((coco / "made").iterdir())])
-    real = np.stack([by_pillow(path) for path in sorted((coco / "val2014").iterdir())])
-    assert np.array_equal(
-        made,
-        np.stack([fitted(read_image(path), 256) for path in sorted((coco / "made").iterdir())]),
-    )
-    assert told["clip_score"] == pytest.approx(
-        metrics.clip_score(clip.features(made), clip.texts(captions)), abs=1e-6
-    )
-    assert told["cmmd"] == pytest.approx(
-        metrics.cmmd(clip.features(made), clip.features(real)), abs=1e-6
-    )
-    expected = metrics.frechet_distance(dinov2.features(made), dinov2.features(real))
-    assert told["frechet_distance_dinov2"] == pytest.approx(expected, rel=1e-4)
-    assert told["same_noise_distance"] == pytest.approx(0, abs=1e-6)  # to itself
-    assert told["count"] == 7 and told["reference_count"] == 8 and told["picture_format"] == "png"
-    low, high = told["intervals"]["cmmd"]  # type: ignore[index]
-    assert low < told["cmmd"] < high
-    settings = told["protocol_settings"]
-    assert settings["captions_sha256"] == captions_digest(captions)  # type: ignore[index]
+    # Images, captions and features
+    captions = [f"a ring {i}, caption 0" for i in range(7)]
+    made = resized_by_pillow(coco_folder / "made")
+    real = resized_by_pillow(coco_folder / "val2014")
+    read = [read_image(path) for path in sorted((coco_folder / "made").iterdir())]
+    assert np.array_equal(made, resized(read, 256))
+    clip = backbones.load_clip(str(tiny_clip))
+    dinov2 = backbones.load_dinov2(str(tiny_dinov2))
+    clip_made, clip_real = clip.extract(made), clip.extract(real)
+
+    # Metrics
+    score = metrics.clip_score(clip_made, clip.encode_texts(captions))
+    assert result["clip_score"] == pytest.approx(score, abs=1e-6)
+    assert result["cmmd"] == pytest.approx(metrics.cmmd(clip_made, clip_real), abs=1e-6)
+    distance = metrics.frechet_distance(dinov2.extract(made), dinov2.extract(real))
+    assert result["frechet_distance_dinov2"] == pytest.approx(distance, rel=1e-4)
+    assert result["same_noise_distance"] == pytest.approx(0, abs=1e-6)  # the same images
+    low, high = result["intervals"]["cmmd"]
+    assert low < result["cmmd"] < high
+
+    # Description
+    assert result["count"] == 7 and result["reference_count"] == 8
+    assert result["picture_format"] == "png"
+    assert result["protocol_settings"]["captions_sha256"] == captions_digest(captions)
+
+
+def test_coco_command_refuses_other_captions_damaged_and_missing_images(
+    coco_folder: Path, tiny_clip: Path
+) -> None:
     with pytest.raises(UserError, match="it is another list"):
-        measured("--clip", tiny_clip, "--captions-sha256", "0" * 64)
-    (coco / "val2014" / "COCO_val2014_000000000043.jpg").write_bytes(b"\xff\xd8 cut off")
+        run_coco(coco_folder, "--clip", tiny_clip, "--captions-sha256", "0" * 64)
+
+    (coco_folder / "val2014" / "COCO_val2014_000000000043.jpg").write_bytes(b"\xff\xd8 cut off")
     with pytest.raises(UserError, match=r"000000000043.jpg cannot be read as an image"):
-        measured("--clip", tiny_clip)
-    (coco / "made" / "000005.png").unlink()
-    with pytest.raises(
-        UserError, match=r"no image for caption 5\. .* has 6 images, and 7 are needed"
-    ):
-        measured("--clip", tiny_clip)
+        run_coco(coco_folder, "--clip", tiny_clip)
+
+    (coco_folder / "made" / "000005.png").unlink()
+    message = r"no image for caption 5\. .* has 6 images, and 7 are needed"
+    with pytest.raises(UserError, match=message):
+        run_coco(coco_folder, "--clip", tiny_clip)
 
 
-def test_same_noise_and_diversity_by_a_coco_protocol(
-    tiny_teacher: Path, sd_style_teacher: Path, tiny_clip: Path, tiny_dinov2: Path, tmp_path: Path
+def test_coco_measures_same_noise_distance_and_diversity(
+    tiny_teacher: Path, tiny_dinov2: Path, tmp_path: Path
 ) -> None:
-    reference, dinov2 = save_pictures(tmp_path / "real", 6, 7), backbones.dinov2(str(tiny_dinov2))
+    reference = save_images(tmp_path / "real", 6, 7)
+    dinov2 = backbones.load_dinov2(str(tiny_dinov2))
     system, teacher = load_system(str(tiny_teacher), 1), load_system(str(tiny_teacher), 2)
+    image_set = ImageSet(system, CAPTIONS, 0, tmp_path / "cache", batch_size=1)
+    result = coco.measure(
+        image_set,
+        SMALL,
+        reference,
+        FeatureSpaces(dinov2=dinov2),
+        teacher=teacher,
+        num_noises=3,
+        num_resamples=20,
+    )
 
-    def measured(**more: object) -> dict[str, Any]:
-        return evaluate_coco(
-            system, SMALL, CAPTIONS, reference, tmp_path / "cache", num_resamples=20, **more
-        )  # type: ignore[arg-type]
+    # Features of three images per caption and of the teacher's
+    features = []
+    for source, noise_index in ((system, 0), (system, 1), (system, 2), (teacher, 0)):
+        images = ImageSet(source, CAPTIONS, 0, tmp_path, noise_index)
+        features.append(dinov2.extract(resized(collect_images(images), 32)))
 
-    told = measured(dinov2=dinov2, teacher=teacher, num_noises=3)
-    seen = [
-        dinov2.features(
-            np.stack([fitted(p, 32) for p in run.render_any(one, CAPTIONS, 0, tmp_path, nth)])
-        )
-        for one, nth in ((system, 0), (system, 1), (system, 2), (teacher, 0))
-    ]
-    apart = [
-        1 - (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-        for a, b in combinations(seen, 2)
-    ]
-    assert told["same_noise_distance"] == pytest.approx(
-        apart[2].mean(), abs=1e-5
-    )  # the first and the teacher's
-    assert told["diversity"] == pytest.approx(np.mean([apart[0], apart[1], apart[3]]), abs=1e-5)
-    assert (told["num_noises"], told["diversity_count"]) == (3, 7) and "dinov2" in told[
-        "similarity"
-    ]
-    assert set(told["intervals"]) >= {"same_noise_distance", "diversity"}
-    stand_in = backbones.Space("inception", "1", lambda p: p.astype(np.float32).mean((1, 2)))
+    def cosine_distance(i: int, j: int) -> np.ndarray:
+        a, b = features[i], features[j]
+        return 1 - (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+    expected = cosine_distance(0, 3).mean()
+    assert result["same_noise_distance"] == pytest.approx(expected, abs=1e-5)
+    diversity = np.mean([cosine_distance(0, 1), cosine_distance(0, 2), cosine_distance(1, 2)])
+    assert result["diversity"] == pytest.approx(diversity, abs=1e-5)
+    assert (result["num_noises"], result["diversity_count"]) == (3, 7)
+    assert "dinov2" in result["similarity"]
+    assert set(result["intervals"]) >= {"same_noise_distance", "diversity"}
+
+    # One table needs one teacher
+    other = {**result, "same_noise_teacher": "another"}
+    with pytest.raises(UserError, match="measured to different teachers"):
+        check_same_protocol({"a": result, "b": other})
+    del other["same_noise_teacher"]
+    check_same_protocol({"a": result, "b": other})
+
+
+def test_coco_similarity_needs_dinov2_or_clip(tiny_teacher: Path, tmp_path: Path) -> None:
+    reference = save_images(tmp_path / "real", 6, 7)
+    system, teacher = load_system(str(tiny_teacher), 1), load_system(str(tiny_teacher), 2)
+    spaces = FeatureSpaces(inception=mean_colour_space())
+    image_set = ImageSet(system, CAPTIONS, 0, tmp_path / "cache")
     with pytest.raises(UserError, match="name --dinov2 or --clip for it"):
-        measured(inception=stand_in, teacher=teacher)
-    other = told | {"same_noise_teacher": "another"}
-    with pytest.raises(UserError, match="held against different teachers"):
-        check_same({"a": told, "b": other})
-    check_same({"a": told, "b": {k: v for k, v in told.items() if k != "same_noise_teacher"}})
+        coco.measure(image_set, SMALL, reference, spaces, teacher=teacher)
 
 
-def test_few_pictures_are_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
-    warn_few(2049, 2048, "more")
+# ---------------------------------------------------------------------------------- messages
+
+
+def test_few_images_give_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    warn_if_few_images(2049, 2048, "use more")
     assert not capsys.readouterr().err
-    warn_few(2048, 2048, "take more")
-    told = "2048 pictures for features of 2048 numbers: their covariance is singular, .* they are; take more"
-    assert re.search(told, " ".join(capsys.readouterr().err.split()))
+
+    warn_if_few_images(2048, 2048, "use more")
+    message = (
+        "2048 images for features of 2048 dimensions: their covariance is singular, "
+        ".* how few images there are; use more"
+    )
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
 
 
-def test_an_out_that_is_a_folder_is_told_before_anything_is_made(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"is a folder; name the JSON file to write, such as .*metrics\.json"
-    ):
+def test_out_that_is_a_folder_is_refused_before_anything_is_generated(tmp_path: Path) -> None:
+    message = r"is a folder; name the JSON file to write, such as .*metrics\.json"
+    with pytest.raises(UserError, match=message):
         app(["evaluate", "pocket-student", "--out", str(tmp_path)], standalone_mode=False)
+    assert not list(tmp_path.iterdir())
 
 
-def test_unknown_names_tell_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, message in (
-        (["pocket-studnt"], "pocket-studnt is not a folder; did you mean 'pocket-student'"),
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("pocket-studnt", "pocket-studnt is not a folder; did you mean 'pocket-student'"),
         (
-            ["pocket-student", "--protocol", "coco2014"],
+            "pocket-student --protocol coco2014",
             "no such protocol: 'coco2014'; did you mean 'coco2014-30k'",
         ),
         (
-            ["pocket-student", "--protocol", "coco2017-5k"],
+            "pocket-student --protocol coco2017-5k",
             "needs --captions FILE and --reference FOLDER",
         ),
-    ):
-        with pytest.raises(UserError, match=message):
-            app(["evaluate", *arguments, "--out", str(tmp_path / "m.json")], standalone_mode=False)
+    ],
+    ids=["system", "protocol", "captions"],
+)
+def test_unknown_names_and_missing_options_are_refused_with_the_remedy(
+    arguments: str, message: str, tmp_path: Path
+) -> None:
+    out = ["--out", str(tmp_path / "m.json")]
+    with pytest.raises(UserError, match=message):
+        app(["evaluate", *arguments.split(), *out], standalone_mode=False)
 
 
-def test_inception_refuses_other_weights_and_is_torch_fidelitys(tmp_path: Path) -> None:
+def test_feature_network_that_is_not_downloaded_is_refused_with_the_command() -> None:
+    for name in ("no-such-clip", "nobody/no-such-clip"):
+        with pytest.raises(UserError, match=f"hf download {name}"):
+            backbones.load_clip(name)
+
+
+def test_inception_refuses_other_weights_and_matches_torch_fidelity(tmp_path: Path) -> None:
     weights = tmp_path / "weights.pth"
     with pytest.raises(UserError, match="no weights file"):
-        backbones.inception(weights)
+        backbones.load_inception(weights)
     torch.save({"a": torch.zeros(1)}, weights)
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     with pytest.raises(UserError, match=f"has sha256 {digest}, expected 6726825d"):
-        backbones.inception(weights)
+        backbones.load_inception(weights)
+
     try:
         module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
     except (ImportError, RuntimeError) as error:
         with pytest.raises(UserError, match=r"pip install 'diffusion2gan\[eval\]'"):
-            backbones.inception(weights, digest[:8])
+            backbones.load_inception(weights, digest[:8])
         pytest.skip(f"torch-fidelity does not load: {error}")
+
     network = random_inception(module)
     torch.save(network.state_dict(), weights)
-    space = backbones.inception(weights, hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
-    pictures = np.random.default_rng(8).integers(0, 255, (2, 299, 299, 3), np.uint8)
-    expected = network(torch.from_numpy(pictures).permute(0, 3, 1, 2))[0].numpy()
-    assert space.features(pictures).shape == (2, 2048)
-    np.testing.assert_allclose(space.features(pictures), expected, rtol=1e-4, atol=1e-5)
-    assert space.features(pictures[:, :200, :200]).shape == (2, 2048)
+    space = backbones.load_inception(weights, hashlib.sha256(weights.read_bytes()).hexdigest()[:8])
+    images = np.random.default_rng(8).integers(0, 255, (2, 299, 299, 3), np.uint8)
+    expected = network(torch.from_numpy(images).permute(0, 3, 1, 2))[0].numpy()
+    assert space.extract(images).shape == (2, 2048)
+    np.testing.assert_allclose(space.extract(images), expected, rtol=1e-4, atol=1e-5)
+    assert space.extract(images[:, :200, :200]).shape == (2, 2048)
 
 
-def random_inception(module: object) -> torch.nn.Module:
-    """torch-fidelity's network with random weights: what it wants to load is given to it as it is born."""
-    kind = module.FeatureExtractorInceptionV3  # type: ignore[attr-defined]
-    born: dict[str, torch.Tensor] = {}
+def random_inception(module: Any) -> torch.nn.Module:
+    """torch-fidelity's network with random weights: the state that it tries to load is ignored."""
+    network_class = module.FeatureExtractorInceptionV3
 
-    class Random(kind):  # type: ignore[misc, valid-type]
+    class RandomInception(network_class):  # type: ignore[misc, valid-type]
         def load_state_dict(self, state: object, *args: object, **kwargs: object) -> None:
-            born.update(self.state_dict())
+            pass
 
+    empty = io.BytesIO()
+    torch.save({}, empty)
+    empty.seek(0)
     with torch.random.fork_rng():
         torch.manual_seed(9)
-        empty = io.BytesIO()
-        torch.save({}, empty)
-        empty.seek(0)
-        return Random("inception", ["2048"], feature_extractor_weights_path=empty)
+        return RandomInception("inception", ["2048"], feature_extractor_weights_path=empty)

@@ -1,4 +1,4 @@
-"""Evaluation and generation by ranks: two processes under torchrun make the pictures, the same as one alone."""
+"""Two ranks under torchrun give the same images and metrics as one process."""
 
 from __future__ import annotations
 
@@ -14,92 +14,100 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion2gan.evaluate.run import HELD_OUT_WORLD, real_pictures
+from diffusion2gan.evaluate.pocket import HELD_OUT_WORLD, real_images
 from diffusion2gan.generate import generate
 from diffusion2gan.pipelines.system import load_system
 from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256
 
-COUNT, PART = 70, 64  # two files of pictures
+COUNT, CHUNK = 70, 64  # two cache files
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TIMED = {"seconds_per_image", "seconds_per_image_p90", "images_per_second", "peak_memory_bytes"}
 
 
-def keep_reference(cache: Path) -> None:
-    """Renderings in the place of the pocket teacher's pictures, which cost a minute."""
-    made, prompts = real_pictures(COUNT, 0), scenes.captions(range(COUNT), HELD_OUT_WORLD)
-    for start in range(0, COUNT, PART):
-        some = prompts[start : start + PART]
-        path = (
-            cache
-            / f"{load_system('pocket-teacher').key}-0"
-            / f"{start:06d}-{len(some)}.safetensors"
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pictures = torch.from_numpy(made[start : start + PART].copy())
-        checkpoint.save(path, {"pictures": pictures}, {"prompts": list(some)})
+def run_python(*arguments: object, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=timeout_s,
+    )
 
 
-def evaluated(teacher: Path, out: Path, *launcher: str) -> tuple[dict[str, Any], str]:
-    """metrics.json without what is timed, and what was printed."""
-    keep_reference(out / "pictures")
-    argv = [
+def cache_renderings_as_teacher_images(cache: Path) -> None:
+    """Puts renderings into the cache as the pocket teacher's images, which would take a minute."""
+    images = real_images(COUNT, 0)
+    prompts = scenes.captions(range(COUNT), HELD_OUT_WORLD)
+    folder = cache / f"{load_system('pocket-teacher').key}-0"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    for start in range(0, COUNT, CHUNK):
+        chunk = list(prompts[start : start + CHUNK])
+        pictures = torch.from_numpy(images[start : start + CHUNK].copy())
+        path = folder / f"{start:06d}-{len(chunk)}.safetensors"
+        checkpoint.save(path, {"pictures": pictures}, {"prompts": chunk})
+
+
+def evaluate_one_step(teacher: Path, out: Path, *launcher: str) -> tuple[dict[str, Any], str]:
+    """metrics.json without times and memory, and what was printed."""
+    cache_renderings_as_teacher_images(out / "pictures")
+    options = "--num-inference-steps 1 --guidance-scale 0 --num-resamples 0".split()
+    completed = run_python(
+        *launcher,
+        "-m",
+        "diffusion2gan",
         "evaluate",
         teacher,
         "--count",
         COUNT,
-        "--num-inference-steps",
-        1,
-        "--guidance-scale",
-        0,
-        "--num-resamples",
-        0,
+        *options,
         "--out",
         out / "metrics.json",
-    ]
-    ran = subprocess.run(
-        [sys.executable, *launcher, "-m", "diffusion2gan", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=900,
     )
-    assert ran.returncode == 0, ran.stderr
-    told = json.loads((out / "metrics.json").read_text())
-    return {key: value for key, value in told.items() if key not in TIMED}, ran.stdout
+    assert completed.returncode == 0, completed.stderr
+    metrics = json.loads((out / "metrics.json").read_text())
+    for key in TIMED:
+        metrics.pop(key, None)
+    return metrics, completed.stdout
 
 
-def flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Every number and word by its path."""
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {
-            key: leaf
-            for place, inner in items
-            for key, leaf in flat(inner, f"{name}/{place}").items()
-        }
-    return {name: value}
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
+    """Every number and string of a nested value by its path."""
+    if not isinstance(value, dict | list):
+        return {name: value}
+    leaves = {}
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        leaves.update(flatten(inner, f"{name}/{key}"))
+    return leaves
+
+
+def file_digests(folder: Path) -> dict[Path, str]:
+    return {path.relative_to(folder): sha256(path) for path in folder.rglob("*.safetensors")}
 
 
 @pytest.mark.slow
-def test_two_ranks_measure_what_one_process_does(tiny_teacher: Path, tmp_path: Path) -> None:
-    alone, _ = evaluated(tiny_teacher, tmp_path / "alone")
-    ours, printed = evaluated(tiny_teacher, tmp_path / "ranks", *TORCHRUN)
-    found, expected = flat(ours), flat(alone)
-    numbers = [key for key, value in expected.items() if isinstance(value, float)]
-    assert (
-        found.keys() == expected.keys()
-        and len(numbers) > 10
-        and printed.count("\nfrechet_distance:") == 1
-    )
+def test_two_ranks_measure_the_same_as_one_process(tiny_teacher: Path, tmp_path: Path) -> None:
+    alone, _ = evaluate_one_step(tiny_teacher, tmp_path / "alone")
+    shared, printed = evaluate_one_step(tiny_teacher, tmp_path / "ranks", *TORCHRUN)
+    assert printed.count("\nfrechet_distance:") == 1  # rank 0 prints
+
+    # Equal metrics, up to the rounding of features
+    expected, found = flatten(alone), flatten(shared)
+    assert found.keys() == expected.keys()
+    num_floats = 0
     for key, value in expected.items():
-        assert found[key] == (pytest.approx(value, rel=1e-6) if key in numbers else value), key
-    made = [
-        {file.relative_to(f): sha256(file) for file in f.rglob("*.safetensors")}
-        for f in tmp_path.iterdir()
-    ]
-    assert made[0] == made[1] and len(made[0]) == 4
+        if isinstance(value, float):
+            num_floats += 1
+            assert found[key] == pytest.approx(value, rel=1e-6), key
+        else:
+            assert found[key] == value, key
+    assert num_floats > 10
+
+    # Equal images
+    digests = file_digests(tmp_path / "alone")
+    assert file_digests(tmp_path / "ranks") == digests and len(digests) == 4
 
 
 LATE = """
@@ -117,7 +125,7 @@ with distributed.connect_ranks(torch.device("cpu")) as group:
     try:
         group.barrier()
     except Failure as error:
-        print("TOLD", error, flush=True)
+        print("FAILED", error, flush=True)
         reported.touch()
         os._exit(0)
 """
@@ -126,42 +134,41 @@ with distributed.connect_ranks(torch.device("cpu")) as group:
 @pytest.mark.slow
 def test_a_rank_that_never_comes_is_named(tmp_path: Path) -> None:
     (tmp_path / "late.py").write_text(LATE)
-    ran = subprocess.run(
-        [sys.executable, *TORCHRUN, str(tmp_path / "late.py")], capture_output=True, text=True
-    )
-    assert "TOLD rank 1 did not finish its share" in ran.stdout, ran.stderr
+    completed = run_python(*TORCHRUN, tmp_path / "late.py")
+    assert "FAILED rank 1 did not finish its share" in completed.stdout, completed.stderr
 
 
-def test_two_ranks_make_the_same_grid(tiny_teacher: Path, tmp_path: Path) -> None:
+def test_two_ranks_generate_the_same_grid_as_one_process(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
     """Three rows: the last round has one for the first rank alone."""
+    # One process, with one thread as the ranks
     prompts = ["a star", "two rings", "a blue heart"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     generate(load_system(str(tiny_teacher), 1, 0.0), prompts, 0, 2, tmp_path / "alone.png")
     torch.set_num_threads(threads)
-    argv = [
+
+    # Two ranks
+    options = "--num-inference-steps 1 --guidance-scale 0 --per-prompt 2".split()
+    for prompt in prompts:
+        options += ["--prompt", prompt]
+    completed = run_python(
+        *TORCHRUN,
+        "-m",
+        "diffusion2gan",
         "generate",
         tiny_teacher,
-        "--num-inference-steps",
-        1,
-        "--guidance-scale",
-        0,
-        "--per-prompt",
-        2,
-    ]
-    argv += [word for prompt in prompts for word in ("--prompt", prompt)] + [
+        *options,
         "--out",
         tmp_path / "ranks.png",
-    ]
-    ran = subprocess.run(
-        [sys.executable, *TORCHRUN, "-m", "diffusion2gan", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=300,
+        timeout_s=300,
     )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.count(": 6 pictures, 1 step") == 1 and ran.stderr.count("generate: 6/6") == 1
+    assert completed.returncode == 0, completed.stderr
+    assert completed.stdout.count(": 6 pictures, 1 step") == 1
+    assert completed.stderr.count("generate: 6/6") == 1
+
+    # The same grid, with three different rows
     assert sha256(tmp_path / "alone.png") == sha256(tmp_path / "ranks.png")
-    rows = np.asarray(Image.open(tmp_path / "ranks.png"))
-    assert len({rows[top : top + 64].tobytes() for top in (0, 66, 132)}) == 3
+    pixels = np.asarray(Image.open(tmp_path / "ranks.png"))
+    assert len({pixels[top : top + 64].tobytes() for top in (0, 66, 132)}) == 3

@@ -37,7 +37,7 @@ import tiny_pocket
 
 from diffusion2gan import cli, generate
 from diffusion2gan.distill import train
-from diffusion2gan.evaluate import pictures, run
+from diffusion2gan.evaluate import images, run
 from diffusion2gan.export import export
 from diffusion2gan.pairs import check, store
 from diffusion2gan.runtime import checkpoint
@@ -54,7 +54,7 @@ MEASURED_ON_THIS_MACHINE = {
 # Loaded before the forks, which then start at once
 LOADED = (cli, train, run, export, check, generate)
 # Two chunks of eight captions: one for each of two ranks
-pictures.CHUNK = 4
+images.CHUNK = 4
 OUT = Path(__file__).parents[2] / "docs" / "results" / "faults.json"
 
 

@@ -239,6 +239,7 @@ def test_flow_systems_work_in_every_command(
     from diffusion2gan.compare.compare import compare
     from diffusion2gan.compare.images import parse_systems
     from diffusion2gan.evaluate.run import evaluate
+    from diffusion2gan.evaluate.settings import EvaluateSettings
     from diffusion2gan.generate import generate
     from diffusion2gan.serve.generation import SharedSystem
 
@@ -265,14 +266,14 @@ def test_flow_systems_work_in_every_command(
     assert shared.truncation_note("star " * 300).startswith("only the first 256 of")
 
     # evaluate
-    metrics = evaluate(
-        f"{family_folder('sd3')}@64px",
-        count=4,
-        seed=0,
+    settings = EvaluateSettings(
+        system=f"{family_folder('sd3')}@64px",
         cache=tmp_path / "cache",
         num_inference_steps=1,
         num_resamples=0,
+        count=4,
     )
+    metrics = evaluate(settings)
     assert metrics["scheduler"] == "FlowMatchEulerDiscreteScheduler"
     assert metrics["frechet_distance"] > 0
 

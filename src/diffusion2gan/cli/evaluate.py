@@ -15,100 +15,113 @@ def evaluate(
     system: Annotated[
         str,
         typer.Argument(
-            help="pocket-teacher, pocket-student, a folder (pipeline or pictures), or ROW=FOLDER[+FILE]."
+            help="pocket-teacher, pocket-student, a folder (a pipeline, or images named by caption "
+            "index), or ROW=FOLDER[+FILE] of a published system."
         ),
     ],
     out: Annotated[Path, typer.Option(callback=local_path, help="The JSON file to write.")] = Path(
         "metrics.json"
     ),
-    count: Annotated[int, typer.Option(min=2, help="Held-out captions.")] = 1000,
-    seed: Annotated[int, typer.Option(min=0, max=127)] = 0,
-    num_inference_steps: Annotated[int | None, typer.Option(min=1)] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0.0)] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(min=2, help="Protocol pocket: number of held-out captions (default 1000)."),
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=127, help="Of the noises, and of the pocket captions.")
+    ] = 0,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps, if not the system's default.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0.0, help="Guidance, if not the system's default.")
+    ] = None,
     cache: Annotated[
         Path | None,
         typer.Option(
-            callback=local_path, help="Where pictures are kept; beside --out if not given."
+            callback=local_path,
+            help="The folder that images and features are kept in; beside --out if not given.",
         ),
     ] = None,
     num_noises: Annotated[
-        int, typer.Option(min=1, help="Pictures a caption; above 1 tells diversity too.")
+        int, typer.Option(min=1, help="Images per caption; above 1, diversity is measured too.")
     ] = 1,
     num_resamples: Annotated[
-        int, typer.Option(min=0, help="Of the 95 % intervals; 0 leaves them out.")
+        int, typer.Option(min=0, help="Resamples of the 95 % intervals; 0 leaves them out.")
     ] = 1000,
     protocol: Annotated[str, typer.Option(help="pocket, coco2014-30k or coco2017-5k.")] = "pocket",
     captions: Annotated[
         Path | None,
         typer.Option(
-            callback=local_path, help="COCO: one caption a line, or the annotations .json."
+            callback=local_path,
+            help="COCO: a text file with one caption per line, or the annotations .json.",
         ),
     ] = None,
     captions_sha256: Annotated[
-        str | None, typer.Option(help="COCO: refuse another list of captions.")
+        str | None, typer.Option(help="COCO: refuse captions with another sha256.")
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(callback=local_path, help="COCO: the folder of real pictures.")
+        Path | None, typer.Option(callback=local_path, help="COCO: the folder of real images.")
     ] = None,
     inception: Annotated[
-        Path | None, typer.Option(callback=local_path, help="COCO: the FID network's weights.")
+        Path | None,
+        typer.Option(callback=local_path, help="COCO: the weights file of the FID network."),
     ] = None,
-    clip: Annotated[str | None, typer.Option(help="COCO: a CLIP, folder or id.")] = None,
-    dinov2: Annotated[str | None, typer.Option(help="COCO: a DINOv2, folder or id.")] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="COCO: a CLIP, as a folder or the id of a downloaded model.")
+    ] = None,
+    dinov2: Annotated[
+        str | None,
+        typer.Option(help="COCO: a DINOv2, as a folder or the id of a downloaded model."),
+    ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="COCO: whose pictures of the same noises to hold against.")
+        str | None,
+        typer.Option(help="COCO: the system whose images of the same noises to compare with."),
     ] = None,
-    device: Annotated[str, typer.Option(help="COCO: cpu, cuda, …")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="COCO: cpu (the default), cuda, …")] = None,
     precision: Annotated[
-        Literal["float32", "float16", "bfloat16"], typer.Option(help="COCO: the system's.")
-    ] = "float32",
-    batch_size: Annotated[int, typer.Option(min=1, help="COCO: pictures made at once.")] = 1,
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="COCO: precision of the systems' weights (default float32)."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="COCO: images generated at once (default 1).")
+    ] = None,
 ) -> None:
-    """Measure a system: on the pocket world's held-out captions, or by a COCO protocol with your own files."""
-    from diffusion2gan.evaluate import run as job
-    from diffusion2gan.evaluate.protocols import get_protocol
+    """Measure a system on the pocket world's held-out captions, or on COCO with your own files."""
+    from diffusion2gan.evaluate.run import evaluate as run_evaluation
+    from diffusion2gan.evaluate.settings import EvaluateSettings
+    from diffusion2gan.runtime.files import write_json
 
     if out.is_dir():
         raise UserError(
             f"--out {out} is a folder; name the JSON file to write, such as {out / 'metrics.json'}"
         )
-    kept = cache or out.parent / "pictures"
-    if get_protocol(protocol).count is None:
-        metrics = job.evaluate(
-            system,
-            count=count,
-            seed=seed,
-            cache=kept,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            num_noises=num_noises,
-            num_resamples=num_resamples,
-        )
-    elif captions is None or reference is None:
-        raise UserError(f"--protocol {protocol} needs --captions FILE and --reference FOLDER")
-    else:
-        metrics = job.evaluate_published(
-            system,
-            protocol,
-            captions=captions,
-            captions_sha256=captions_sha256,
-            reference=reference,
-            cache=kept,
-            inception=inception,
-            clip=clip,
-            dinov2=dinov2,
-            seed=seed,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            device=device,
-            precision=precision,
-            batch_size=batch_size,
-            num_resamples=num_resamples,
-            teacher=teacher,
-            num_noises=num_noises,
-        )
-    if not metrics:  # under torchrun: another rank than the first, which measures
+
+    settings = EvaluateSettings(
+        system=system,
+        cache=cache or out.parent / "pictures",
+        protocol=protocol,
+        seed=seed,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        num_noises=num_noises,
+        num_resamples=num_resamples,
+        count=count,
+        captions=captions,
+        captions_sha256=captions_sha256,
+        reference=reference,
+        inception=inception,
+        clip=clip,
+        dinov2=dinov2,
+        teacher=teacher,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+    )
+    metrics = run_evaluation(settings)
+
+    # Under torchrun only rank 0 measures
+    if not metrics:
         return
-    job.save_metrics(out, metrics)
+    write_json(out, metrics)
     for key, value in metrics.items():
         typer.echo(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")

@@ -10,7 +10,7 @@ from diffusion2gan.compare.images import generate_images
 from diffusion2gan.compare.report import write_report
 from diffusion2gan.compare.table import METRICS, Column
 from diffusion2gan.errors import UserError, nearest
-from diffusion2gan.evaluate.protocols import check_same
+from diffusion2gan.evaluate.protocols import check_same_protocol
 from diffusion2gan.pipelines.image_folder import ImageFolder
 from diffusion2gan.pipelines.system import System
 from diffusion2gan.runtime.files import read_json
@@ -47,7 +47,7 @@ def compare(
             "use a shorter prompts file"
         )
     metrics = metrics or {}
-    check_same({name: metrics[name] for name in systems if metrics.get(name)})
+    check_same_protocol({name: metrics[name] for name in systems if metrics.get(name)})
 
     # Generate the images
     images = generate_images(systems, prompts, seed, out / "pictures")

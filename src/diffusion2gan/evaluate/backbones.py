@@ -1,4 +1,7 @@
-"""Feature networks of others: Inception-v3 of the FID, CLIP, DINOv2. From local weights, each named by its sha256."""
+"""Published feature networks: the FID's Inception-v3, CLIP and DINOv2.
+
+Their weights are read from local files and identified by their sha256; nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -19,219 +22,262 @@ from torch import Tensor, from_numpy
 from transformers import AutoTokenizer, CLIPModel, Dinov2Model
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.evaluate.images import Images
 from diffusion2gan.evaluate.metrics import check_features
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256
 from diffusion2gan.teacher.hub import find_model
 
-Pictures = NDArray[np.uint8]
 Features = NDArray[np.float32]
 
-# torch-fidelity's weights-inception-2015-12-05-6726825d.pth: the original FID's network. By torch's custom a file's
-# name ends with the beginning of its sha256.
+# The original FID's network as torch-fidelity distributes it. By torch's convention the name of a
+# file ends with the beginning of its sha256.
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d"
 INCEPTION_SIDE = 299
 REMEDY = (
     "install the extra: pip install 'diffusion2gan[eval]' with a torchvision made for this torch"
 )
+BICUBIC = 3  # Pillow's number of the filter, in preprocessor_config.json
+TEXT_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Space:
-    """A feature space: `features(pictures [N, H, W, 3] uint8) → [N, D]`. `revision` names its weights and settings."""
+class FeatureSpace:
+    """A feature network: `extract(images [N, H, W, 3] uint8) → [N, D]`.
+
+    `revision` identifies its weights and preprocessing.
+    """
 
     name: str
     revision: str
-    features: Callable[[Pictures], Features]
+    extract: Callable[[Images], Features]
 
 
 @dataclass(frozen=True)
-class ClipSpace(Space):
-    """CLIP: `texts(prompts) → [N, D]` beside its pictures' features, all of unit length."""
+class ClipSpace(FeatureSpace):
+    """A CLIP: `extract` and `encode_texts(prompts) → [N, D]` both return vectors of unit length."""
 
-    texts: Callable[[Sequence[str]], Features]
+    encode_texts: Callable[[Sequence[str]], Features]
 
 
-def cached(space: Space, pictures: Pictures, folder: Path) -> Features:
-    """`space.features(pictures)`, kept in `folder` under the sha256 of the space and the pictures' bytes.
+# ---------------------------------------------------------------------------- cached features
 
-    Raises UserError where a feature is not finite; nothing is kept then.
+
+def extract_cached(space: FeatureSpace, chunks: Iterable[Images], folder: Path) -> Features:
+    """[N, D]: the features of all images, chunk by chunk, cached in `folder`.
+
+    The images of all chunks together need not fit into memory.
     """
-    key = hashlib.sha256(f"{space.name}:{space.revision}:{pictures.shape}".encode())
-    key.update(np.ascontiguousarray(pictures).tobytes())
-    path = folder / f"{space.name}-{key.hexdigest()[:32]}.safetensors"
+    return np.concatenate([extract_chunk_cached(space, chunk, folder) for chunk in chunks])
+
+
+def extract_chunk_cached(space: FeatureSpace, images: Images, folder: Path) -> Features:
+    """`space.extract(images)`, cached in `folder`.
+
+    The key is the sha256 of the space's name and revision and of the images' bytes.
+    Raises UserError if a feature is not finite; nothing is cached then.
+    """
+    digest = hashlib.sha256(f"{space.name}:{space.revision}:{images.shape}".encode())
+    digest.update(np.ascontiguousarray(images).tobytes())
+    path = folder / f"{space.name}-{digest.hexdigest()[:32]}.safetensors"
+
     if not path.exists():
-        found = space.features(pictures)
-        check_features(found, space.name)
-        checkpoint.save(
-            path, {"features": from_numpy(found)}, {"space": space.name, "revision": space.revision}
-        )
+        features = space.extract(images)
+        check_features(features, space.name)
+        meta = {"space": space.name, "revision": space.revision}
+        checkpoint.save(path, {"features": from_numpy(features)}, meta)
     return np.asarray(checkpoint.load(path)[0]["features"].numpy())
 
 
-def all_cached(space: Space, chunks: Iterable[Pictures], folder: Path) -> Features:
-    """[N, D] of pictures too many to hold, chunk by chunk."""
-    return np.concatenate([cached(space, chunk, folder) for chunk in chunks])
+# ----------------------------------------------------------------------------------- Inception
 
 
-def inception(weights: Path, expected: str = INCEPTION_SHA256, device: str = "cpu") -> Space:
-    """The FID's Inception-v3 by torch-fidelity, its last pool [N, 2048]; pictures resized to 299 by Pillow's bicubic.
+def load_inception(
+    weights: Path, expected: str = INCEPTION_SHA256, device: str = "cpu"
+) -> FeatureSpace:
+    """The FID's Inception-v3 as in torch-fidelity: its last pool [N, 2048].
 
-    Raises UserError where torch-fidelity does not load, or the weights' sha256 does not begin with `expected`.
+    Images are resized to 299 × 299 by Pillow's bicubic filter. Raises UserError if torch-fidelity
+    does not load, or the sha256 of `weights` does not begin with `expected`.
     """
-    digest = _checked(weights, expected)
-    module = torch_fidelity("feature_extractor_inceptionv3")
+    digest = _check_inception_weights(weights, expected)
+    module = import_torch_fidelity("feature_extractor_inceptionv3")
+
+    # torch-fidelity loads its file with pickle, so it gets one that is written here from tensors
     state = torch.load(weights, map_location="cpu", weights_only=True)
-    safe = (
-        io.BytesIO()
-    )  # torch-fidelity loads with pickle: what it gets is written here, from tensors alone
-    torch.save(state, safe)
-    safe.seek(0)
+    safe_file = io.BytesIO()
+    torch.save(state, safe_file)
+    safe_file.seek(0)
     network = module.FeatureExtractorInceptionV3(
-        "inception", ["2048"], feature_extractor_weights_path=safe
+        "inception", ["2048"], feature_extractor_weights_path=safe_file
     ).to(device)
 
     @torch.no_grad()
-    def features(pictures: Pictures) -> Features:
-        resized = np.stack(
-            [_resized(picture, INCEPTION_SIDE, INCEPTION_SIDE) for picture in pictures]
-        )
-        return np.asarray(
-            network(from_numpy(resized).permute(0, 3, 1, 2).to(device))[0].cpu().numpy()
-        )
+    def extract(images: Images) -> Features:
+        resized = np.stack([_resize(image, INCEPTION_SIDE, INCEPTION_SIDE) for image in images])
+        pixels = from_numpy(resized).permute(0, 3, 1, 2).to(device)  # [N, 3, 299, 299] uint8
+        return np.asarray(network(pixels)[0].cpu().numpy())
 
-    return Space("inception", f"{digest}-bicubic299", features)
+    return FeatureSpace("inception", f"{digest}-bicubic299", extract)
 
 
-def torch_fidelity(module: str) -> Any:
-    """A module of torch-fidelity. Raises UserError with the remedy where it, or its torchvision, does not load."""
+def import_torch_fidelity(module: str) -> Any:
+    """A module of torch-fidelity. Raises UserError if it or its torchvision does not load."""
     try:
         return importlib.import_module(f"torch_fidelity.{module}")
-    except (
-        ImportError,
-        RuntimeError,
-        OSError,
-    ) as error:  # a torchvision of another torch raises RuntimeError
+    except (ImportError, RuntimeError, OSError) as error:
+        # A torchvision made for another torch raises RuntimeError
         raise UserError(
             f"the Inception features need torch-fidelity and torchvision ({error}): {REMEDY}"
         ) from error
 
 
-def clip(name: str, device: str = "cpu") -> ClipSpace:
-    """A CLIP of transformers by folder or id (already fetched), with its own preprocessing and float32."""
-    folder = _folder(name)
-    network = _loaded(CLIPModel, folder).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    prepare = preprocessing(folder)
-
-    @torch.no_grad()
-    def features(pictures: Pictures) -> Features:
-        out = network.vision_model(prepare(pictures).to(device))
-        return _unit(network.visual_projection(out.pooler_output))
-
-    @torch.no_grad()
-    def texts(prompts: Sequence[str]) -> Features:
-        length = network.config.text_config.max_position_embeddings
-        parts = []
-        for start in range(0, len(prompts), 64):
-            some = list(prompts[start : start + 64])
-            tokens = tokenizer(
-                some, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-            )
-            out = network.text_model(
-                tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device)
-            )
-            parts.append(_unit(network.text_projection(out.pooler_output)))
-        return np.concatenate(parts)
-
-    return ClipSpace("clip", sha256(folder), features, texts)
-
-
-def dinov2(name: str, device: str = "cpu") -> Space:
-    """A DINOv2 of transformers by folder or id (already fetched): its class token after the last norm [N, D]."""
-    folder = _folder(name)
-    network, prepare = _loaded(Dinov2Model, folder).to(device), preprocessing(folder)
-
-    @torch.no_grad()
-    def features(pictures: Pictures) -> Features:
-        return np.asarray(network(prepare(pictures).to(device)).pooler_output.cpu().numpy())
-
-    return Space("dinov2", sha256(folder), features)
-
-
-def preprocessing(folder: Path) -> Callable[[Pictures], Tensor]:
-    """`preprocessor_config.json` of a CLIP or DINOv2: shorter side by Pillow's bicubic, centre crop, normalised.
-
-    Written out here because transformers' own needs torchvision for some models, and rounds otherwise with it than
-    without. Raises UserError where the file is missing or asks for something else.
-    """
-    path = folder / "preprocessor_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        short = (
-            config["size"] if isinstance(config["size"], int) else config["size"]["shortest_edge"]
-        )
-        crop = (
-            config["crop_size"]
-            if isinstance(config["crop_size"], int)
-            else config["crop_size"]["height"]
-        )
-        mean, std = (np.asarray(config[key], np.float32) for key in ("image_mean", "image_std"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} does not say how pictures are prepared ({error!r}); fetch the model again"
-        ) from error
-    if config.get("resample", 3) != 3:
-        raise UserError(
-            f"{path} asks for resample {config['resample']}; only bicubic (3) is known here"
-        )
-
-    def prepare(pictures: Pictures) -> Tensor:
-        height, width = pictures.shape[1:3]
-        scale = short / min(height, width)
-        size = (max(short, int(width * scale)), max(short, int(height * scale)))
-        top, left = (size[1] - crop) // 2, (size[0] - crop) // 2
-        resized = [_resized(p, *size)[top : top + crop, left : left + crop] for p in pictures]
-        values = (np.stack(resized).astype(np.float32) / 255 - mean) / std
-        return from_numpy(values).permute(0, 3, 1, 2).contiguous()
-
-    return prepare
-
-
-def _resized(picture: Pictures, width: int, height: int) -> Pictures:
-    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def _unit(x: Tensor) -> Features:
-    return np.asarray(torch.nn.functional.normalize(x, dim=1).cpu().numpy())
-
-
-def _checked(weights: Path, expected: str) -> str:
+def _check_inception_weights(weights: Path, expected: str) -> str:
+    """The sha256 of the file. Raises UserError if it is missing or another one."""
     if not weights.is_file():
-        raise UserError(
-            f"no weights file {weights}; fetch torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
-        )
+        raise UserError(f"no weights file {weights}; download torch-fidelity's {INCEPTION_FILE}")
     digest = sha256(weights)
     if not digest.startswith(expected):
         raise UserError(
-            f"{weights} has sha256 {digest}, expected {expected}…: not the FID's network, or damaged on its way; FIDs "
-            "of other weights do not compare. Fetch weights-inception-2015-12-05-6726825d.pth again."
+            f"{weights} has sha256 {digest}, expected {expected}…: it is not the FID's network or "
+            "was damaged in transfer, and FIDs of other weights are not comparable. Download "
+            f"{INCEPTION_FILE} again."
         )
     return digest
 
 
-def _folder(name: str) -> Path:
-    """The folder of a model: a folder as it is, or a hub id's in the local cache."""
+# ------------------------------------------------------------------------------ CLIP and DINOv2
+
+
+def load_clip(name: str, device: str = "cpu") -> ClipSpace:
+    """A transformers CLIP in float32, with its preprocessing.
+
+    `name` is a folder or the id of a downloaded model.
+    """
+    folder = _find_folder(name)
+    network = _load_network(CLIPModel, folder).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    preprocess = load_preprocessing(folder)
+
+    @torch.no_grad()
+    def extract(images: Images) -> Features:
+        pooled = network.vision_model(preprocess(images).to(device)).pooler_output
+        return _normalize(network.visual_projection(pooled))
+
+    @torch.no_grad()
+    def encode_texts(prompts: Sequence[str]) -> Features:
+        embeds = []
+        for start in range(0, len(prompts), TEXT_BATCH):
+            tokens = tokenizer(
+                list(prompts[start : start + TEXT_BATCH]),
+                padding="max_length",
+                max_length=network.config.text_config.max_position_embeddings,
+                truncation=True,
+                return_tensors="pt",
+            )
+            ids = tokens.input_ids.to(device)
+            mask = tokens.attention_mask.to(device)
+            pooled = network.text_model(ids, attention_mask=mask).pooler_output
+            embeds.append(_normalize(network.text_projection(pooled)))
+        return np.concatenate(embeds)
+
+    return ClipSpace("clip", sha256(folder), extract, encode_texts)
+
+
+def load_dinov2(name: str, device: str = "cpu") -> FeatureSpace:
+    """A transformers DINOv2: its class token after the last norm [N, D].
+
+    `name` is a folder or the id of a downloaded model.
+    """
+    folder = _find_folder(name)
+    network = _load_network(Dinov2Model, folder).to(device)
+    preprocess = load_preprocessing(folder)
+
+    @torch.no_grad()
+    def extract(images: Images) -> Features:
+        return np.asarray(network(preprocess(images).to(device)).pooler_output.cpu().numpy())
+
+    return FeatureSpace("dinov2", sha256(folder), extract)
+
+
+def load_preprocessing(folder: Path) -> Callable[[Images], Tensor]:
+    """The preprocessing of a CLIP or DINOv2: [N, H, W, 3] uint8 → [N, 3, crop, crop] float32.
+
+    As in `preprocessor_config.json`: the shorter side is resized by Pillow's bicubic filter, the
+    centre cropped, the values normalised. transformers' implementation is not used because it
+    needs torchvision for some models, and rounds differently with it than without. Raises
+    UserError if the file is missing or requires another filter.
+    """
+    path = folder / "preprocessor_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        short = _get_size(config["size"], "shortest_edge")
+        crop = _get_size(config["crop_size"], "height")
+        mean = np.asarray(config["image_mean"], np.float32)
+        std = np.asarray(config["image_std"], np.float32)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} does not specify how images are preprocessed ({error!r}); download the model "
+            "again"
+        ) from error
+    resample = config.get("resample", BICUBIC)
+    if resample != BICUBIC:
+        raise UserError(
+            f"{path} requires the resize filter {resample}; only bicubic ({BICUBIC}) is supported"
+        )
+
+    def preprocess(images: Images) -> Tensor:
+        # Resize the shorter side
+        height, width = images.shape[1:3]
+        scale = short / min(height, width)
+        new_width = max(short, int(width * scale))
+        new_height = max(short, int(height * scale))
+
+        # Centre crop
+        top = (new_height - crop) // 2
+        left = (new_width - crop) // 2
+        cropped = []
+        for image in images:
+            resized = _resize(image, new_width, new_height)
+            cropped.append(resized[top : top + crop, left : left + crop])
+
+        # Normalise
+        values = (np.stack(cropped).astype(np.float32) / 255 - mean) / std
+        return from_numpy(values).permute(0, 3, 1, 2).contiguous()
+
+    return preprocess
+
+
+def _get_size(value: int | dict[str, int], key: str) -> int:
+    """A size in preprocessor_config.json, which is a number or a mapping."""
+    return value if isinstance(value, int) else value[key]
+
+
+def _resize(image: Images, width: int, height: int) -> Images:
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _normalize(embeds: Tensor) -> Features:
+    """Rows of unit length, as an array."""
+    return np.asarray(torch.nn.functional.normalize(embeds, dim=1).cpu().numpy())
+
+
+def _find_folder(name: str) -> Path:
+    """The folder of a model: `name` itself, or if it is a hub id the folder in the hub's cache."""
     folder, _ = find_model(name)
     if not folder.is_dir():
-        raise UserError(f"{name} is neither a folder nor a model's id; give one of the two")
+        raise UserError(
+            f"{name} is neither a folder nor the id of a downloaded model; run: hf download {name}"
+        )
     return folder
 
 
-def _loaded(kind: Any, folder: Path) -> Any:
+def _load_network(kind: Any, folder: Path) -> Any:
     try:
-        return kind.from_pretrained(
+        network = kind.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        ).eval()
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} does not load as a {kind.__name__}: {error}") from error
+    return network.eval()

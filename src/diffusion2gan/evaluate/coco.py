@@ -1,172 +1,306 @@
-"""The COCO protocols: a system's pictures of 30 000 or 5 000 captions against all real pictures of the split."""
+"""The COCO protocols: images of 30 000 or 5 000 captions against all real images of the split."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.evaluate import intervals, metrics
-from diffusion2gan.evaluate.backbones import ClipSpace, Space, all_cached
-from diffusion2gan.evaluate.pictures import CHUNK, MAX_DIVERSITY, chunks, fitted, middle, warn_few
-from diffusion2gan.evaluate.protocols import Protocol, describe
-from diffusion2gan.pipelines.image_folder import ImageFolder, Pictures, image_files, read_image
+from diffusion2gan.evaluate import backbones, intervals, metrics
+from diffusion2gan.evaluate.backbones import ClipSpace, FeatureSpace, extract_cached
+from diffusion2gan.evaluate.images import (
+    CHUNK,
+    Images,
+    ImageSet,
+    centre_crop,
+    check_num_noises,
+    diversity_image_sets,
+    generate_on_all_ranks,
+    iterate_images,
+    resize_centre_square,
+    warn_if_few_images,
+)
+from diffusion2gan.evaluate.protocols import (
+    TEACHER_KEY,
+    Protocol,
+    describe_protocol,
+    read_captions,
+)
+from diffusion2gan.evaluate.results import Metric, describe_system, mean_metric, metrics_to_dict
+from diffusion2gan.evaluate.settings import EvaluateSettings
+from diffusion2gan.pipelines.image_folder import ImageFolder, image_files, open_system, read_image
 from diffusion2gan.pipelines.system import System
+from diffusion2gan.runtime.distributed import get_ranks, rank_device, resolve_device
 from diffusion2gan.runtime.files import sha256
 from diffusion2gan.runtime.progress import Bar
 
 
-def evaluate_coco(
-    system: System | ImageFolder,
+@dataclass(frozen=True)
+class FeatureSpaces:
+    """The feature networks to measure with. Raises UserError if there is none."""
+
+    inception: FeatureSpace | None = None
+    clip: ClipSpace | None = None
+    dinov2: FeatureSpace | None = None
+
+    def __post_init__(self) -> None:
+        if self.inception is None and self.clip is None and self.dinov2 is None:
+            raise UserError(
+                "no feature network given: name at least one of --inception, --clip, --dinov2"
+            )
+
+    @property
+    def revisions(self) -> dict[str, str]:
+        """Name → revision of the networks given."""
+        spaces = (self.inception, self.clip, self.dinov2)
+        return {space.name: space.revision for space in spaces if space is not None}
+
+
+def evaluate_coco(settings: EvaluateSettings, protocol: Protocol) -> dict[str, Any]:
+    """A system's metrics by a COCO protocol (see `measure`); an empty dict on other ranks than 0.
+
+    Each rank generates on its own GPU. Raises UserError if captions or reference images are not
+    given or missing, or the captions are not the ones expected.
+    """
+    if protocol.count is None:
+        raise UserError(
+            f"--protocol {protocol.name} makes its captions itself; it is no COCO protocol"
+        )
+    if settings.captions is None or settings.reference is None:
+        raise UserError(f"--protocol {protocol.name} needs --captions FILE and --reference FOLDER")
+    captions = read_captions(settings.captions, protocol.count, settings.captions_sha256)
+
+    # Device, feature networks and systems
+    device = settings.device or "cpu"
+    if not get_ranks().is_main:
+        device = rank_device(device)
+    resolve_device(device, "give --device cpu")
+    spaces = load_feature_spaces(settings, device)
+    precision = settings.precision or "float32"
+    system = open_system(
+        settings.system, settings.num_inference_steps, settings.guidance_scale, device, precision
+    )
+    check_num_noises(system, settings.num_noises)
+
+    # Images; the teacher's from the same noises, and further noises for the diversity
+    batch_size = settings.batch_size or 1
+    image_set = ImageSet(system, captions, settings.seed, settings.cache, batch_size=batch_size)
+    image_sets = [image_set]
+    teacher = None
+    if settings.teacher is not None:
+        teacher = open_system(settings.teacher, device=device, precision=precision)
+        image_sets.append(replace(image_set, system=teacher))
+    image_sets += diversity_image_sets(image_set, settings.num_noises)[1:]
+    if not generate_on_all_ranks(image_sets):
+        return {}
+
+    # Metrics, and what they were measured with
+    result = measure(
+        image_set,
+        protocol,
+        settings.reference,
+        spaces,
+        teacher=teacher,
+        num_noises=settings.num_noises,
+        num_resamples=settings.num_resamples,
+    )
+    result |= describe_system(system, captions, settings.seed)
+    return result
+
+
+def load_feature_spaces(settings: EvaluateSettings, device: str) -> FeatureSpaces:
+    """The feature networks of `settings`.
+
+    Raises UserError if none is given or one fails to load.
+    """
+    inception = clip = dinov2 = None
+    if settings.inception is not None:
+        inception = backbones.load_inception(settings.inception, device=device)
+    if settings.clip is not None:
+        clip = backbones.load_clip(settings.clip, device)
+    if settings.dinov2 is not None:
+        dinov2 = backbones.load_dinov2(settings.dinov2, device)
+    return FeatureSpaces(inception, clip, dinov2)
+
+
+def measure(
+    image_set: ImageSet,
     protocol: Protocol,
-    captions: Sequence[str],
     reference: Path,
-    cache: Path,
+    spaces: FeatureSpaces,
     *,
-    inception: Space | None = None,
-    clip: ClipSpace | None = None,
-    dinov2: Space | None = None,
-    seed: int = 0,
-    batch_size: int = 1,
-    num_resamples: int = intervals.NUM_RESAMPLES,
     teacher: System | ImageFolder | None = None,
     num_noises: int = 1,
+    num_resamples: int = intervals.NUM_RESAMPLES,
 ) -> dict[str, Any]:
-    """What the feature spaces given can tell. Pictures and features are kept in `cache`: run again to continue.
+    """All metrics that the feature networks allow.
 
-    Inception: `frechet_distance` (FID), `patch_frechet_distance`, `kernel_distance` (KID), precision, recall, density,
-    coverage. CLIP: `clip_score`, `cmmd`. DINOv2: `frechet_distance_dinov2`. DINOv2, else CLIP: `same_noise_distance` to
-    the pictures of `teacher`, and with `num_noises` above 1 `diversity` on the first captions. Fréchet distances of so
-    many numbers have no interval: one resample would cost minutes. Raises UserError without a feature space.
+    Images and features are cached, so running again continues.
+
+    - Inception: `frechet_distance` (FID), `patch_frechet_distance`, `kernel_distance` (KID),
+      precision, recall, density and coverage.
+    - CLIP: `clip_score`, `cmmd`.
+    - DINOv2: `frechet_distance_dinov2`.
+    - DINOv2, or CLIP without it: `same_noise_distance` to the images of `teacher`, and with
+      `num_noises` above 1 `diversity` on the first captions.
+
+    Fréchet distances of that many dimensions have no interval: one resample would take minutes.
     """
-    if inception is None and clip is None and dinov2 is None:
-        raise UserError("no feature network given: name one of --inception, --clip, --dinov2")
-    folder, side, files = cache / "features", protocol.side, image_files(reference)
-    looks = Looks(captions, seed, cache, side, batch_size)
-    by_caption, more = similarity(system, teacher, num_noises, dinov2 or clip, looks)
-    told: dict[str, Any] = {"system": system.name}
-    kernels: dict[str, Any] = {}
+    captions, side = image_set.prompts, protocol.side
+    folder = _feature_folder(image_set)
+    files = image_files(reference)
 
-    def seen(space: Space) -> tuple[metrics.Features, metrics.Features]:
-        return all_cached(space, looks.of(system), folder), all_cached(
-            space, real(files, side), folder
-        )
+    def extract_both(space: FeatureSpace) -> tuple[metrics.Features, metrics.Features]:
+        """[N, D] of the system's images, [M, D] of the reference."""
+        generated = extract_cached(space, iterate_squares(image_set, side), folder)
+        real = extract_cached(space, iterate_real_squares(files, side), folder)
+        return generated, real
 
-    if inception is not None:
-        a, b = seen(inception)
-        told["frechet_distance"] = _distance(a, b)
-        warn_few(
-            len(b), b.shape[1], f"give all of the split's pictures with --reference {reference}"
+    # Distances between images
+    results, extra = measure_similarity(
+        image_set, teacher, num_noises, spaces.dinov2 or spaces.clip, side
+    )
+
+    if spaces.inception is not None:
+        # FID
+        a, b = extract_both(spaces.inception)
+        results.append(Metric("frechet_distance", _frechet_distance(a, b)))
+        remedy = f"use all images of the split for --reference {reference}"
+        warn_if_few_images(len(b), b.shape[1], remedy)
+
+        # KID, precision, recall, density and coverage
+        value, interval = intervals.bootstrap_kernel(
+            metrics.kernel_distances, a, b, paired=False, num_resamples=num_resamples
         )
-        kernels["kernel_distance"] = (metrics.kernel_distances, a, b)
-        by_caption |= vars(metrics.manifold(a, b))
-        patches = [
-            all_cached(inception, (middle(some, protocol.patch) for some in pictures), folder)
-            for pictures in (looks.of(system), real(files, side))
-        ]
-        told["patch_frechet_distance"] = _distance(*patches)
-    if clip is not None:
-        a, b = seen(clip)
-        by_caption["clip_score"] = metrics.cosine(a, clip.texts(captions))
-        kernels["cmmd"] = (metrics.cmmds, a, b)
-    if dinov2 is not None:
-        told["frechet_distance_dinov2"] = _distance(*seen(dinov2))
-    numbers, found = intervals.of_kernels(kernels, paired=False, num_resamples=num_resamples)
-    told |= numbers | {key: float(values.mean()) for key, values in by_caption.items()} | more
-    if num_resamples:
-        found |= {
-            key: intervals.bootstrap_mean(x, num_resamples=num_resamples)
-            for key, x in by_caption.items()
-        }
-        told["intervals"] = {key: list(pair) for key, pair in found.items()}
-        told |= {"interval_level": intervals.LEVEL, "num_resamples": num_resamples}
-    weights = {
-        space.name: space.revision for space in (inception, clip, dinov2) if space is not None
+        results.append(Metric("kernel_distance", value, interval=interval))
+        for name, per_image in vars(metrics.manifold(a, b)).items():
+            results.append(mean_metric(name, per_image))
+
+        # Fréchet distance of patches
+        patches = []
+        for squares in (iterate_squares(image_set, side), iterate_real_squares(files, side)):
+            cropped = (centre_crop(chunk, protocol.patch) for chunk in squares)
+            patches.append(extract_cached(spaces.inception, cropped, folder))
+        results.append(Metric("patch_frechet_distance", _frechet_distance(*patches)))
+
+    if spaces.clip is not None:
+        # CLIP score, CMMD
+        a, b = extract_both(spaces.clip)
+        scores = metrics.cosine_similarity(a, spaces.clip.encode_texts(captions))
+        results.append(mean_metric("clip_score", scores))
+        value, interval = intervals.bootstrap_kernel(
+            metrics.cmmds, a, b, paired=False, num_resamples=num_resamples
+        )
+        results.append(Metric("cmmd", value, interval=interval))
+
+    if spaces.dinov2 is not None:
+        distance = _frechet_distance(*extract_both(spaces.dinov2))
+        results.append(Metric("frechet_distance_dinov2", distance))
+
+    # What it was measured on and with
+    result: dict[str, Any] = {"system": image_set.system.name}
+    result |= metrics_to_dict(results, num_resamples) | extra
+    result |= {
+        "count": len(captions),
+        "reference_count": len(files),
+        "seed": image_set.seed,
     }
-    contents = hashlib.sha256(
-        "".join(f"{path.name}:{sha256(path)}\n" for path in files).encode()
-    ).hexdigest()
-    about = describe(protocol, captions=captions, seed=seed, weights=weights, reference=contents)
-    return told | {"count": len(captions), "reference_count": len(files), "seed": seed} | about
+    result |= describe_protocol(
+        protocol,
+        captions=captions,
+        seed=image_set.seed,
+        weights=spaces.revisions,
+        reference=_digest_files(files),
+    )
+    return result
 
 
-@dataclass(frozen=True)
-class Looks:
-    """How a protocol looks at any system: its captions and seed, where pictures are kept, their side."""
-
-    captions: Sequence[str]
-    seed: int
-    cache: Path
-    side: int
-    batch_size: int
-
-    def of(
-        self, system: System | ImageFolder, nth: int = 0, count: int | None = None
-    ) -> Iterator[Pictures]:
-        """[≤ 64, side, side, 3] at a time, of the first `count` captions (None: all), each from its `nth` noise."""
-        some = self.captions[:count]
-        for part in chunks(
-            system, some, self.seed, self.cache, nth=nth, batch_size=self.batch_size
-        ):
-            yield np.stack([fitted(picture, self.side) for picture in part])
-
-
-def similarity(
-    system: System | ImageFolder,
+def measure_similarity(
+    image_set: ImageSet,
     teacher: System | ImageFolder | None,
     num_noises: int,
-    space: Space | None,
-    looks: Looks,
-) -> tuple[dict[str, metrics.Features], dict[str, Any]]:
-    """Distances between a system's own pictures and to its teacher's, by caption; and what they were taken with.
+    space: FeatureSpace | None,
+    side: int,
+) -> tuple[list[Metric], dict[str, Any]]:
+    """Distances of a system's images to its teacher's and among themselves.
 
-    DreamSim's and DreamDiv's definitions with `space`'s embeddings. Raises UserError where there is no space for it,
-    or the two systems' noises are of different shapes.
+    Also returns further keys of metrics.json, which describe how they were measured.
+
+    DreamSim's and DreamDiv's definitions with the embeddings of `space`. Raises UserError if there
+    is no such space, or the two systems' noises have different shapes.
     """
-    by_caption: dict[str, metrics.Features] = {}
     if teacher is None and num_noises == 1:
-        return by_caption, {}
+        return [], {}
     if space is None:
         raise UserError(
-            "--teacher and --num-noises compare pictures with one another: name --dinov2 or --clip for it"
+            "--teacher and --num-noises compare generated images with one another and need a "
+            "feature network for it: name --dinov2 or --clip for it"
         )
-    more: dict[str, Any] = {"similarity": f"1 - cosine of {space.name} features"}
-    folder = looks.cache / "features"
+    system = image_set.system
+    folder = _feature_folder(image_set)
+    results: list[Metric] = []
+    extra: dict[str, Any] = {"similarity": f"1 - cosine of {space.name} features"}
+
+    # Distance to the teacher's images of the same noises
     if teacher is not None:
-        shapes = [getattr(one, "latent_shape", None) for one in (system, teacher)]
-        if None not in shapes and shapes[0] != shapes[1]:
+        shape = getattr(system, "latent_shape", None)
+        teacher_shape = getattr(teacher, "latent_shape", None)
+        if shape is not None and teacher_shape is not None and shape != teacher_shape:
             raise UserError(
-                f"{system.name} starts from noise of {shapes[0]}, --teacher {teacher.name} of {shapes[1]}: no noise is "
-                "the same for both; leave --teacher out"
+                f"{system.name} starts from noise of shape {shape}, --teacher {teacher.name} from "
+                f"{teacher_shape}: the two cannot start from the same noise; leave --teacher out"
             )
-        pair = [all_cached(space, looks.of(one), folder) for one in (system, teacher)]
-        by_caption["same_noise_distance"] = metrics.cosine_distance(*pair)
-        more["same_noise_teacher"] = teacher.key
+        a = extract_cached(space, iterate_squares(image_set, side), folder)
+        teacher_set = replace(image_set, system=teacher)
+        b = extract_cached(space, iterate_squares(teacher_set, side), folder)
+        results.append(mean_metric("same_noise_distance", metrics.cosine_distance(a, b)))
+        extra[TEACHER_KEY] = teacher.key
+
+    # Distance between the images of one caption
     if num_noises > 1:
-        count = min(MAX_DIVERSITY, len(looks.captions))
-        several = [
-            all_cached(space, looks.of(system, nth, count), folder) for nth in range(num_noises)
-        ]
-        by_caption["diversity"] = metrics.diversity(
-            np.stack(several, axis=1), metrics.cosine_distance
-        )
-        more |= {"diversity_count": count, "num_noises": num_noises}
-    return by_caption, more
+        several = []
+        for diversity_set in diversity_image_sets(image_set, num_noises):
+            several.append(extract_cached(space, iterate_squares(diversity_set, side), folder))
+        features = np.stack(several, axis=1)  # [N, K, D]
+        per_caption = metrics.diversity(features, metrics.cosine_distance)
+        results.append(mean_metric("diversity", per_caption))
+        extra["diversity_count"] = len(features)
+        extra["num_noises"] = num_noises
+
+    return results, extra
 
 
-def real(files: Sequence[Path], side: int) -> Iterator[Pictures]:
-    """[≤ 64, side, side, 3] at a time."""
-    with Bar("real pictures", len(files)) as bar:
+def iterate_squares(image_set: ImageSet, side: int) -> Iterator[Images]:
+    """Yields [≤ 64, side, side, 3]: the images' centre squares, resized."""
+    for chunk in iterate_images(image_set):
+        yield np.stack([resize_centre_square(image, side) for image in chunk])
+
+
+def iterate_real_squares(files: Sequence[Path], side: int) -> Iterator[Images]:
+    """Yields [≤ 64, side, side, 3]: the reference images' centre squares, resized."""
+    with Bar("reference images", len(files)) as bar:
         for start in range(0, len(files), CHUNK):
-            some = files[start : start + CHUNK]
-            yield np.stack([fitted(read_image(path), side) for path in some])
-            bar.advance(len(some))
+            chunk = files[start : start + CHUNK]
+            yield np.stack([resize_centre_square(read_image(path), side) for path in chunk])
+            bar.advance(len(chunk))
 
 
-def _distance(a: metrics.Features, b: metrics.Features) -> float:
-    return metrics.frechet_distance_of_moments(metrics.Moments.of(a), metrics.Moments.of(b))
+def _feature_folder(image_set: ImageSet) -> Path:
+    return image_set.cache / "features"
+
+
+def _frechet_distance(a: metrics.Features, b: metrics.Features) -> float:
+    return metrics.frechet_distance_of_moments(
+        metrics.Moments.from_rows(a), metrics.Moments.from_rows(b)
+    )
+
+
+def _digest_files(files: Sequence[Path]) -> str:
+    """sha256 of the names and contents of `files`."""
+    lines = [f"{path.name}:{sha256(path)}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

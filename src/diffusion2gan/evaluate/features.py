@@ -1,4 +1,4 @@
-"""Feature spaces: the pocket CLIP and the pocket probe."""
+"""Feature networks of the pocket protocol: the pocket CLIP and the pocket probe."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 from diffusion2gan import assets
+from diffusion2gan.evaluate.images import Images
 from diffusion2gan.pocket import models, scenes
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256
@@ -18,125 +20,155 @@ from diffusion2gan.runtime.images import from_uint8
 
 BATCH = 64
 ATTRIBUTES = ("count", "shape", "colour", "pattern", "ground")
-Pictures = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class ClipFeatures:
-    """`image_embeds` [N, D], unit length, and `patches` [N, P, W] of N pictures."""
+    """`image_embeds` [N, D], unit length, and `patches` [N, P, W] of N images."""
 
     image_embeds: NDArray[np.float32]
     patches: NDArray[np.float32]
 
 
 class PocketClip:
-    """The pocket world's CLIP: `images` and `texts` → features; `sha256` names its weights."""
+    """The pocket world's CLIP; `sha256` identifies its weights."""
 
     def __init__(self) -> None:
         folder = assets.folder("clip")
-        self._model = CLIPModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True
-        ).eval()
+        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        self._model = model.eval()
         self._tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.sha256 = sha256(folder)
 
     @torch.no_grad()
-    def images(self, pictures: Pictures) -> ClipFeatures:
-        """Features of [N, 64, 64, 3] uint8 pictures."""
+    def encode_images(self, images: Images) -> ClipFeatures:
+        """Features of [N, 64, 64, 3] uint8 images."""
         embeds, patches = [], []
-        for start in range(0, len(pictures), BATCH):
-            out = self._model.vision_model(from_uint8(pictures[start : start + BATCH]))
+        for batch in _batches(images):
+            out = self._model.vision_model(batch)
             embeds.append(self._model.visual_projection(out.pooler_output))
-            patches.append(out.last_hidden_state[:, 1:])
+            patches.append(out.last_hidden_state[:, 1:])  # without the class token
+
         unit = torch.nn.functional.normalize(torch.cat(embeds), dim=1)
         return ClipFeatures(unit.numpy(), torch.cat(patches).numpy())
 
     @torch.no_grad()
-    def texts(self, prompts: Sequence[str]) -> NDArray[np.float32]:
+    def encode_texts(self, prompts: Sequence[str]) -> NDArray[np.float32]:
         """[N, D] unit-length embeddings."""
-        ids = self._tokenizer(
+        tokens = self._tokenizer(
             list(prompts),
             padding="max_length",
             max_length=models.MAX_LENGTH,
             truncation=True,
             return_tensors="pt",
-        ).input_ids
-        embeds = self._model.text_projection(self._model.text_model(ids).pooler_output)
+        )
+        pooled = self._model.text_model(tokens.input_ids).pooler_output
+        embeds = self._model.text_projection(pooled)
         return np.asarray(torch.nn.functional.normalize(embeds, dim=1).numpy())
 
 
 def load_probe() -> models.Probe:
-    tensors, _ = checkpoint.load(assets.folder("probe") / "model.safetensors")
+    """The pocket world's attribute classifier, in float32 and evaluation mode."""
+    stored, _ = checkpoint.load(assets.folder("probe") / "model.safetensors")
+    tensors = {}
+    for name, tensor in stored.items():
+        tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+
     probe = models.Probe()
-    probe.load_state_dict(
-        {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-    )
+    probe.load_state_dict(tensors)
     return probe.eval().requires_grad_(False)
 
 
 def probe_sha256() -> str:
-    """Names the probe's weights."""
+    """Identifies the probe's weights."""
     return sha256(assets.folder("probe"))
 
 
 @torch.no_grad()
-def probe_features(probe: models.Probe, pictures: Pictures) -> NDArray[np.float32]:
-    """[N, 128] of [N, 64, 64, 3] uint8 pictures: the classifier's last feature map, averaged over the picture.
+def probe_features(probe: models.Probe, images: Images) -> NDArray[np.float32]:
+    """[N, 128]: the probe's last feature map of [N, 64, 64, 3] uint8 images, averaged over space.
 
-    What Inception's last pool is to the FID (Heusel et al. 2017). Unlike the pocket CLIP's embeddings, which hold what
-    a caption can say, these also see how sharp a picture is (benchmarks/feature_spaces.py).
+    The counterpart of Inception's last pool in the FID (Heusel et al. 2017). Unlike the pocket
+    CLIP's embeddings, which contain what a caption can express, these features also depend on how
+    sharp an image is (benchmarks/feature_spaces.py).
     """
-    maps = [
-        probe.features(from_uint8(pictures[i : i + BATCH])) for i in range(0, len(pictures), BATCH)
-    ]
+    maps = [probe.features(batch) for batch in _batches(images)]
     return np.asarray(torch.cat(maps).mean((2, 3)).numpy())
 
 
-def attributes_right(
-    probe: models.Probe, pictures: Pictures, prompts: Sequence[str]
+def score_attributes(
+    probe: models.Probe, images: Images, prompts: Sequence[str]
 ) -> dict[str, list[bool]]:
-    """For every attribute a prompt states, whether the probe sees it in the picture. One entry per stated attribute.
+    """Kind of attribute → whether the probe finds each stated attribute in the image.
 
-    count: as many objects. ground. shape: one of that shape is there. colour and pattern belong to an object: its
-    shape must be there and the colour be among the k most likely ones for that shape, k being how many objects of that
-    shape the prompt has (so that a red ring beside a blue star does not pass for a blue ring).
+    One entry per attribute that a prompt states:
+
+    - count: the image has as many objects.
+    - ground: it has that ground.
+    - shape: one object has that shape.
+    - colour, pattern: they belong to an object. Its shape must be present, and the colour among
+      the k most likely ones for that shape, k being how many objects of that shape the prompt has
+      (so that a red ring beside a blue star does not count as a blue ring).
     """
-    rows = attributes_of_each(probe, pictures, prompts)
-    return {kind: [answer for row in rows for answer in row[kind]] for kind in ATTRIBUTES}
+    rows = score_attributes_per_image(probe, images, prompts)
+    answers: dict[str, list[bool]] = {kind: [] for kind in ATTRIBUTES}
+    for row in rows:
+        for kind in ATTRIBUTES:
+            answers[kind].extend(row[kind])
+    return answers
 
 
 @torch.no_grad()
-def attributes_of_each(
-    probe: models.Probe, pictures: Pictures, prompts: Sequence[str]
+def score_attributes_per_image(
+    probe: models.Probe, images: Images, prompts: Sequence[str]
 ) -> list[dict[str, list[bool]]]:
-    """`attributes_right`, picture by picture."""
-    logits = torch.cat(
-        [probe(from_uint8(pictures[i : i + BATCH])) for i in range(0, len(pictures), BATCH)]
-    )
-    parts = models.split_logits(logits)
-    tables = {  # [N, shape, value]
-        "colour": parts["shape_colour"].reshape(-1, len(scenes.SHAPES), len(scenes.COLOURS)),
-        "pattern": parts["shape_pattern"].reshape(-1, len(scenes.SHAPES), len(scenes.PATTERNS)),
-    }
+    """`score_attributes` of each image."""
+    logits = models.split_logits(torch.cat([probe(batch) for batch in _batches(images)]))
+    grounds = list(scenes.GROUNDS)
+    colours = list(scenes.COLOURS)
+    patterns = list(scenes.PATTERNS)
+
+    # [N, shape, value]
+    num_shapes = len(scenes.SHAPES)
+    colour_logits = logits["shape_colour"].reshape(-1, num_shapes, len(colours))
+    pattern_logits = logits["shape_pattern"].reshape(-1, num_shapes, len(patterns))
+
     rows = []
     for i, prompt in enumerate(prompts):
-        right: dict[str, list[bool]] = {kind: [] for kind in ATTRIBUTES}
-        said = scenes.parse_caption(prompt)
-        right["count"].append(int(parts["count"][i].argmax()) + 1 == said.count)
-        if said.ground is not None:
-            right["ground"].append(
-                list(scenes.GROUNDS)[int(parts["ground"][i].argmax())] == said.ground
-            )
-        for k, name in enumerate(said.shape):
+        stated = scenes.parse_caption(prompt)
+        answers: dict[str, list[bool]] = {kind: [] for kind in ATTRIBUTES}
+
+        # Count and ground: the most likely class
+        count = int(logits["count"][i].argmax()) + 1
+        answers["count"].append(count == stated.count)
+        if stated.ground is not None:
+            ground = grounds[int(logits["ground"][i].argmax())]
+            answers["ground"].append(ground == stated.ground)
+
+        # Shape, colour and pattern of each object
+        for k, name in enumerate(stated.shape):
             shape = scenes.SHAPES.index(name)
-            there = bool(parts["shape"][i, shape] > 0)
-            right["shape"].append(there)
-            for kind, values, value in (
-                ("colour", tuple(scenes.COLOURS), said.colour[k]),
-                ("pattern", scenes.PATTERNS, said.pattern[k]),
-            ):
-                if value is not None:
-                    likely = tables[kind][i, shape].topk(said.shape.count(name)).indices.tolist()
-                    right[kind].append(there and values.index(value) in likely)
-        rows.append(right)
+            num_same_shape = stated.shape.count(name)
+            is_present = bool(logits["shape"][i, shape] > 0)
+            answers["shape"].append(is_present)
+
+            colour = stated.colour[k]
+            if colour is not None:
+                likely = _top_k(colour_logits[i, shape], num_same_shape)
+                answers["colour"].append(is_present and colours.index(colour) in likely)
+            pattern = stated.pattern[k]
+            if pattern is not None:
+                likely = _top_k(pattern_logits[i, shape], num_same_shape)
+                answers["pattern"].append(is_present and patterns.index(pattern) in likely)
+        rows.append(answers)
     return rows
+
+
+def _top_k(logits: Tensor, k: int) -> list[int]:
+    """The indices of the k largest of `logits` [V]."""
+    return [int(index) for index in logits.topk(k).indices]
+
+
+def _batches(images: Images) -> list[Tensor]:
+    """[≤ 64, 3, H, W] batches in [−1, 1] of [N, H, W, 3] uint8 images."""
+    return [from_uint8(images[start : start + BATCH]) for start in range(0, len(images), BATCH)]

@@ -1,24 +1,23 @@
-"""Bootstrap intervals: how much a number would move with other captions."""
+"""Bootstrap intervals: how much a number would change with other captions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 LEVEL = 0.95
 NUM_RESAMPLES = 1000
-MAX_DISTANCE_RESAMPLES = (
-    200  # of a distance between sets, which costs a thousand times what a mean does
-)
-FEWEST = 6  # captions, for an interval of a distance by a kernel: of fewer, too many resamples are one picture alone
+# For distances between sets, which cost about a thousand times as much as a mean
+MAX_DISTANCE_RESAMPLES = 200
+# With fewer captions, too many resamples would consist of one image alone.
+MIN_KERNEL_CAPTIONS = 6
 
 Rows = NDArray[np.integer]
 Features = NDArray[np.floating]
-Distances = Callable[
-    [Features, Features, Features, Features], Features
-]  # metrics.kernel_distances, metrics.cmmds
+# (a, b, counts_a, counts_b) → [R]: metrics.kernel_distances or metrics.cmmds
+KernelDistances = Callable[[Features, Features, Features, Features], Features]
 Interval = tuple[float, float]
 
 
@@ -31,62 +30,72 @@ def bootstrap(
     level: float = LEVEL,
     point: float | None = None,
 ) -> Interval:
-    """The `level` interval of `statistic`, a function of which of `count` captions are looked at, repeats allowed.
+    """The `level` bootstrap interval of `statistic`.
 
-    Captions are drawn with replacement (Efron 1979), their pictures and references with them, `num_resamples` times;
-    the quantiles of the outcomes are moved as `around` says. The same `seed` draws the same captions.
+    `statistic` is a function of the indices of the captions used, with repeats. Captions are drawn
+    with replacement (Efron 1979), together with their images and references, `num_resamples`
+    times; the quantiles of the results are moved as described in `interval_around`. `point` is the
+    statistic of all captions, computed here if not given. The same `seed` draws the same captions.
     """
     rng = np.random.default_rng(seed)
-    point = statistic(np.arange(count)) if point is None else point
-    return around(
-        point, [statistic(rng.integers(count, size=count)) for _ in range(num_resamples)], level
-    )
+    if point is None:
+        point = statistic(np.arange(count))
+
+    outcomes = []
+    for _ in range(num_resamples):
+        outcomes.append(statistic(rng.integers(count, size=count)))
+    return interval_around(point, outcomes, level)
 
 
-def around(
+def interval_around(
     point: float, outcomes: Sequence[float] | NDArray[np.floating], level: float = LEVEL
 ) -> Interval:
-    """The quantiles of `outcomes`, the resamples' statistics, moved to have the mean `point`, the one of all captions.
+    """The quantiles of `outcomes`, the resamples' statistics, moved so that their mean is `point`.
 
-    The move matters for Fréchet distances: a resample has only 63 % different pictures, so its covariance is less well
-    known and its distance larger, and plain quantiles can leave out the number they belong to. The interval is about
-    what this many pictures give on average: the bias of few pictures itself is in the number and not in the interval.
+    `point` is the statistic of all captions. The move matters for Fréchet distances: a resample
+    has only 63 % different images, so its covariance is less well estimated and its distance
+    larger, and plain quantiles can exclude the number they belong to. The interval describes what
+    this many images give on average: the bias of a small number of images is in the number, not in
+    the interval.
     """
-    told = np.asarray(outcomes, np.float64)
-    low, high = np.quantile(told - told.mean(), [(1 - level) / 2, (1 + level) / 2])
+    values = np.asarray(outcomes, np.float64)
+    low, high = np.quantile(values - values.mean(), [(1 - level) / 2, (1 + level) / 2])
     return float(point + low), float(point + high)
 
 
-def times_drawn(count: int, num_resamples: int, seed: int = 0) -> NDArray[np.float64]:
-    """[num_resamples, count]: how often each caption is drawn in the resamples that `bootstrap` takes."""
+def resample_counts(count: int, num_resamples: int, seed: int = 0) -> NDArray[np.float64]:
+    """[num_resamples, count]: how often each caption is drawn in the resamples of `bootstrap`."""
     rng = np.random.default_rng(seed)
-    rows = (rng.integers(count, size=count) for _ in range(num_resamples))
-    return np.array([np.bincount(one, minlength=count) for one in rows], np.float64).reshape(
-        num_resamples, count
-    )
+    counts = np.zeros((num_resamples, count))
+    for resample in counts:
+        resample[:] = np.bincount(rng.integers(count, size=count), minlength=count)
+    return counts
 
 
-def of_kernels(
-    kernels: Mapping[str, tuple[Distances, Features, Features]], *, paired: bool, num_resamples: int
-) -> tuple[dict[str, float], dict[str, Interval]]:
-    """Numbers and intervals of distances by a kernel, each of one pass: name → (its function, `a`, `b`).
+def bootstrap_kernel(
+    distances: KernelDistances, a: Features, b: Features, *, paired: bool, num_resamples: int
+) -> tuple[float, Interval | None]:
+    """A kernel distance of `a` and `b`, and its interval, from one pass over the kernel's table.
 
-    `paired`: row i of `a` and of `b` are of one caption and drawn together; otherwise `b` stays as it is. Between equal
-    distributions such a distance hangs on pairs of captions alone, and resampling is then up to √3 times too wide
-    (Arcones & Giné 1992 centre it, which would be too narrow elsewhere). No interval with fewer than FEWEST captions.
+    `paired`: row i of `a` and of `b` belong to the same caption and are drawn together; otherwise
+    `b` is not resampled. Between equal distributions such a distance depends on pairs of captions
+    alone, and the resampled interval is up to √3 times too wide (Arcones & Giné 1992 centre it,
+    which would be too narrow in other cases). The interval is None without resamples or with fewer
+    than MIN_KERNEL_CAPTIONS captions.
     """
-    numbers: dict[str, float] = {}
-    found: dict[str, Interval] = {}
-    for key, (distances, a, b) in kernels.items():
-        num = min(num_resamples, MAX_DISTANCE_RESAMPLES) if len(a) >= FEWEST else 0
-        times = np.vstack([np.ones((1, len(a))), times_drawn(len(a), num)])
-        point, *outcomes = map(
-            float, distances(a, b, times, times if paired else np.ones((1, len(b))))
-        )
-        numbers[key] = point
-        if outcomes:
-            found[key] = around(point, outcomes)
-    return numbers, found
+    num = min(num_resamples, MAX_DISTANCE_RESAMPLES)
+    if len(a) < MIN_KERNEL_CAPTIONS:
+        num = 0
+
+    # Row 0: all captions once, which gives the distance itself
+    counts_a = np.vstack([np.ones((1, len(a))), resample_counts(len(a), num)])
+    counts_b = counts_a if paired else np.ones((1, len(b)))
+    values = distances(a, b, counts_a, counts_b)
+
+    point = float(values[0])
+    if num == 0:
+        return point, None
+    return point, interval_around(point, values[1:])
 
 
 def bootstrap_mean(
@@ -97,13 +106,16 @@ def bootstrap_mean(
     seed: int = 0,
     level: float = LEVEL,
 ) -> Interval:
-    """`bootstrap` of Σ values / Σ weights: a mean, or with weights a ratio such as right answers over questions."""
+    """`bootstrap` of Σ values / Σ weights over captions [N].
+
+    Without weights this is a mean; with weights a ratio, such as correct answers over questions.
+    """
     values = np.asarray(values, np.float64)
-    weights = np.ones_like(values) if weights is None else np.asarray(weights, np.float64)
-    return bootstrap(
-        lambda rows: float(values[rows].sum() / weights[rows].sum()),
-        len(values),
-        num_resamples=num_resamples,
-        seed=seed,
-        level=level,
-    )
+    if weights is None:
+        weights = np.ones_like(values)
+    denominators = np.asarray(weights, np.float64)
+
+    def ratio(rows: Rows) -> float:
+        return float(values[rows].sum() / denominators[rows].sum())
+
+    return bootstrap(ratio, len(values), num_resamples=num_resamples, seed=seed, level=level)

@@ -1,4 +1,7 @@
-"""Metrics: pure functions of feature arrays, float64. `a` are a system's pictures, `b` the reference."""
+"""Metrics as pure functions of feature arrays, computed in float64.
+
+In functions of two sets, `a` are the features of a system's images, `b` those of the reference.
+"""
 
 from __future__ import annotations
 
@@ -13,39 +16,49 @@ from diffusion2gan.errors import UserError
 Features = NDArray[np.floating]
 Distance = Callable[[Features, Features], Features]  # (a [B, …], b [B, …]) → [B]
 
-BLOCK = 1024  # rows at a time where a table of all pairs is needed: memory stays BLOCK × N
-NEAREST_PRECISION = 3  # neighbours: Kynkäänniemi et al. 2019
-NEAREST_DENSITY = 5  # neighbours: Naeem et al. 2020
+BLOCK = 1024  # rows per block of a table of all pairs, so that memory stays BLOCK × N
+NEAREST_PRECISION = 3  # neighbours (k) of precision and recall: Kynkäänniemi et al. 2019
+NEAREST_DENSITY = 5  # neighbours (k) of density and coverage: Naeem et al. 2020
 
 
-# -------------------------------------------------------------------------------------------------- Fréchet distance
+# ------------------------------------------------------------------------------ Fréchet distance
 
 
 def frechet_distance(a: Features, b: Features) -> float:
-    """Fréchet distance between Gaussians fitted to `a` [N, D] and `b` [M, D] (Heusel et al. 2017, eq. 6).
+    """Fréchet distance between Gaussians fitted to `a` [N, D] and `b` [M, D], in [0, ∞).
 
-    |μa−μb|² + tr(Σa + Σb − 2(ΣaΣb)^½), the last trace taken as the nuclear norm of Σa^½ Σb^½, which is symmetric in
-    a and b and needs no matrix logarithm. Raises UserError with fewer than two rows.
+    Heusel et al. 2017, eq. 6: |μa − μb|² + tr(Σa + Σb − 2(ΣaΣb)^½). The trace of the matrix root is
+    computed as the nuclear norm of Σa^½ Σb^½, which is symmetric in a and b and needs no general
+    matrix square root. Raises UserError if a set has fewer than two rows.
     """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    _check_rows(len(a), len(b))
-    root_a, root_b = _centred(a), _centred(b)  # Σ = rootᵀ root
-    cross = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
-    squares = np.square(root_a).sum() + np.square(root_b).sum() - 2 * cross
-    return float(max(0.0, np.square(a.mean(0) - b.mean(0)).sum() + squares))
+    a = np.asarray(a, np.float64)
+    b = np.asarray(b, np.float64)
+    _check_num_rows(len(a), len(b))
+
+    # Σ = rootᵀ root
+    root_a = _covariance_root(a)
+    root_b = _covariance_root(b)
+    trace_of_root = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+    traces = np.square(root_a).sum() + np.square(root_b).sum() - 2 * trace_of_root
+
+    # Rounding can make the distance of two equal sets slightly negative
+    return float(max(0.0, np.square(a.mean(0) - b.mean(0)).sum() + traces))
 
 
-def _centred(x: Features) -> Features:
-    """A square root R of the covariance of `x` (RᵀR = Σ, unbiased), at most D rows."""
-    rows = (x - x.mean(0)) / np.sqrt(len(x) - 1)
-    return np.asarray(np.linalg.qr(rows, mode="r")) if len(rows) > rows.shape[1] else rows
+def _covariance_root(x: Features) -> Features:
+    """[≤ D, D]: a matrix R with RᵀR = Σ, the unbiased covariance of the rows of `x` [N, D]."""
+    centred = (x - x.mean(0)) / np.sqrt(len(x) - 1)
+    if len(centred) <= centred.shape[1]:
+        return centred
+    return np.asarray(np.linalg.qr(centred, mode="r"))
 
 
 @dataclass(frozen=True)
 class Moments:
-    """What the Fréchet distance needs of features too many to hold: parts are summed by `+`, in any order.
+    """The first two moments of a set of rows, for the Fréchet distance of streamed features.
 
-    `count` rows, their `mean` [D], and `scatter` [D, D] = Σ (x−mean)(x−mean)ᵀ.
+    `count` rows, their `mean` [D], and `scatter` [D, D] = Σ (x − mean)(x − mean)ᵀ. The moments of a
+    union of sets are the sum (`+`) of the sets' moments, in any order.
     """
 
     count: int
@@ -53,39 +66,48 @@ class Moments:
     scatter: Features
 
     @classmethod
-    def of(cls, rows: Features) -> Moments:
-        """Of `rows` [N, D]."""
+    def from_rows(cls, rows: Features) -> Moments:
+        """The moments of `rows` [N, D]."""
         rows = np.asarray(rows, np.float64)
         mean = rows.mean(0)
-        apart = rows - mean
-        return cls(len(rows), mean, apart.T @ apart)
+        deviations = rows - mean
+        return cls(len(rows), mean, deviations.T @ deviations)
 
     def covariance(self) -> Features:
         """[D, D], unbiased."""
         return np.asarray(self.scatter / (self.count - 1))
 
     def __add__(self, other: Moments) -> Moments:
-        """Of both sets of rows together (Chan, Golub & LeVeque 1979: no sum of squares, nothing cancels)."""
-        count, shift = self.count + other.count, other.mean - self.mean
+        """The moments of both sets together (Chan, Golub & LeVeque 1979).
+
+        No sums of squares are subtracted, so nothing cancels.
+        """
+        count = self.count + other.count
+        shift = other.mean - self.mean
         mean = self.mean + shift * (other.count / count)
         between = np.outer(shift, shift) * (self.count * other.count / count)
         return Moments(count, mean, self.scatter + other.scatter + between)
 
 
 def frechet_distance_of_moments(a: Moments, b: Moments) -> float:
-    """The Fréchet distance of streamed features. Raises UserError with fewer than two rows a side."""
-    _check_rows(a.count, b.count)
-    root_a, root_b = _root(a.covariance()), _root(b.covariance())
+    """`frechet_distance` from moments. Raises UserError if a set has fewer than two rows."""
+    _check_num_rows(a.count, b.count)
+
+    # Σ = root rootᵀ; the nuclear norm of `inner` is the sum of its singular values
+    root_a = _symmetric_root(a.covariance())
+    root_b = _symmetric_root(b.covariance())
     inner = root_a.T @ root_b
-    cross = np.sqrt(
-        np.linalg.eigvalsh(inner.T @ inner).clip(0)
-    ).sum()  # the nuclear norm of `inner`
-    squares = np.square(root_a).sum() + np.square(root_b).sum() - 2 * cross
-    return float(max(0.0, np.square(a.mean - b.mean).sum() + squares))
+    trace_of_root = np.sqrt(np.linalg.eigvalsh(inner.T @ inner).clip(0)).sum()
+    traces = np.square(root_a).sum() + np.square(root_b).sum() - 2 * trace_of_root
+
+    return float(max(0.0, np.square(a.mean - b.mean).sum() + traces))
 
 
-def _root(covariance: Features) -> Features:
-    """R with RRᵀ = Σ: Cholesky's factor, or where Σ is singular the one of its eigenvectors."""
+def _symmetric_root(covariance: Features) -> Features:
+    """[D, D]: a matrix R with RRᵀ = Σ.
+
+    The Cholesky factor; if Σ is singular, computed from its eigenvectors.
+    """
     try:
         return np.linalg.cholesky(covariance)
     except np.linalg.LinAlgError:
@@ -93,110 +115,141 @@ def _root(covariance: Features) -> Features:
         return np.asarray(vectors * np.sqrt(values.clip(0)))
 
 
-def _check_rows(count_a: int, count_b: int) -> None:
-    if min(count_a, count_b) < 2:
+def _check_num_rows(num_a: int, num_b: int) -> None:
+    if min(num_a, num_b) < 2:
         raise UserError(
-            f"the Fréchet distance needs two pictures a side, got {count_a} and {count_b}; raise --count"
+            f"the Fréchet distance needs at least two images in each set, got {num_a} of the "
+            f"system and {num_b} of the reference; use more images (--count, or a larger "
+            "--reference)"
         )
 
 
-# -------------------------------------------------------------------------------------------- distances by a kernel
+# ------------------------------------------------------------------------------- kernel distances
 
 
 def kernel_distance(a: Features, b: Features) -> float:
-    """KID: unbiased squared MMD of `a` [N, D] and `b` [M, D] under (x·y/D + 1)³ (Bińkowski et al. 2018).
+    """KID: unbiased squared MMD of `a` [N, D] and `b` [M, D] with the kernel (x·y/D + 1)³.
 
-    Over all rows at once, where others average over random subsets of 1 000: the same expectation with less variance
-    and no randomness. May be slightly negative. Raises UserError with fewer than two rows a side.
+    Bińkowski et al. 2018, computed over all rows at once. Other implementations average over
+    random subsets of 1 000 rows: the same expectation, with more variance. May be slightly
+    negative. Raises UserError if a set has fewer than two rows.
     """
     return float(kernel_distances(a, b, np.ones((1, len(a))), np.ones((1, len(b))))[0])
 
 
-def kernel_distances(a: Features, b: Features, times_a: Features, times_b: Features) -> Features:
-    """[R]: KIDs of R resamples, in which row i of `a` counts times_a[r, i] times ([R, N]), of `b` times_b ([R, M]).
+def kernel_distances(a: Features, b: Features, counts_a: Features, counts_b: Features) -> Features:
+    """[R]: KID of R resamples of `a` [N, D] and `b` [M, D].
 
-    One pass over the kernel's table, whatever R is; R may be 1 on one side. No picture is compared with itself, nor
-    with its own repeats.
+    Resample r contains row i of `a` counts_a[r, i] times and row j of `b` counts_b[r, j] times,
+    with `counts_a` [R, N] and `counts_b` [R, M]; one of them may have a single row, which then
+    applies to all resamples. The kernel's table is computed once, whatever R is. No image is
+    compared with itself or with its repeats. Raises UserError if a set has fewer than two rows.
     """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    a = np.asarray(a, np.float64)
+    b = np.asarray(b, np.float64)
     if min(len(a), len(b)) < 2:
         raise UserError(
-            f"the kernel distance needs two pictures a side, got {len(a)} and {len(b)}; raise --count"
+            f"the kernel distance needs at least two images in each set, got {len(a)} of the "
+            f"system and {len(b)} of the reference; use more images (--count, or a larger "
+            "--reference)"
         )
-    within = []
-    for x, times in ((a, times_a), (b, times_b)):
-        alone = np.square(times) @ (np.square(x).sum(1) / x.shape[1] + 1) ** 3
-        num_pairs = np.square(times.sum(1)) - np.square(times).sum(
-            1
-        )  # 0 where one row is all that was drawn
-        within.append((_weighted(_cubic(x, x), times, times) - alone) / np.maximum(num_pairs, 1))
-    across = _weighted(_cubic(a, b), times_a, times_b) / (times_a.sum(1) * times_b.sum(1))
-    return np.asarray(sum(within) - 2 * across)
+
+    within_a = _mean_cubic_kernel_within(a, counts_a)
+    within_b = _mean_cubic_kernel_within(b, counts_b)
+    num_pairs = counts_a.sum(1) * counts_b.sum(1)
+    across = _weighted_sum(_cubic_kernel(a, b), counts_a, counts_b) / num_pairs
+    return np.asarray(within_a + within_b - 2 * across)
+
+
+def _mean_cubic_kernel_within(x: Features, counts: Features) -> Features:
+    """[R]: the mean kernel value of all pairs of different rows of `x` [N, D] in each resample."""
+    total = _weighted_sum(_cubic_kernel(x, x), counts, counts)
+    diagonal = np.square(counts) @ (np.square(x).sum(1) / x.shape[1] + 1) ** 3
+    num_pairs = np.square(counts.sum(1)) - np.square(counts).sum(1)
+
+    # num_pairs is 0 if a resample consists of repeats of one row
+    return np.asarray((total - diagonal) / np.maximum(num_pairs, 1))
 
 
 def cmmd(a: Features, b: Features) -> float:
-    """CMMD: 1000 × the squared MMD (biased) of unit vectors under a Gaussian kernel, σ = 10 (Jayasumana et al. 2024).
+    """CMMD: 1000 × the (biased) squared MMD of unit vectors with a Gaussian kernel of σ = 10.
 
-    `a` [N, D], `b` [M, D]: CLIP embeddings; they are brought to unit length here, as its authors do.
+    Jayasumana et al. 2024. `a` [N, D] and `b` [M, D] are CLIP embeddings, which are normalised to
+    unit length here, as in the authors' code.
     """
     return float(cmmds(a, b, np.ones((1, len(a))), np.ones((1, len(b))))[0])
 
 
-def cmmds(a: Features, b: Features, times_a: Features, times_b: Features) -> Features:
-    """[R]: CMMDs of R resamples, as `kernel_distances`."""
-    a, b = (_unit(np.asarray(x, np.float64)) for x in (a, b))
-    parts = [
-        _weighted(_gaussian(x, y), s, t) / (s.sum(1) * t.sum(1))
-        for x, y, s, t in (
-            (a, a, times_a, times_a),
-            (b, b, times_b, times_b),
-            (a, b, times_a, times_b),
-        )
-    ]
-    return np.asarray(1000 * (parts[0] + parts[1] - 2 * parts[2]))
+def cmmds(a: Features, b: Features, counts_a: Features, counts_b: Features) -> Features:
+    """[R]: CMMD of R resamples, with the arguments of `kernel_distances`."""
+    a = _normalize_rows(np.asarray(a, np.float64))
+    b = _normalize_rows(np.asarray(b, np.float64))
+
+    within_a = _mean_gaussian_kernel(a, a, counts_a, counts_a)
+    within_b = _mean_gaussian_kernel(b, b, counts_b, counts_b)
+    across = _mean_gaussian_kernel(a, b, counts_a, counts_b)
+    return np.asarray(1000 * (within_a + within_b - 2 * across))
 
 
-def _weighted(blocks: Iterator[Features], times_a: Features, times_b: Features) -> Features:
-    """[R]: Σ times_a[r, i] · table[i, j] · times_b[r, j], the table given in blocks of its rows."""
-    total, start = np.zeros(len(times_a)), 0
+def _mean_gaussian_kernel(
+    a: Features, b: Features, counts_a: Features, counts_b: Features
+) -> Features:
+    """[R]: the mean kernel value of all pairs of a row of `a` and a row of `b` in each resample."""
+    num_pairs = counts_a.sum(1) * counts_b.sum(1)
+    return np.asarray(_weighted_sum(_gaussian_kernel(a, b), counts_a, counts_b) / num_pairs)
+
+
+def _weighted_sum(blocks: Iterator[Features], counts_a: Features, counts_b: Features) -> Features:
+    """[R]: Σ counts_a[r, i] · table[i, j] · counts_b[r, j], the table given in blocks of rows."""
+    total = np.zeros(len(counts_a))
+    start = 0
     for block in blocks:
-        rows = times_a[:, start : start + len(block)]
-        total += (rows @ block * times_b).sum(1)
+        rows = counts_a[:, start : start + len(block)]
+        total += (rows @ block * counts_b).sum(1)
         start += len(block)
     return total
 
 
-def _cubic(a: Features, b: Features) -> Iterator[Features]:
-    yield from ((a[i : i + BLOCK] @ b.T / a.shape[1] + 1) ** 3 for i in range(0, len(a), BLOCK))
+def _cubic_kernel(a: Features, b: Features) -> Iterator[Features]:
+    """[≤ BLOCK, M] kernel values (x·y/D + 1)³ of rows of `a` with all of `b`, block by block."""
+    for start in range(0, len(a), BLOCK):
+        yield (a[start : start + BLOCK] @ b.T / a.shape[1] + 1) ** 3
 
 
-def _gaussian(a: Features, b: Features, sigma: float = 10.0) -> Iterator[Features]:
-    yield from (np.exp(-squares / (2 * sigma**2)) for squares in _squares(a, b))
+def _gaussian_kernel(a: Features, b: Features, sigma: float = 10.0) -> Iterator[Features]:
+    """[≤ BLOCK, M] kernel values exp(−|x − y|² / 2σ²), block by block."""
+    for squares in _squared_distances(a, b):
+        yield np.exp(-squares / (2 * sigma**2))
 
 
-def _squares(a: Features, b: Features) -> Iterator[Features]:
+def _squared_distances(a: Features, b: Features) -> Iterator[Features]:
     """[≤ BLOCK, M] squared distances of the rows of `a` to all of `b`, block by block."""
     norms = np.square(b).sum(1)
-    for i in range(0, len(a), BLOCK):
-        rows = a[i : i + BLOCK]
+    for start in range(0, len(a), BLOCK):
+        rows = a[start : start + BLOCK]
         yield np.maximum(np.square(rows).sum(1)[:, None] + norms - 2 * rows @ b.T, 0)
 
 
-def _unit(x: Features) -> Features:
+def _normalize_rows(x: Features) -> Features:
     return np.asarray(x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12))
 
 
-# ------------------------------------------------------------------------------------- fidelity and variety, apart
+# ----------------------------------------------------------------- fidelity and variety separately
 
 
 @dataclass(frozen=True)
 class Manifold:
-    """One number a picture; the means are the metrics. `precision`, `density` of [N] `a`; `recall`, `coverage` of [M].
+    """Precision, recall, density and coverage, one number per image; the metrics are the means.
 
-    A picture's ball reaches to its k-th nearest neighbour in its own set, the border belonging to it.
-    precision: a picture of `a` lies in some ball of `b`; recall: one of `b` in some ball of `a` (k = 3, Kynkäänniemi
-    et al. 2019). density: in how many balls of `b`, over k; coverage: the ball of one of `b` holds any of `a` (k = 5,
-    Naeem et al. 2020).
+    `precision` and `density` [N] belong to the images of `a`, `recall` and `coverage` [M] to those
+    of `b`. An image's ball reaches to its k-th nearest neighbour in its own set, including the
+    border.
+
+    - precision (k = 3, Kynkäänniemi et al. 2019): 1 if the image of `a` is inside a ball of `b`.
+    - recall (k = 3): 1 if the image of `b` is inside a ball of `a`.
+    - density (k = 5, Naeem et al. 2020): the number of balls of `b` around the image of `a`,
+      divided by k.
+    - coverage (k = 5): 1 if the ball of the image of `b` contains an image of `a`.
     """
 
     precision: Features
@@ -206,96 +259,138 @@ class Manifold:
 
 
 def manifold(a: Features, b: Features) -> Manifold:
-    """Precision, recall, density and coverage of `a` [N, D] against `b` [M, D], a number a picture.
+    """Precision, recall, density and coverage of `a` [N, D] against `b` [M, D], per image.
 
-    Raises UserError with too few rows for five neighbours.
+    Raises UserError if a set has too few rows for five neighbours.
     """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    a = np.asarray(a, np.float64)
+    b = np.asarray(b, np.float64)
     if min(len(a), len(b)) <= NEAREST_DENSITY:
         raise UserError(
-            f"precision, recall, density and coverage need {NEAREST_DENSITY + 1} pictures a side, got {len(a)} and "
-            f"{len(b)}; raise --count"
+            f"precision, recall, density and coverage need at least {NEAREST_DENSITY + 1} images "
+            f"in each set, got {len(a)} of the system and {len(b)} of the reference; use more "
+            "images (--count, or a larger --reference)"
         )
-    a, b = a - b.mean(0), b - b.mean(0)  # small numbers: |x|² + |y|² − 2x·y loses nothing
-    near_a = _radii(a, (NEAREST_PRECISION,))[:, 0]
-    near_b, wide_b = _radii(b, (NEAREST_PRECISION, NEAREST_DENSITY)).T
-    precision, density = [], []
-    recall, coverage = np.zeros(len(b), bool), np.zeros(len(b), bool)
-    for start, squares in zip(range(0, len(a), BLOCK), _squares(a, b), strict=True):
-        precision.append((squares <= near_b).any(1))
-        density.append((squares <= wide_b).sum(1) / NEAREST_DENSITY)
-        recall |= (squares <= near_a[start : start + BLOCK, None]).any(0)
-        coverage |= (squares <= wide_b).any(0)
+
+    # With small numbers, |x|² + |y|² − 2x·y loses no digits
+    centre = b.mean(0)
+    a = a - centre
+    b = b - centre
+
+    # Squared radii of the balls
+    radii_a = _squared_radii(a, (NEAREST_PRECISION,))[:, 0]
+    radii_b, wide_radii_b = _squared_radii(b, (NEAREST_PRECISION, NEAREST_DENSITY)).T
+
+    # One pass over the table of distances between the sets
+    precision = []
+    density = []
+    recall = np.zeros(len(b), bool)
+    coverage = np.zeros(len(b), bool)
+    for start, squares in zip(range(0, len(a), BLOCK), _squared_distances(a, b), strict=True):
+        precision.append((squares <= radii_b).any(1))
+        density.append((squares <= wide_radii_b).sum(1) / NEAREST_DENSITY)
+        recall |= (squares <= radii_a[start : start + BLOCK, None]).any(0)
+        coverage |= (squares <= wide_radii_b).any(0)
+
     return Manifold(
-        np.concatenate(precision).astype(np.float64),
-        recall.astype(np.float64),
-        np.concatenate(density),
-        coverage.astype(np.float64),
+        precision=np.concatenate(precision).astype(np.float64),
+        recall=recall.astype(np.float64),
+        density=np.concatenate(density),
+        coverage=coverage.astype(np.float64),
     )
 
 
-def _radii(x: Features, ks: Sequence[int]) -> Features:
-    """[N, len(ks)] squared distance to the k-th nearest of the others, widened by rounding."""
-    parts = []
-    for start, squares in zip(range(0, len(x), BLOCK), _squares(x, x), strict=True):
+def _squared_radii(x: Features, ks: Sequence[int]) -> Features:
+    """[N, len(ks)]: squared distance of a row to its k-th nearest other row, plus rounding."""
+    radii = []
+    for start, squares in zip(range(0, len(x), BLOCK), _squared_distances(x, x), strict=True):
+        # A row itself comes before every other
         rows = np.arange(len(squares))
-        squares[rows, start + rows] = -1  # itself, before every other
-        parts.append(np.partition(squares, ks, axis=1)[:, list(ks)])
-    return np.concatenate(parts) + 1e-12 * np.square(x).sum(1).max()
+        squares[rows, start + rows] = -1
+        radii.append(np.partition(squares, ks, axis=1)[:, list(ks)])
+    return np.concatenate(radii) + 1e-12 * np.square(x).sum(1).max()
 
 
-# --------------------------------------------------------------------------------------------- picture by picture
+# ----------------------------------------------------------------------------- metrics per image
 
 
-def cosine(a: Features, b: Features) -> Features:
-    """[N] cosine of corresponding rows."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+def cosine_similarity(a: Features, b: Features) -> Features:
+    """[…]: the cosine of corresponding vectors of `a` and `b` […, D], in [−1, 1]."""
+    a = np.asarray(a, np.float64)
+    b = np.asarray(b, np.float64)
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return np.asarray((a * b).sum(-1) / np.maximum(norms, 1e-12))
 
 
 def clip_score(image_embeds: Features, text_embeds: Features) -> float:
-    """Mean cosine between pictures [N, D] and their prompts [N, D] (Hessel et al. 2021, without the factor 2.5)."""
-    return float(cosine(image_embeds, text_embeds).mean())
+    """Mean cosine between images [N, D] and their prompts [N, D], in [−1, 1].
+
+    Hessel et al. 2021, without the factor 2.5.
+    """
+    return float(cosine_similarity(image_embeds, text_embeds).mean())
 
 
 def patch_distance(a: Features, b: Features) -> Features:
-    """[N]: 1 − cosine, averaged over the patches of features [N, P, D]: DreamSim's form, with the features given."""
-    return np.asarray(1 - cosine(a, b).mean(-1))
+    """[N]: 1 − cosine, averaged over corresponding patches of `a` and `b` [N, P, D], in [0, 2].
+
+    DreamSim's distance (Fu et al. 2023) in form, with the given features.
+    """
+    return np.asarray(1 - cosine_similarity(a, b).mean(-1))
 
 
 def cosine_distance(a: Features, b: Features) -> Features:
-    """[N]: 1 − cosine of corresponding rows [N, D]: DreamSim's distance, with the embeddings given."""
-    return np.asarray(1 - cosine(a, b))
+    """[N]: 1 − cosine of corresponding rows of `a` and `b` [N, D], in [0, 2].
+
+    DreamSim's distance (Fu et al. 2023), with the given embeddings.
+    """
+    return np.asarray(1 - cosine_similarity(a, b))
 
 
 def same_noise_distance(a: Features, b: Features) -> float:
-    """Mean of 1 − cosine over corresponding patches [N, P, D]: DreamSim's form, with the features given."""
-    return float(1 - cosine(a, b).mean())
+    """Mean of 1 − cosine over all corresponding patches of `a` and `b` [N, P, D], in [0, 2].
+
+    DreamSim's distance (Fu et al. 2023) in form, with the given features.
+    """
+    return float(1 - cosine_similarity(a, b).mean())
 
 
 def diversity(features: Features, distance: Distance = patch_distance) -> Features:
-    """[N]: the mean `distance` between all pairs of K pictures of one prompt, from features [N, K, …].
+    """[N]: the mean distance between all pairs of K images of one prompt.
 
-    DreamDiv is its mean over prompts, with DreamSim as the distance. Any distance
-    (a [B, …], b [B, …]) → [B] will do. Raises UserError with one picture a prompt.
+    `features` [N, K, …]. DreamDiv is its mean over prompts, with DreamSim as the distance. Any
+    distance (a [B, …], b [B, …]) → [B] can be used. Raises UserError if there is one image per
+    prompt.
     """
-    num = features.shape[1]
-    if num < 2:
-        raise UserError("diversity needs two pictures of each prompt, got one; raise --num-noises")
-    pairs = [(i, j) for i in range(num) for j in range(i)]
-    return np.asarray(np.mean([distance(features[:, i], features[:, j]) for i, j in pairs], axis=0))
+    num_images = features.shape[1]
+    if num_images < 2:
+        raise UserError(
+            "diversity needs at least two images of each prompt, got one; raise --num-noises"
+        )
+
+    distances = []
+    for i in range(num_images):
+        for j in range(i):
+            distances.append(distance(features[:, i], features[:, j]))
+    return np.asarray(np.mean(distances, axis=0))
 
 
-def share(right: Sequence[bool]) -> float:
-    return float(np.mean(np.asarray(right, np.float64))) if len(right) else float("nan")
+def accuracy(correct: Sequence[bool]) -> float:
+    """The share of True, in [0, 1]; NaN if there are no answers."""
+    if len(correct) == 0:
+        return float("nan")
+    return float(np.mean(np.asarray(correct, np.float64)))
 
 
-def check_features(features: Features, what: str) -> None:
-    """Raises UserError where a picture's features are not finite: it names how many and the first."""
-    bad = np.flatnonzero(~np.isfinite(features).reshape(len(features), -1).all(1))
+def check_features(features: Features, name: str) -> None:
+    """Raises UserError if some of the features [N, …] are not finite.
+
+    `name` of the feature network, for the message, which counts the images and names the first.
+    """
+    finite = np.isfinite(features).reshape(len(features), -1).all(1)
+    bad = np.flatnonzero(~finite)
     if len(bad):
         raise UserError(
-            f"{what}: the features of {len(bad)} of {len(features)} pictures are not finite, the first is picture "
-            f"{bad[0]}. Look at that picture, and whether the feature network's weights are whole."
+            f"{name}: the features of {len(bad)} of {len(features)} images are not finite; the "
+            f"first is image {bad[0]}. Look at that image, and check that the feature network's "
+            "weights are complete and undamaged."
         )

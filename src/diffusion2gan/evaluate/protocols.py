@@ -1,4 +1,7 @@
-"""Protocols, pinned: everything a number depends on besides the system. Numbers of two protocols never mix."""
+"""Evaluation protocols: everything a number depends on besides the system.
+
+Numbers of two protocols are never shown in one table.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,12 @@ from diffusion2gan.runtime.files import read_json
 
 @dataclass(frozen=True)
 class Protocol:
-    """`count` captions (None: the user's choice); pictures of `side` pixels, made so by `resize`.
+    """The pinned choices of a protocol. Its fields are written to metrics.json and hashed.
 
-    `reference`: what the pictures are held against. `feature_resize`: how a picture comes to a feature network's size.
-    `noise`: how a caption's noise is seeded. `patch`: the side of what the patch Fréchet distance looks at.
+    `count`: number of captions (None: the user's choice). `side`: the images' side in pixels,
+    reached by `resize`. `reference`: the images compared with. `feature_resize`: how an image is
+    resized to a feature network's input size. `noise`: how a caption's noise is seeded. `patch`:
+    the side in pixels of the patches of the patch Fréchet distance.
     """
 
     name: str
@@ -31,69 +36,81 @@ class Protocol:
     patch: int
 
 
-TEACHER = "same_noise_teacher"  # of metrics.json: the key of the system that same-noise distances are taken to
+# The key in metrics.json of the system that same-noise distances are measured to
+TEACHER_KEY = "same_noise_teacher"
+
 PER_CAPTION = "CPU generator per caption, seed (128 + seed)·2^24 + caption index"
 CENTRE_LANCZOS = "largest centre square, Lanczos (Pillow)"
-CLEAN = "Inception: bicubic (Pillow), rounded to 8 bit; CLIP, DINOv2: as their own preprocessor_config.json says"
+CLEAN = (
+    "Inception: bicubic (Pillow), rounded to 8 bit; CLIP, DINOv2: "
+    "as their own preprocessor_config.json says"
+)
 
 POCKET = Protocol(
-    "pocket",
-    None,
-    64,
-    "none: other sizes are refused",
-    "renderings of the same captions",
-    "none",
-    PER_CAPTION,
-    32,
+    name="pocket",
+    count=None,
+    side=64,
+    resize="none: other sizes are refused",
+    reference="renderings of the same captions",
+    feature_resize="none",
+    noise=PER_CAPTION,
+    patch=32,
 )
 COCO2014 = Protocol(
-    "coco2014-30k",
-    30_000,
-    256,
-    CENTRE_LANCZOS,
-    "all of val2014, resized alike",
-    CLEAN,
-    PER_CAPTION,
-    128,
+    name="coco2014-30k",
+    count=30_000,
+    side=256,
+    resize=CENTRE_LANCZOS,
+    reference="all of val2014, resized alike",
+    feature_resize=CLEAN,
+    noise=PER_CAPTION,
+    patch=128,
 )
 COCO2017 = Protocol(
-    "coco2017-5k",
-    5_000,
-    256,
-    CENTRE_LANCZOS,
-    "all of val2017, resized alike",
-    CLEAN,
-    PER_CAPTION,
-    128,
+    name="coco2017-5k",
+    count=5_000,
+    side=256,
+    resize=CENTRE_LANCZOS,
+    reference="all of val2017, resized alike",
+    feature_resize=CLEAN,
+    noise=PER_CAPTION,
+    patch=128,
 )
 PROTOCOLS = {protocol.name: protocol for protocol in (POCKET, COCO2014, COCO2017)}
 
 
 def get_protocol(name: str) -> Protocol:
-    """Raises UserError at an unknown name: it tells the nearest."""
+    """The protocol called `name`. Raises UserError if there is none, with the closest name."""
     if name not in PROTOCOLS:
         raise UserError(f"no such protocol: {name!r}{nearest(name, PROTOCOLS)}")
     return PROTOCOLS[name]
 
 
 def read_captions(path: Path, count: int, sha256: str | None = None) -> list[str]:
-    """The first `count` captions: the lines of a text file, or COCO's own annotations (`captions_val2014.json`).
+    """The first `count` captions of a text file or of COCO's annotations (captions_val2014.json).
 
-    Of the annotations, each picture's caption with the lowest id, pictures in the order of their ids: one list for
-    everyone. `sha256` is of the captions chosen (`captions_digest`), so that both forms of one list agree. Raises
-    UserError where there are too few, or their digest is another.
+    A text file has one caption per line. Of the annotations, each image's caption with the lowest
+    id is used, the images in the order of their ids, so that everyone gets the same list. `sha256`
+    (at least 8 digits) is compared with `captions_digest` of the chosen captions, so it is the
+    same for both forms of a list. Raises UserError if there are too few captions or the digest
+    differs.
     """
-    captions = _of_annotations(path) if path.suffix == ".json" else _of_lines(path)
+    is_annotations = path.suffix == ".json"
+    captions = _read_annotations(path) if is_annotations else _read_lines(path)
     if len(captions) < count:
         raise UserError(
             f"{path} has {len(captions)} captions, the protocol needs {count}; give a longer file"
         )
+
     captions = captions[:count]
     digest = captions_digest(captions)
-    if sha256 is not None and not (digest.startswith(sha256.lower()) and len(sha256) >= 8):
+    if sha256 is None:
+        return captions
+    if len(sha256) < 8 or not digest.startswith(sha256.lower()):
         raise UserError(
-            f"the {count} captions of {path} have sha256 {digest}, not {sha256}: it is another list, and numbers on it "
-            "do not compare. Give the list meant, or leave the sha256 out and compare with numbers on this one."
+            f"the {count} captions of {path} have sha256 {digest}, not {sha256}: it is another "
+            "list, and numbers measured on it are not comparable. Give the expected list, or "
+            "leave --captions-sha256 out and compare only with numbers measured on this list."
         )
     return captions
 
@@ -103,40 +120,51 @@ def captions_digest(captions: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(captions).encode()).hexdigest()
 
 
-def _of_lines(path: Path) -> list[str]:
+def _read_lines(path: Path) -> list[str]:
+    """The stripped lines of a text file.
+
+    Raises UserError if it is missing, not UTF-8 or has a blank line.
+    """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(
-            f"no captions file {path}; give one caption a line, or COCO's captions_val2014.json"
+            f"no captions file {path}; give a text file with one caption per line, or COCO's "
+            "captions_val2014.json"
         ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+
+    lines = [line.strip() for line in text.splitlines()]
     if "" in lines:
         raise UserError(
-            f"{path}: line {lines.index('') + 1} is empty; a caption's line is its index"
+            f"{path}: line {lines.index('') + 1} is empty, and a caption's index is its line; "
+            "write the missing caption there, or remove the line if there is none"
         )
     return lines
 
 
-def _of_annotations(path: Path) -> list[str]:
-    told = read_json(path)
+def _read_annotations(path: Path) -> list[str]:
+    """One caption per image of COCO's annotations. Raises UserError if it has another form."""
+    annotations = read_json(path)
     try:
-        rows = sorted(
-            (int(row["image_id"]), int(row["id"]), str(row["caption"]))
-            for row in told["annotations"]
-        )
+        rows = []
+        for row in annotations["annotations"]:
+            rows.append((int(row["image_id"]), int(row["id"]), str(row["caption"])))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} is not in the form of COCO's caption annotations: {error!r}"
+            f"{path} does not have the form of COCO's caption annotations: {error!r}"
         ) from error
-    first: dict[int, str] = {}
-    for image_id, _, caption in rows:
-        first.setdefault(image_id, " ".join(caption.split()))
-    return list(first.values())
+
+    # The caption with the lowest id comes first and is kept
+    captions: dict[int, str] = {}
+    for image_id, _, caption in sorted(rows):
+        if image_id not in captions:
+            captions[image_id] = " ".join(caption.split())
+    return list(captions.values())
 
 
-def describe(
+def describe_protocol(
     protocol: Protocol,
     *,
     captions: Sequence[str],
@@ -144,53 +172,71 @@ def describe(
     weights: Mapping[str, str],
     reference: str = "",
 ) -> dict[str, Any]:
-    """`protocol`, `protocol_settings` and `protocol_sha256` for metrics.json: equal where numbers may be compared.
+    """`protocol`, `protocol_settings` and `protocol_sha256` of metrics.json.
 
-    `weights` names the feature networks' weights, `reference` the contents of the reference pictures.
+    They are equal if the numbers are comparable. `weights`: feature network → sha256 of its
+    weights. `reference`: sha256 of the reference images.
     """
-    settings = asdict(protocol) | {
-        "count": len(captions),
-        "captions_sha256": captions_digest(captions),
-        "seed": seed,
-        "feature_weights": dict(weights),
-        "reference_sha256": reference,
-    }
-    told = json.dumps(settings, sort_keys=True).encode()
+    settings = asdict(protocol)
+    settings["count"] = len(captions)
+    settings["captions_sha256"] = captions_digest(captions)
+    settings["seed"] = seed
+    settings["feature_weights"] = dict(weights)
+    settings["reference_sha256"] = reference
+
+    encoded = json.dumps(settings, sort_keys=True).encode()
     return {
         "protocol": protocol.name,
         "protocol_settings": settings,
-        "protocol_sha256": hashlib.sha256(told).hexdigest(),
+        "protocol_sha256": hashlib.sha256(encoded).hexdigest(),
     }
 
 
-def check_same(metrics: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises UserError unless all metrics (by system name) were measured by one protocol: it names what differs.
+def check_same_protocol(metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises UserError unless all metrics (by system name) were measured by one protocol.
 
-    Metrics without a protocol, of earlier versions, are let pass among themselves only.
+    The message names the first setting that differs. Metrics without a protocol, written by
+    earlier versions, are accepted only among themselves.
     """
     names = list(metrics)
+    if not names:
+        return
+    first_name = names[0]
+    first = metrics[first_name]
+
     for name in names[1:]:
-        first, other = metrics[names[0]], metrics[name]
-        teachers = [one[TEACHER] for one in (first, other) if TEACHER in one]
-        if len(set(teachers)) > 1:
+        other = metrics[name]
+
+        # Same-noise distances compare only if they are measured to the same teacher
+        teacher, other_teacher = first.get(TEACHER_KEY), other.get(TEACHER_KEY)
+        if TEACHER_KEY in first and TEACHER_KEY in other and teacher != other_teacher:
             raise UserError(
-                f"{names[0]} and {name} were held against different teachers ({teachers[0]} and {teachers[1]}): their "
-                "same-noise distances do not compare. Measure one of them again with the other's --teacher."
+                f"the same-noise distances of {first_name} and {name} were measured to different "
+                f"teachers ({teacher} and {other_teacher}) and are not comparable. Measure one of "
+                "them again with the other's --teacher."
             )
+
+        # The protocols' settings
         if first.get("protocol_sha256") == other.get("protocol_sha256"):
             continue
-        a, b = (_flat(m.get("protocol_settings") or {"name": "none"}) for m in (first, other))
-        key = next((key for key in [*a, *b] if a.get(key) != b.get(key)), "protocol_sha256")
+        a = _flatten(first.get("protocol_settings") or {"name": "none"})
+        b = _flatten(other.get("protocol_settings") or {"name": "none"})
+        differing = [key for key in [*a, *b] if a.get(key) != b.get(key)]
+        key = differing[0] if differing else "protocol_sha256"
         raise UserError(
-            f"{names[0]} and {name} were measured differently and cannot stand in one table: {key} is "
-            f"{a.get(key)!r} for {names[0]} and {b.get(key)!r} for {name}. Measure one of them again."
+            f"{first_name} and {name} were measured differently and cannot be shown in one table: "
+            f"{key} is {a.get(key)!r} for {first_name} and {b.get(key)!r} for {name}. Measure one "
+            "of them again with the other's options."
         )
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of inner mappings by `key.inner_key`."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= (
-            {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
-        )
+        if isinstance(value, Mapping):
+            for inner_key, inner_value in value.items():
+                flat[f"{key}.{inner_key}"] = inner_value
+        else:
+            flat[key] = value
     return flat

@@ -161,7 +161,7 @@ def test_captions_are_checked_by_count_and_digest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no captions file"):
         read_captions(tmp_path / "none.txt", 3)
     path.write_text("one\n\nthree\n")
-    with pytest.raises(UserError, match="line 2 is empty"):
+    with pytest.raises(UserError, match=r"has 1 blank lines \(line 2\)"):
         read_captions(path, 3)
 
 

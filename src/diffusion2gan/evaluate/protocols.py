@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion2gan.errors import UserError, nearest
+from diffusion2gan.prompts import read_lines
 from diffusion2gan.runtime.files import read_json
 
 
@@ -95,8 +96,11 @@ def read_captions(path: Path, count: int, sha256: str | None = None) -> list[str
     same for both forms of a list. Raises UserError if there are too few captions or the digest
     differs.
     """
-    is_annotations = path.suffix == ".json"
-    captions = _read_annotations(path) if is_annotations else _read_lines(path)
+    if path.suffix == ".json":
+        captions = _read_annotations(path)
+    else:
+        remedy = "give a text file with one caption per line, or COCO's captions_val2014.json"
+        captions = read_lines(path, "caption", remedy)
     if len(captions) < count:
         raise UserError(
             f"{path} has {len(captions)} captions, the protocol needs {count}; give a longer file"
@@ -118,30 +122,6 @@ def read_captions(path: Path, count: int, sha256: str | None = None) -> list[str
 def captions_digest(captions: Sequence[str]) -> str:
     """sha256 of the captions, joined by line ends, as UTF-8."""
     return hashlib.sha256("\n".join(captions).encode()).hexdigest()
-
-
-def _read_lines(path: Path) -> list[str]:
-    """The stripped lines of a text file.
-
-    Raises UserError if it is missing, not UTF-8 or has a blank line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(
-            f"no captions file {path}; give a text file with one caption per line, or COCO's "
-            "captions_val2014.json"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-
-    lines = [line.strip() for line in text.splitlines()]
-    if "" in lines:
-        raise UserError(
-            f"{path}: line {lines.index('') + 1} is empty, and a caption's index is its line; "
-            "write the missing caption there, or remove the line if there is none"
-        )
-    return lines
 
 
 def _read_annotations(path: Path) -> list[str]:

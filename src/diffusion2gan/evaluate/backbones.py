@@ -267,9 +267,7 @@ def _find_folder(name: str) -> Path:
     """The folder of a model: `name` itself, or if it is a hub id the folder in the hub's cache."""
     folder, _ = find_model(name)
     if not folder.is_dir():
-        raise UserError(
-            f"{name} is neither a folder nor the id of a downloaded model; run: hf download {name}"
-        )
+        raise UserError(f"{name} is neither a folder nor a hub id (org/name); give one of the two")
     return folder
 
 

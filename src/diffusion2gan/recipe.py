@@ -197,8 +197,8 @@ class Recipe(BaseModel):
         1e-7,
         ge=0,
         allow_inf_nan=False,
-        description="γ of the R1 penalty γ/2·‖∇ΣD‖² at one real sample per step; the sum over all "
-        "logits grows with their number.",
+        description="γ of the R1 penalty γ/2·‖∇ΣD‖², taken at one real sample. Σ is the sum of all "
+        "logits, so with more of them the same γ is a stronger penalty.",
     )
     r1_every: int = Field(
         16,

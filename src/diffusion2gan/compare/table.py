@@ -171,7 +171,7 @@ def describe_protocol(columns: Sequence[Column]) -> str:
     """The protocol of the metrics: its name, sample count, seed and interval level.
 
     Empty if it is unknown. The first column with metrics is read: all columns have the same
-    protocol, which `evaluate.protocols.check_same` has checked.
+    protocol, which `evaluate.protocols.check_same_protocol` has checked.
     """
     metrics = next((column.metrics for column in columns if column.metrics), {})
 

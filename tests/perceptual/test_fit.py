@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from distill.test_ranks import done, torchrun
+from distill.rank_processes import torchrun, wait_for_success
 from PIL import Image
 
 from diffusion2gan.errors import UserError
@@ -241,7 +241,7 @@ def test_two_ranks_train_one_network_and_resume_after_sigterm(images: Path, tmp_
     ]
     uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
 
-    done(torchrun(2, script, "never", *arguments, uninterrupted))
+    wait_for_success(torchrun(2, script, "never", *arguments, uninterrupted))
     result = json.loads((uninterrupted / "fit.json").read_text())
     assert (result["trained_on"], result["held_out"], result["top1"]) == (36, 4, 1.0)
 
@@ -252,7 +252,7 @@ def test_two_ranks_train_one_network_and_resume_after_sigterm(images: Path, tmp_
     assert checkpoint.meta(state)["pictures_seen"] == 6 * 8, err
     assert not (interrupted / "model.safetensors").exists()
 
-    done(torchrun(2, script, "never", *arguments, interrupted))
+    wait_for_success(torchrun(2, script, "never", *arguments, interrupted))
     for name in ("model.safetensors", "fit.json"):
         assert (interrupted / name).read_bytes() == (uninterrupted / name).read_bytes()
 

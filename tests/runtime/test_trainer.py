@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distill.test_ranks import done, torchrun
+from distill.rank_processes import torchrun, wait_for_success
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -176,7 +176,7 @@ def test_two_ranks_average_gradients_and_batch_norm_buffers(tmp_path: Path) -> N
     """Against one process that computes both halves of each batch from one state, and averages."""
     script = tmp_path / "ranked.py"
     script.write_text(RANKED)
-    done(torchrun(2, script, tmp_path, Path(__file__).parents[1]))
+    wait_for_success(torchrun(2, script, tmp_path, Path(__file__).parents[1]))
     ours, other = (load_file(tmp_path / f"rank{rank}.safetensors") for rank in (0, 1))
     net, half = tiny().train(), BATCH // 2
     loss, optimizer = (

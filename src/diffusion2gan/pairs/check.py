@@ -145,7 +145,7 @@ def verify(folder: Location) -> list[str]:
             latents.append(digests(pairs.latents))
             bar.advance(1)
 
-    # Repetitions in the whole set
+    # Repetitions over all shards
     for what, values in {"seeds": seeds, "noises": noises, "latents": latents}.items():
         num_repeated = _count_repeated(values)
         if num_repeated:

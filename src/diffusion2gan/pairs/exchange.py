@@ -142,6 +142,8 @@ def import_webdataset(folder: Path, out: Location) -> int:
             f"{folder} is no export of pairs ({SPEC_FILE} is missing); `pairs export` writes one"
         )
     spec = PairsSpec.parse(read_json(spec_path), spec_path)
+
+    # Convert the tar files whose shard does not exist
     start_set(out, spec)
     present = set(present_shards(out, spec))
     exported = [shard for shard in range(spec.num_shards) if (folder / tar_name(shard)).exists()]

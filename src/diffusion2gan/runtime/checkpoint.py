@@ -106,11 +106,14 @@ def unpack_optimizer(
         index_text, field = key.split("/")
         index = int(index_text)
         entry = state.setdefault(index, {})
+
+        # Integers are Adam's step counts; tensors like the parameter are its averages
         if value.dtype == torch.int64:
             entry[field] = int(value)
         elif value.ndim > 0 and value.shape == parameters[index].shape:
             entry[field] = fsdp.shard_like(value, parameters[index])
         else:
             entry[field] = value
+
     param_groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": param_groups})

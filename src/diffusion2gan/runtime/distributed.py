@@ -164,6 +164,8 @@ class Group:
         """
         if self.ranks.world_size == 1:
             return [value]
+
+        # Publish this rank's value and wait for the others
         self._store.set(f"{key}/{self.ranks.rank}", value)
         names = [f"{key}/{rank}" for rank in range(self.ranks.world_size)]
         try:
@@ -234,6 +236,8 @@ class Group:
             collective()
         except RuntimeError as error:
             waited_s = time.monotonic() - start
+
+            # Which ranks have not started this collective?
             late = []
             for rank in range(self.ranks.world_size):
                 if self._num_collectives_of_rank(rank) < self._num_collectives:
@@ -263,6 +267,8 @@ def store_prefix() -> str:
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return "attempt"
+
+    # torchrun's store is shared between attempts
     num_nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     max_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
     if num_nodes > 1 and max_restarts > 0:

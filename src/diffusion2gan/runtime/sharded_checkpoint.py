@@ -106,6 +106,7 @@ def load(folder: Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
     _check_sizes(folder, expected)
     storage = HuggingFaceStorageReader(str(folder))
     try:
+        # DCP loads into existing tensors
         tensors = {}
         for key, entry in _tensor_metadata(storage).items():
             tensors[key] = torch.empty(entry.size, dtype=entry.properties.dtype)

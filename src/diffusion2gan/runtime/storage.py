@@ -124,6 +124,7 @@ def list_files(location: Location) -> dict[str, Entry]:
     """The files directly in `location`, by name; empty if there is no such folder."""
     if isinstance(location, Path):
         return _list_local_files(location)
+
     fs, path = _filesystem(location.url)
     try:
         rows = retry_with_backoff(
@@ -131,6 +132,7 @@ def list_files(location: Location) -> dict[str, Entry]:
         )
     except FileNotFoundError:
         return {}
+
     entries = {}
     for row in rows:
         if row["type"] == "file":
@@ -201,6 +203,7 @@ def with_local_copy(location: Location, name: str, call: Callable[[Path], T]) ->
     """
     if isinstance(location, Path):
         return call(location / name)
+
     for _ in range(MAX_CACHE_MISSES):
         try:
             return call(fetch_file(location, name))

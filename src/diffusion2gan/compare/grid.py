@@ -96,6 +96,7 @@ def check_columns(columns: Sequence[Column], prompts: Sequence[str]) -> None:
             f"nothing to compare: there are {len(columns)} systems and {len(prompts)} prompts. "
             "Give at least one of each."
         )
+
     for column in columns:
         if len(column.images) != len(prompts):
             raise UserError(
@@ -135,6 +136,7 @@ def compute_layout(
     height = max((size[1] for size in sizes), default=min_side)
     cell = _scale_cell(width, height, min_side, max_side)
 
+    # Text, and the lines of the longest heading
     text = max(14, min(cell) // 18)
     header_lines = 0
     for column in columns:

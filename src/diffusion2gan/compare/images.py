@@ -86,11 +86,13 @@ def parse_names(arguments: Sequence[str], option: str) -> dict[str, str]:
     """
     paths: dict[str, str] = {}
     for argument in arguments:
+        # Only the first "=": the path may have another, as ROW=FOLDER has
         name, equals, path = argument.partition("=")
         if not equals or not name or not path:
             raise UserError(
                 f"{option} {argument!r}: write it as NAME=PATH, for example student=export/student"
             )
+
         if name in paths:
             raise UserError(
                 f"{option} {name}: this name is given twice; every column needs a different name"

@@ -84,11 +84,14 @@ def render(columns: Sequence[Column], prompts: Sequence[str], details: Mapping[s
     Raises UserError as `write_report` does.
     """
     check_columns(columns, prompts)
+
+    # Page size: the more pixels, the smaller the files
     embedding = choose_embedding(columns)
     notes = dict(details)
     if embedding.note:
         notes["images"] = embedding.note
 
+    # Fill in the template
     environment = Environment(
         loader=PackageLoader("diffusion2gan.compare"),
         autoescape=True,
@@ -176,10 +179,12 @@ def choose_embedding(columns: Sequence[Column]) -> Embedding:
 
 def data_uri(image: Image.Image, embedding: Embedding = EXACT) -> str:
     """An image as a data URI without metadata, its longest side at most that of the embedding."""
+    # A copy without metadata, reduced if it is too large
     image = image.convert("RGB")
     image.info.clear()
     image.thumbnail((embedding.max_side, embedding.max_side), Image.Resampling.LANCZOS)
 
+    # Encode it
     buffer = io.BytesIO()
     if embedding.form == "PNG":
         image.save(buffer, "PNG", optimize=True)

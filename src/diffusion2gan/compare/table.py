@@ -144,6 +144,7 @@ def _build_cells(metric: Metric, columns: Sequence[Column]) -> list[Cell]:
         if text == best_text and interval is not None:
             best_intervals.append(interval)
 
+    # One cell per column
     cells = []
     for text, interval in zip(texts, intervals, strict=True):
         is_best = text == best_text

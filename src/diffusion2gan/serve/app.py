@@ -157,6 +157,7 @@ def check_port(host: str, port: int) -> int:
     Raises UserError if the port is in use or the host is not an address of this machine.
     """
     try:
+        # The probe allows the address to be reused, as gradio's server does
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -176,6 +177,8 @@ def launch(page: Any, host: str, port: int) -> None:
 
     console.print(f"Serving on http://{host}:{port} (press Ctrl-C to stop)", soft_wrap=True)
     page.queue(max_size=64)
+
+    # Nothing leaves this machine: no share link, no monitoring, no links in the footer
     page.launch(
         server_name=host,
         server_port=port,

@@ -145,6 +145,7 @@ def check_study(path: Path, study: Study) -> None:
     """Raises UserError if `path` already has votes on another study."""
     if not path.exists():
         return
+
     votes, _ = read_votes(path)
     for vote in votes:
         existing = vote["study"]
@@ -191,10 +192,13 @@ def preference(wins: int, count: int, level: float = 0.95) -> Preference:
     """
     if count < 1 or not 0 <= wins <= count:
         raise UserError(f"{wins} of {count} votes: a share cannot be computed from these")
+
+    # Wilson's score interval: its centre and half width, from the normal quantile z
     z = NormalDist().inv_cdf((1 + level) / 2)
     share = wins / count
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+
     return Preference(
         wins=wins,
         num_votes=count,
@@ -230,12 +234,15 @@ def summarize(path: Path) -> list[str]:
 
 
 def _summarize_study(study: Study, votes: Sequence[Mapping[str, Any]]) -> list[str]:
+    # Counts
     num_voters = len({vote["voter"] for vote in votes})
     num_prompts = len({vote["prompt_index"] for vote in votes})
     lines = [
         f"{study.a} against {study.b}: {len(votes)} votes, {num_voters} voters, "
         f"{num_prompts} prompts"
     ]
+
+    # Preferences
     for question in QUESTIONS:
         wins = sum(vote[question] == study.a for vote in votes)
         result = preference(wins, len(votes))
@@ -244,6 +251,8 @@ def _summarize_study(study: Study, votes: Sequence[Mapping[str, Any]]) -> list[s
             f"[{result.low:.1%}, {result.high:.1%}] ({result.wins} of {result.num_votes}), "
             f"p = {result.p_value:.2g} against even"
         )
+
+    # Several votes on a prompt: the interval is slightly too narrow
     if num_prompts < len(votes):
         lines.append(
             "  note: the intervals assume independent votes; several votes on the same prompt "

@@ -277,7 +277,7 @@ def test_too_long_prompts_are_truncated_with_one_warning(
     result = run(*pairs_command(tiny_teacher, tmp_path / "p", "--prompts", path, "--batch-size", 4))
 
     assert result.code == 0
-    assert result.err.count("longer than the tokenizer's 24 tokens") == 1
+    assert result.err.count("longer than the tokenizer's limit of 24 tokens") == 1
     assert "warning: 2 of 4 prompts" in result.err
     assert store.read_shard(tmp_path / "p", 0).prompts[0] == long  # stored in full
 
@@ -308,7 +308,7 @@ def test_wrong_systems_metrics_and_image_names_are_refused(
 
     generate = ("generate", tiny_teacher, "--num-inference-steps", 1)
     result = run(*generate, "--prompt", "a disc", "--out", tmp_path / "x.txt")
-    assert_refused(result, 2, "name a picture file (.png")
+    assert_refused(result, 2, "x.txt: the file's name must end with", ".png")
     result = run(*generate, "--prompt", " ", "--out", tmp_path / "x.png")
     assert_refused(result, 2, "a prompt is empty")
 

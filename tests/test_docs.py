@@ -194,7 +194,7 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Reader]:
     return readers
 
 
-@pytest.mark.parametrize("block", block_parameters())
+@pytest.mark.parametrize("block", list(block_parameters()))
 def test_snippet_runs(block: Block, readers: dict[Path, Reader]) -> None:
     if block.not_run is not None:
         assert block.not_run, f"{block}: give a reason: <!-- not run: REASON -->"

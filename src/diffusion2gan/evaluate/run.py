@@ -1,6 +1,6 @@
 """`diffusion2gan evaluate`: measures a system's images by a protocol.
 
-The keys of `metrics.json` are listed in ARCHITECTURE.md.
+The keys of `metrics.json` are listed in docs/reference/files.md.
 """
 
 from __future__ import annotations

@@ -132,7 +132,9 @@ def test_folder_describes_its_run(runs: dict[str, Path], tmp_path: Path) -> None
     assert description["pairs_seen"] == 6
     assert description["recipe"]["loss"] == "mse"
     assert description["pairs"]["count"] == 4
-    assert "num_inference_steps=1, guidance_scale=0" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "num_inference_steps=1, guidance_scale=0" in card
+    assert "deterministic solver `ddim`" in card
 
     index = json.loads((out / "model_index.json").read_text())
     assert index["scheduler"] == ["diffusers", "LCMScheduler"]

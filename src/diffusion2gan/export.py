@@ -46,8 +46,8 @@ image = pipe("a prompt"{size}, num_inference_steps=1, guidance_scale=0).images[0
 ## Training
 
 - Teacher: `{teacher}`, weights {revision}
-- Training data: {num_pairs} noise→image pairs from the teacher ({steps} deterministic steps,
-  guidance scale {guidance})
+- Training data: {num_pairs} noise→image pairs from the teacher ({steps} steps of the
+  deterministic solver `{solver}`, guidance scale {guidance})
 - Pairs seen in training: {pairs_seen}
 - Loss: `{loss}`
 - Trained weights: {trained_weights}
@@ -185,6 +185,7 @@ def model_card(description: dict[str, Any], teacher: Teacher, folder: Path) -> s
         teacher=pairs["teacher"],
         revision=pairs["revision"],
         num_pairs=pairs["count"],
+        solver=pairs.get("solver", "ddim"),  # sets from before the choice
         steps=pairs["num_inference_steps"],
         guidance=pairs["guidance_scale"],
         pairs_seen=description["pairs_seen"],

@@ -299,6 +299,22 @@ def test_run_with_other_settings_is_refused_and_not_touched(
     assert (finished_run / CHECKPOINT).stat().st_mtime_ns == modified_at
 
 
+def test_run_from_before_the_choice_of_solvers_is_resumed(
+    recipe: Recipe, pairs: Path, finished_run: Path, tmp_path: Path
+) -> None:
+    """Its description of the pairs lacks the solver; another solver's pairs are refused."""
+    folder = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    settings = json.loads((folder / "recipe.json").read_text())
+    assert settings["pairs"].pop("solver") == "ddim"
+    (folder / "recipe.json").write_text(json.dumps(settings))
+    distill(recipe, pairs, folder)
+
+    settings["pairs"]["solver"] = "dpm++"
+    (folder / "recipe.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="other pairs"):
+        distill(recipe, pairs, folder)
+
+
 def test_pairs_of_another_teacher_or_resolution_are_refused(
     recipe: Recipe, tiny_teacher: Path, tmp_path: Path
 ) -> None:

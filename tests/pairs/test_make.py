@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +13,23 @@ import torch
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.noise import noise_from_seeds, pair_seed
-from diffusion2gan.pairs.check import verify
-from diffusion2gan.pairs.make import make_pairs
-from diffusion2gan.pairs.store import Pairs, PairsSpec, read_shard, shard_path
+from diffusion2gan.pairs.check import verify, verify_deep
+from diffusion2gan.pairs.exchange import merge
+from diffusion2gan.pairs.make import PairsSettings, build_spec, make_pairs
+from diffusion2gan.pairs.store import (
+    Pairs,
+    PairsSpec,
+    open_set,
+    read_shard,
+    shard_path,
+    start_set,
+    write_shard,
+)
 from diffusion2gan.prompts import prompts_digest, read_prompts
 from diffusion2gan.teacher.loading import load_teacher
 from diffusion2gan.teacher.ode import solve_ode
 from diffusion2gan.teacher.pipeline import Teacher
+from diffusion2gan.teacher.schedule import SOLVERS
 
 WORDS = ["red", "blue", "ring", "star", "two"]
 
@@ -180,3 +192,72 @@ def test_missing_prompt_files_are_refused(tmp_path: Path) -> None:
 def test_prompts_digest_identifies_the_content() -> None:
     assert prompts_digest(["a", "b"]) == prompts_digest(["a", "b"]) != prompts_digest(["b", "a"])
     assert prompts_digest(["a", "b"]).startswith("2 prompts")
+
+
+def test_solver_is_recorded_and_sets_of_different_solvers_do_not_mix(
+    teacher: Teacher, made: Path, tmp_path: Path
+) -> None:
+    # The header of a new set
+    settings = PairsSettings(count=9, seed=2, shard_size=4, solver="dpm++", num_inference_steps=2)
+    spec = build_spec(teacher, prompts_of, settings, "words")
+    assert spec == spec_of(teacher, solver="dpm++")
+    make_pairs(teacher, prompts_of, spec, tmp_path / "a", batch_size=2)
+    assert open_set(tmp_path / "a").solver == "dpm++"
+
+    # Solved again by the solver of the header
+    assert verify_deep(tmp_path / "a", teacher, count=3) == []
+    difference = read_all(tmp_path / "a", spec).latents - read_all(made, spec_of(teacher)).latents
+    assert float(difference.abs().max()) > 0.01
+
+    # Independent of the batch size
+    make_pairs(teacher, prompts_of, spec, tmp_path / "b", batch_size=8)
+    torch.testing.assert_close(
+        read_all(tmp_path / "a", spec).latents,
+        read_all(tmp_path / "b", spec).latents,
+        rtol=1e-3,
+        atol=1e-4,
+    )
+
+    # Neither continued nor merged with another solver
+    with pytest.raises(UserError, match=r"solver: 'ddim' there, 'dpm\+\+' requested"):
+        make_pairs(teacher, prompts_of, spec, made)
+    with pytest.raises(UserError, match=r"solver: 'ddim' and 'dpm\+\+'"):
+        merge([made, tmp_path / "a"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_verify_deep_notices_pairs_of_another_solver(teacher: Teacher, tmp_path: Path) -> None:
+    """A header that names the wrong solver: its shards are pairs of that set, but not solved so."""
+    spec = spec_of(teacher, solver="dpm++", count=4)
+    start_set(tmp_path, spec)
+    make_pairs(teacher, prompts_of, dataclasses.replace(spec, solver="ddim"), tmp_path / "ddim")
+    pairs = read_shard(tmp_path / "ddim", 0)
+    write_shard(tmp_path, 0, spec, pairs)
+    assert verify(tmp_path) == []
+    problems = verify_deep(tmp_path, teacher, count=4)
+    assert len(problems) == 4 and "not what the teacher computes" in problems[0]
+
+
+def test_a_set_from_before_the_choice_of_solvers_is_ddim(
+    teacher: Teacher, made: Path, tmp_path: Path
+) -> None:
+    """Its header lacks the field; it is continued with the settings that it was made with."""
+    folder = Path(shutil.copytree(made, tmp_path / "old"))
+    values = json.loads((folder / "pairs.json").read_text())
+    assert values.pop("solver") == "ddim"
+    (folder / "pairs.json").write_text(json.dumps(values))
+    assert open_set(folder) == spec_of(teacher)
+    shard_path(folder, 1).unlink()
+    make_pairs(teacher, prompts_of, spec_of(teacher), folder, batch_size=3)
+    assert torch.equal(read_shard(folder, 1).latents, read_shard(made, 1).latents)
+
+
+def test_unknown_solver_is_refused_before_a_set_is_described(teacher: Teacher) -> None:
+    with pytest.raises(UserError, match="unknown solver 'dim'; did you mean 'ddim'"):
+        build_spec(teacher, ["a"], PairsSettings(count=1, solver="dim"))
+
+
+def test_default_number_of_steps_is_the_solvers(teacher: Teacher) -> None:
+    for solver, num_steps in SOLVERS.items():
+        spec = build_spec(teacher, ["a"], PairsSettings(count=1, solver=solver))
+        assert (spec.solver, spec.num_inference_steps) == (solver, num_steps)

@@ -6,12 +6,18 @@ import inspect
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from tiny_families import FAMILIES, ONE_EACH, RESOLUTION, SIZE, sd15, unet
 from torch import Tensor
 
@@ -20,6 +26,7 @@ from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.teacher.families import pack, unpack
 from diffusion2gan.teacher.loading import load_teacher
 from diffusion2gan.teacher.ode import solve_ode
+from diffusion2gan.teacher.schedule import Level, Step
 
 PROMPTS = ["a red ring on a blue ground", "two stars"]
 Folder = Callable[[str], Path]
@@ -88,6 +95,83 @@ def test_ode_matches_the_stock_pipeline(
     swapped_cond = teacher.encode(PROMPTS[::-1])
     swapped = solve_ode(teacher, noise, swapped_cond, uncond, steps, guidance_scale)
     assert float((swapped - expected).abs().max()) > 1e-4 * scale
+
+
+def stock_dpm_solver(teacher: Any) -> DPMSolverMultistepScheduler:
+    """diffusers' DPM-Solver++(2M), with Karras sigmas or with a flow's sigmas."""
+    config = teacher.scheduler.config
+    if not teacher.family.flow:
+        return DPMSolverMultistepScheduler.from_config(
+            config, use_karras_sigmas=True, final_sigmas_type="zero", solver_order=2
+        )
+    return DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=config.shift,
+        use_dynamic_shifting=teacher.family.packed > 1,  # FLUX passes its shift
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("num_steps", [6, 20])
+def test_dpm_solver_matches_the_stock_pipelines(
+    name: str, num_steps: int, family_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For flows at the sigmas of the stock solver, which begins slightly below σ = 1."""
+    if name not in ONE_EACH and num_steps == 20:
+        pytest.skip("20 steps are tested for one member of each family")
+    teacher = load(family_folder(name))
+    noise = noise_from_seeds([1, 2], teacher.latent_shape)
+    cond, uncond = teacher.encode(PROMPTS), teacher.unconditional().expand(2)
+    guidance_scale = 0.0 if name == "flux_schnell" else 3.0
+
+    # The stock pipeline
+    pipeline = stock(family_folder(name))
+    pipeline.scheduler = scheduler = stock_dpm_solver(teacher)
+    expected = stock_call(
+        pipeline, noise, num_inference_steps=num_steps, guidance_scale=guidance_scale
+    )
+    if teacher.family.flow:
+        assert 0.98 < float(scheduler.sigmas[0]) < 1
+        levels = [Level.flow(sigma) for sigma in scheduler.sigmas.tolist()]
+        steps = []
+        for timestep, pair in zip(scheduler.timesteps.tolist(), pairwise(levels), strict=True):
+            steps.append(Step(timestep, *pair))
+        monkeypatch.setattr(teacher, "steps", lambda num_steps, solver: steps)
+    else:
+        steps = teacher.steps(num_steps, "dpm++")
+        assert [step.timestep for step in steps] == scheduler.timesteps.tolist()
+        assert steps[0].timestep == teacher.last_timestep
+
+    # The same latents
+    found = solve_ode(teacher, noise, cond, uncond, num_steps, guidance_scale, "dpm++")
+    assert found.dtype == torch.float32 and found.isfinite().all()
+    scale = max(1.0, float(expected.square().mean().sqrt()))
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-4)
+
+    # The order of the solver has an effect
+    first_order = solve_ode(teacher, noise, cond, uncond, num_steps, guidance_scale, "ddim")
+    assert float((first_order - expected).abs().max()) > 1e-3 * scale
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_dpm_solver_starts_at_the_students_timestep(name: str, family_folder: Folder) -> None:
+    """One step from pure noise is the network's x0 at the last timestep; more steps stay finite."""
+    teacher = load(family_folder(name))
+    noise, cond = noise_from_seeds([3], teacher.latent_shape), teacher.encode(PROMPTS[:1])
+    x0 = teacher.denoise(noise, teacher.last_timestep, cond)
+    found = solve_ode(teacher, noise, cond, cond, 1, 0.0, "dpm++")
+    # With zero terminal SNR the solvers begin at α = 2^-12, as diffusers'
+    tolerance = 1e-3 if name == "sd21_zero_snr" else 1e-5
+    torch.testing.assert_close(found, x0, rtol=tolerance, atol=tolerance)
+    assert solve_ode(teacher, noise, cond, cond, 5, 0.0, "dpm++").isfinite().all()
+
+
+def test_unknown_solver_is_refused_with_the_nearest(family_folder: Folder) -> None:
+    teacher = load(family_folder("sd15"))
+    cond = teacher.encode(PROMPTS[:1])
+    with pytest.raises(UserError, match=r"unknown solver 'dpm\+'; did you mean 'dpm\+\+'"):
+        solve_ode(teacher, noise_from_seeds([1], teacher.latent_shape), cond, cond, 1, 0.0, "dpm+")
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "flux_dev", "sana"])

@@ -40,9 +40,15 @@ def pairs(
         str, typer.Option(help="A text file with one prompt per line, or `pocket`.")
     ] = "pocket",
     count: Annotated[int, typer.Option(min=1, help="The number of pairs.")] = 1024,
+    solver: Annotated[
+        str, typer.Option(help="ddim (Euler for flow models) or dpm++, which needs fewer steps.")
+    ] = "ddim",
     num_inference_steps: Annotated[
-        int, typer.Option(min=1, max=1000, help="Steps of the teacher's ODE solver.")
-    ] = 50,
+        int | None,
+        typer.Option(
+            min=1, max=1000, help="Steps of the solver. Default: 50 for ddim, 20 for dpm++."
+        ),
+    ] = None,
     guidance_scale: Annotated[
         float, typer.Option(min=0.0, help="Classifier-free guidance of the teacher.")
     ] = 3.0,
@@ -66,7 +72,7 @@ def pairs(
     ] = False,
     price_per_gpu_hour: PriceOption = None,
 ) -> None:
-    """Solve the teacher's ODE (deterministic DDIM) from per-pair noise; run again to continue."""
+    """Solve the teacher's ODE from per-pair noise, without randomness; run again to continue."""
     if context.invoked_subcommand is not None:
         return
     if out is None:
@@ -75,8 +81,10 @@ def pairs(
     from diffusion2gan.runtime.distributed import get_ranks, rank_device
     from diffusion2gan.runtime.storage import parse_location
     from diffusion2gan.teacher.loading import load_teacher
+    from diffusion2gan.teacher.ode import check_solver
 
     # Read the prompts and check the arguments before the teacher is loaded
+    check_solver(solver)
     source = read_source(prompts, seed)
     location = parse_location(out)
     shards = parse_range(shard_range)
@@ -88,6 +96,7 @@ def pairs(
     settings = make.PairsSettings(
         count=count,
         seed=seed,
+        solver=solver,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         shard_size=shard_size,

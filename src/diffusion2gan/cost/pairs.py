@@ -28,13 +28,15 @@ def estimate_pairs_cost(
     uncond = teacher.unconditional().expand(batch_size)
 
     # Warm-up
-    solve_ode(teacher, noise, teacher.encode(prompts), uncond, 1, spec.guidance_scale)
+    solve_ode(teacher, noise, teacher.encode(prompts), uncond, 1, spec.guidance_scale, spec.solver)
 
     # Measure encoding and ODE steps
     start = time.monotonic()
     cond = teacher.encode(prompts)
     encoded = time.monotonic()
-    solve_ode(teacher, noise, cond, uncond, NUM_MEASURED_STEPS, spec.guidance_scale).cpu()
+    solve_ode(
+        teacher, noise, cond, uncond, NUM_MEASURED_STEPS, spec.guidance_scale, spec.solver
+    ).cpu()
     solved = time.monotonic()
     step_s = (solved - encoded) / NUM_MEASURED_STEPS
     batch_s = encoded - start + step_s * spec.num_inference_steps

@@ -240,7 +240,8 @@ def check_settings(
         differences.append(f"{key}: {in_run!r} in the run, {requested!r} requested")
         if key in ROUNDING_SETTINGS:
             allowable.append(f"--allow-change {key}")
-    if existing["pairs"] != pairs_description:
+    existing_pairs = PairsSpec.parse(existing["pairs"], out / "recipe.json")
+    if existing_pairs != PairsSpec.parse(pairs_description, out / "recipe.json"):
         differences.append("other pairs")
     if not differences:
         return

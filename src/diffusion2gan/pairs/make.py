@@ -21,9 +21,10 @@ from diffusion2gan.runtime.distributed import get_ranks
 from diffusion2gan.runtime.progress import Bar
 from diffusion2gan.runtime.storage import Location
 from diffusion2gan.teacher.conditioning import Conditioning
-from diffusion2gan.teacher.ode import solve_ode
+from diffusion2gan.teacher.ode import check_solver, solve_ode
 from diffusion2gan.teacher.pipeline import Teacher, warn_truncated
 from diffusion2gan.teacher.sanity_check import warn_if_implausible
+from diffusion2gan.teacher.schedule import DEFAULT_SOLVER, SOLVERS
 
 POLL_S = 0.5  # how often the main rank counts what the other ranks have finished
 
@@ -37,13 +38,15 @@ Prompts = Sequence[str] | PromptFunction
 class PairsSettings:
     """How a set is made, beside its teacher and prompts.
 
-    `seed`, 0 to 255: sets of different seeds share no noise. `shard_size`: pairs per file.
-    `keep_noise` stores each pair's noise beside its seed.
+    `seed`, 0 to 255: sets of different seeds share no noise. `solver` and `num_inference_steps`:
+    see `solve_ode`; None is the solver's default number of steps, in `SOLVERS`. `shard_size`:
+    pairs per file. `keep_noise` stores each pair's noise beside its seed.
     """
 
     count: int
     seed: int = 0
-    num_inference_steps: int = 50
+    solver: str = DEFAULT_SOLVER
+    num_inference_steps: int | None = None
     guidance_scale: float = 3.0
     shard_size: int = 128
     keep_noise: bool = False
@@ -54,19 +57,22 @@ def build_spec(
 ) -> PairsSpec:
     """The description of the set that `make_pairs` makes with these arguments.
 
-    A list of prompts is identified by its digest, a function of indices by `prompts_name`.
+    A list of prompts is identified by its digest, a function of indices by `prompts_name`. Raises
+    UserError if the solver is unknown.
     """
+    check_solver(settings.solver)
     return PairsSpec(
         teacher=teacher.name,
         revision=teacher.revision,
         prompts=prompts_name if callable(prompts) else prompts_digest(prompts),
         count=settings.count,
         seed=settings.seed,
-        num_inference_steps=settings.num_inference_steps,
+        num_inference_steps=settings.num_inference_steps or SOLVERS[settings.solver],
         guidance_scale=settings.guidance_scale,
         latent_shape=teacher.latent_shape,
         shard_size=settings.shard_size,
         keep_noise=settings.keep_noise,
+        solver=settings.solver,
     )
 
 
@@ -173,6 +179,7 @@ def solve_pairs(
         uncond.expand(len(indices)),
         spec.num_inference_steps,
         spec.guidance_scale,
+        spec.solver,
     )
     return Pairs(list(indices), seeds, prompts, latents.cpu())
 

@@ -30,7 +30,7 @@ class PairsSpec:
     """The description of a set of pairs, in `pairs.json` and in the metadata of every shard.
 
     `revision` identifies the teacher's weights, `prompts` the list of prompts. The latents are
-    [C, h, w] = `latent_shape`.
+    [C, h, w] = `latent_shape`. Sets that were begun before a field existed have its default.
     """
 
     teacher: str
@@ -46,6 +46,7 @@ class PairsSpec:
     noise: str = "torch.Generator('cpu').manual_seed(seed), randn(latent_shape), float32"
     dtype: str = "float16"
     format: int = 1
+    solver: str = "ddim"
 
     @property
     def num_shards(self) -> int:

@@ -20,7 +20,7 @@ from diffusion2gan.teacher.conditioning import Conditioning as Conditioning
 from diffusion2gan.teacher.families import FAMILIES
 from diffusion2gan.teacher.pipeline_info import PipelineInfo
 from diffusion2gan.teacher.prompt_cache import PromptCache
-from diffusion2gan.teacher.schedule import Level, Step, to_x0
+from diffusion2gan.teacher.schedule import Level, Step, karras_steps, to_x0
 
 
 class Teacher:
@@ -113,11 +113,20 @@ class Teacher:
     # Denoising
 
     def denoise(
-        self, x_t: Tensor, timestep: float, cond: Conditioning, network: nn.Module | None = None
+        self,
+        x_t: Tensor,
+        timestep: float,
+        cond: Conditioning,
+        network: nn.Module | None = None,
+        level: Level | None = None,
     ) -> Tensor:
-        """x0 [B, C, h, w] in float32, from the teacher's network or another of the same kind."""
+        """x0 [B, C, h, w] in float32, from the teacher's network or another of the same kind.
+
+        `level` is the noise level of `x_t`: that of `timestep`, unless a solver's levels lie
+        between the timesteps.
+        """
         output = self.family.output(network or self.network, x_t, timestep, cond)
-        return to_x0(output, x_t, self.level(timestep), self.prediction_type)
+        return to_x0(output, x_t, level or self.level(timestep), self.prediction_type)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -173,10 +182,17 @@ class Teacher:
             return Level.flow(timestep / self.scheduler.config.num_train_timesteps)
         return Level.diffusion(self.alpha_bar(int(timestep)))
 
-    def steps(self, num_inference_steps: int) -> list[Step]:
-        """The ODE's steps in order, at the timesteps of the teacher's scheduler settings."""
+    def steps(self, num_inference_steps: int, solver: str = "ddim") -> list[Step]:
+        """The ODE's steps in order.
+
+        They are at the timesteps of the teacher's scheduler settings, but with `dpm++` a
+        diffusion model's are at Karras sigmas, from the last timestep.
+        """
         if self.family.flow:
             return self._flow_steps(num_inference_steps)
+        if solver == "dpm++":
+            alpha_bars = self.scheduler.alphas_cumprod.double().numpy()
+            return karras_steps(alpha_bars, num_inference_steps)
         return self._diffusion_steps(num_inference_steps)
 
     def _diffusion_steps(self, num_inference_steps: int) -> list[Step]:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow_prediction")
+
+# Solvers of the teacher's ODE, each with its default number of steps. dpm++ with 20 steps is more
+# accurate than ddim with 50 (benchmarks/ode_error.py).
+SOLVERS = {"ddim": 50, "dpm++": 20}
+DEFAULT_SOLVER = "ddim"
+
+KARRAS_RHO = 7.0  # Karras et al. 2022, section 3
+MIN_ALPHA_BAR = 2.0**-24  # as diffusers' solvers, where the terminal SNR is zero
 
 
 class Level(NamedTuple):
@@ -76,3 +87,57 @@ def ode_step(x_t: Tensor, x0: Tensor, current: Level, target: Level) -> Tensor:
     """
     eps = (x_t - current.alpha * x0) / current.sigma
     return target.alpha * x0 + target.sigma * eps
+
+
+def extrapolate_x0(
+    x0: Tensor, previous_x0: Tensor, previous: Level, current: Level, target: Level
+) -> Tensor:
+    """The x0 of a second-order step: DPM-Solver++(2M) (Lu et al. 2022, algorithm 2).
+
+    With λ = log(α/σ), the x0 of the network is extrapolated linearly from the levels `previous`
+    and `current` to the middle of the step from `current` to `target`:
+
+        x0' = x0 + (x0 − x0_previous)·(λ_target − λ_current) / (2·(λ_current − λ_previous))
+
+    `ode_step` with x0' is the solver's update: its exp(−h) is (α·σ')/(σ·α'). The levels are
+    numbers. A step from pure noise (α = 0, λ = −∞) has no finite distance to `current`, and a
+    step to clean latents (σ' = 0, λ = ∞) no middle: there the step is of first order, x0' = x0.
+    """
+    if previous.alpha == 0 or target.sigma == 0:
+        return x0
+    width = _log_snr(target) - _log_snr(current)
+    previous_width = _log_snr(current) - _log_snr(previous)
+    return x0 + (x0 - previous_x0) * (width / (2 * previous_width))
+
+
+def _log_snr(level: Level) -> float:
+    """λ = log(α/σ), half the logarithm of the signal-to-noise ratio."""
+    return math.log(float(level.alpha)) - math.log(float(level.sigma))
+
+
+def karras_sigmas(sigma_max: float, sigma_min: float, num_steps: int) -> NDArray[np.float64]:
+    """[num_steps]: noise-to-signal ratios σ/α of Karras et al. 2022, eq. 5, in falling order."""
+    ramp = np.linspace(0, 1, num_steps)
+    start = sigma_max ** (1 / KARRAS_RHO)
+    end = sigma_min ** (1 / KARRAS_RHO)
+    return np.asarray((start + ramp * (end - start)) ** KARRAS_RHO, np.float64)
+
+
+def karras_steps(alpha_bars: NDArray[np.float64], num_steps: int) -> list[Step]:
+    """The steps of a diffusion model with Karras sigmas, from the last timestep to clean latents.
+
+    `alpha_bars` [T] is the training schedule. The sigmas go from its last level to its first, and
+    then to zero. The network's timestep of a level is interpolated in log(σ/α) and rounded, as in
+    diffusers' DPMSolverMultistepScheduler with `use_karras_sigmas`.
+    """
+    alpha_bars = np.where(alpha_bars == 0, MIN_ALPHA_BAR, alpha_bars)
+    sigmas = ((1 - alpha_bars) / alpha_bars) ** 0.5
+    chosen = karras_sigmas(float(sigmas[-1]), float(sigmas[0]), num_steps)
+    timesteps = np.interp(np.log(chosen), np.log(sigmas), np.arange(len(sigmas))).round()
+
+    levels = [Level.diffusion(float(1 / (1 + sigma**2))) for sigma in chosen]
+    levels.append(Level(1.0, 0.0))
+    steps = []
+    for i, timestep in enumerate(timesteps):
+        steps.append(Step(int(timestep), levels[i], levels[i + 1]))
+    return steps

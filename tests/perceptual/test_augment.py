@@ -144,7 +144,13 @@ def test_color_has_its_distributions_and_formula() -> None:
     torch.testing.assert_close(y, (x.mean(1, keepdim=True) * 2 + 0.5).expand_as(x))
 
 
-@pytest.mark.parametrize("families", [*[(f,) for f in augment.FAMILIES], augment.FAMILIES])
+EACH_FAMILY_AND_ALL = [
+    *[(family,) for family in augment.TRANSFORM_FAMILIES],
+    augment.TRANSFORM_FAMILIES,
+]
+
+
+@pytest.mark.parametrize("families", EACH_FAMILY_AND_ALL)
 def test_a_sample_does_not_depend_on_the_other_samples(families: tuple[str, ...]) -> None:
     x, drawn = image(5), draw_transform(5, families, rng())
     together = apply_transform(x, drawn)
@@ -171,7 +177,7 @@ def test_no_families_or_zero_strengths_are_the_identity() -> None:
 
 
 def test_half_precision_is_converted_to_float32() -> None:
-    x, drawn = image(2).bfloat16(), draw_transform(2, augment.FAMILIES, rng())
+    x, drawn = image(2).bfloat16(), draw_transform(2, augment.TRANSFORM_FAMILIES, rng())
     out = apply_transform(x, drawn)
     assert out.dtype == torch.float32 and torch.equal(out, apply_transform(x.float(), drawn))
 

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from diffusion2gan.errors import Failure, UserError
-from diffusion2gan.perceptual.augment import FAMILIES, Strengths, apply_transform, draw_transform
+from diffusion2gan.perceptual.augment import (
+    TRANSFORM_FAMILIES,
+    Strengths,
+    apply_transform,
+    draw_transform,
+)
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, normalize_features
 from diffusion2gan.perceptual.vgg import STAGES, VGG, num_dropped_pools
 
@@ -260,7 +265,7 @@ def test_compiles_to_one_graph_with_the_eager_values_and_gradients(ensembled: bo
     vgg, heads = random_network()
     distance = LatentLPIPS(vgg, heads)
     if ensembled:
-        distance = ELatentLPIPS(vgg, heads, transforms="+".join(FAMILIES), num_draws=2)
+        distance = ELatentLPIPS(vgg, heads, transforms="+".join(TRANSFORM_FAMILIES), num_draws=2)
     compiled = torch.compile(distance, fullgraph=True, backend="aot_eager")
     a, b = latents(1).requires_grad_(), latents(2)
 
@@ -305,7 +310,7 @@ def test_transforms_and_heads_stay_in_float32() -> None:
     vgg, heads = random_network()
     received: list[Tensor] = []
     distance = ELatentLPIPS(
-        vgg, [head / 3 for head in heads], transforms="+".join(FAMILIES)
+        vgg, [head / 3 for head in heads], transforms="+".join(TRANSFORM_FAMILIES)
     ).bfloat16()
     for found, head in zip(distance._frozen[1], heads, strict=True):
         assert found.dtype == torch.float32 and torch.equal(found, head / 3)
@@ -320,7 +325,7 @@ def test_transforms_and_heads_stay_in_float32() -> None:
     assert all(x.dtype == torch.float32 for x in received)
 
     # Each time the transformed target, then the transformed input
-    drawn = draw_transform(3, FAMILIES, rng(3))
+    drawn = draw_transform(3, TRANSFORM_FAMILIES, rng(3))
     expected = [apply_transform(x, drawn) for x in (b, a, b, a)]
     assert all(torch.equal(x, e) for x, e in zip(received, expected, strict=True))
 

@@ -145,7 +145,7 @@ def test_shipped_networks_detect_which_image_is_distorted_further(name: str) -> 
 
     distance = LatentLPIPS(vgg, heads)
     vae = load_vae("pocket")
-    for subset in triplets.FAMILIES:
+    for subset in triplets.DISTORTIONS:
         drawn = [triplets.make_triplet(number, subset, seed=1) for number in range(12)]
         p0 = torch.stack([triplet.p0 for triplet in drawn])
         p1 = torch.stack([triplet.p1 for triplet in drawn])

@@ -10,7 +10,7 @@ import torch
 from diffusion2gan.perceptual.triplets import open_triplets, read_triplet
 from diffusion2gan.pocket import scenes
 from diffusion2gan.pocket.triplets import (
-    FAMILIES,
+    DISTORTIONS,
     SUBSETS,
     blur,
     displace,
@@ -24,7 +24,7 @@ def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DISTORTIONS)
 def test_a_higher_grade_has_a_larger_error(family: str) -> None:
     image = scenes.draw([3], 90).images[0]
     errors = [
@@ -34,7 +34,7 @@ def test_a_higher_grade_has_a_larger_error(family: str) -> None:
     assert errors[0] < 1e-9 and errors[0] < errors[1] < errors[2] < errors[3]
 
 
-@pytest.mark.parametrize("subset", FAMILIES)
+@pytest.mark.parametrize("subset", DISTORTIONS)
 def test_the_judgement_follows_the_grades(subset: str) -> None:
     """With one family and direction, the less distorted image nearly always has a smaller error."""
     num_agreeing = 0

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
-from torch import from_numpy
+from torch import Tensor, from_numpy
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.noise import noise_from_seeds, pair_seed
 from diffusion2gan.pipelines.image_folder import ImageFolder, open_system
 from diffusion2gan.pipelines.system import System
-from diffusion2gan.runtime import checkpoint
+from diffusion2gan.runtime.cache import load_or_compute
 from diffusion2gan.runtime.progress import Bar
 from diffusion2gan.teacher.pipeline import warn_truncated
 
@@ -65,11 +65,12 @@ def _generate_batch(
     """Generates the images of `prompts`, or loads them if they are in `cache`."""
     seeds = [pair_seed(seed, index) for index in indices]
     path = cache / system.key / f"{short_digest(prompts)}-{seeds[0]}.safetensors"
-    if not path.exists():
-        pixels = system.generate(prompts, noise_from_seeds(seeds, system.latent_shape))
-        checkpoint.save(path, {"pictures": from_numpy(pixels)}, {"prompts": list(prompts)})
 
-    tensors, _ = checkpoint.load(path)
+    def generate() -> dict[str, Tensor]:
+        noise = noise_from_seeds(seeds, system.latent_shape)
+        return {"pictures": from_numpy(system.generate(prompts, noise))}
+
+    tensors = load_or_compute(path, {"prompts": list(prompts)}, generate)
     return [Image.fromarray(pixels) for pixels in tensors["pictures"].numpy()]
 
 

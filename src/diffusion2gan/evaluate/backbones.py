@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, CLIPModel, Dinov2Model
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluate.images import Images
 from diffusion2gan.evaluate.metrics import check_features
-from diffusion2gan.runtime import checkpoint
+from diffusion2gan.runtime.cache import load_or_compute
 from diffusion2gan.runtime.files import sha256
 from diffusion2gan.teacher.hub import find_model
 
@@ -82,12 +82,13 @@ def extract_chunk_cached(space: FeatureSpace, images: Images, folder: Path) -> F
     digest.update(np.ascontiguousarray(images).tobytes())
     path = folder / f"{space.name}-{digest.hexdigest()[:32]}.safetensors"
 
-    if not path.exists():
+    def extract() -> dict[str, Tensor]:
         features = space.extract(images)
         check_features(features, space.name)
-        meta = {"space": space.name, "revision": space.revision}
-        checkpoint.save(path, {"features": from_numpy(features)}, meta)
-    return np.asarray(checkpoint.load(path)[0]["features"].numpy())
+        return {"features": from_numpy(features)}
+
+    meta = {"space": space.name, "revision": space.revision}
+    return np.asarray(load_or_compute(path, meta, extract)["features"].numpy())
 
 
 # ----------------------------------------------------------------------------------- Inception

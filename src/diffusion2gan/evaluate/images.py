@@ -15,7 +15,7 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.noise import noise_from_seeds, pair_seed
 from diffusion2gan.pipelines.image_folder import ImageFolder
 from diffusion2gan.pipelines.system import System
-from diffusion2gan.runtime import checkpoint
+from diffusion2gan.runtime.cache import load_or_compute
 from diffusion2gan.runtime.distributed import connect_ranks, get_ranks
 from diffusion2gan.runtime.progress import Bar, console
 from diffusion2gan.runtime.stop import stop_signal
@@ -114,22 +114,20 @@ def _load_or_generate(
 
     Read from the cache; generated and written to it if they are not there, or of other prompts.
     """
+    indices = range(start, start + len(prompts))
+    seeds = noise_seeds(image_set.seed, indices, image_set.noise_index)
+
+    def generate() -> dict[str, torch.Tensor]:
+        batches = []
+        for first in range(0, len(prompts), image_set.batch_size):
+            rows = slice(first, first + image_set.batch_size)
+            noise = noise_from_seeds(seeds[rows], system.latent_shape)  # [B, C, h, w]
+            batches.append(system.generate(prompts[rows], noise))
+        return {"pictures": torch.from_numpy(np.concatenate(batches))}
+
     path = image_set.folder / f"{start:06d}-{len(prompts)}.safetensors"
-    if path.exists():
-        tensors, meta = checkpoint.load(path)
-        if meta.get("prompts") == prompts:
-            return np.asarray(tensors["pictures"].numpy())
-
-    seeds = noise_seeds(image_set.seed, range(start, start + len(prompts)), image_set.noise_index)
-    batches = []
-    for first in range(0, len(prompts), image_set.batch_size):
-        rows = slice(first, first + image_set.batch_size)
-        noise = noise_from_seeds(seeds[rows], system.latent_shape)  # [B, C, h, w]
-        batches.append(system.generate(prompts[rows], noise))
-    images = np.concatenate(batches)
-
-    checkpoint.save(path, {"pictures": torch.from_numpy(images)}, {"prompts": prompts})
-    return images
+    tensors = load_or_compute(path, {"prompts": prompts}, generate)
+    return np.asarray(tensors["pictures"].numpy())
 
 
 def generate_on_all_ranks(image_sets: Sequence[ImageSet]) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from diffusion2gan.errors import UserError, nearest
 
-FAMILIES = ("blit", "geometric", "color", "cutout")
+TRANSFORM_FAMILIES = ("blit", "geometric", "color", "cutout")
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ def parse_families(transforms: str) -> tuple[str, ...]:
     """
     names = tuple(name for name in transforms.split("+") if name)
     for name in names:
-        if name not in FAMILIES:
-            raise UserError(f"unknown transform family {name!r}{nearest(name, FAMILIES)}")
+        if name not in TRANSFORM_FAMILIES:
+            raise UserError(f"unknown transform family {name!r}{nearest(name, TRANSFORM_FAMILIES)}")
     return names
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from diffusion2gan.perceptual.ranking import JudgedDifferences, calibrate_heads
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.pocket import models, scenes, triplets
 from diffusion2gan.runtime import checkpoint, trainer
+from diffusion2gan.runtime.cache import load_or_compute
 from diffusion2gan.runtime.progress import Bar
 from diffusion2gan.teacher.autoencoder import encode
 
@@ -274,6 +276,15 @@ def attribute_loss(logits: Tensor, targets: dict[str, Tensor]) -> Tensor:
 # Stages "latent_vgg" and "pixel_vgg", and their calibration
 
 
+def encode_images(run: Run, vae: AutoencoderKL, indices: range) -> dict[str, Tensor]:
+    """Posterior means × scaling_factor of these training images: [N, C, h, w] float16."""
+    means = []
+    for start in range(indices.start, indices.stop, ENCODER_BATCH):
+        batch = range(start, min(start + ENCODER_BATCH, indices.stop))
+        means.append(vae.encode(draw_images(batch, run.device)).latent_dist.mean)
+    return {"latents": (torch.cat(means) * vae.config.scaling_factor).half()}
+
+
 @torch.no_grad()
 def cache_latents(run: Run, vae: AutoencoderKL) -> Tensor:
     """Encodes the training images 0 … count−1 once: [count, C, h, w] float16.
@@ -285,17 +296,10 @@ def cache_latents(run: Run, vae: AutoencoderKL) -> Tensor:
     with Bar("latents", count) as bar:
         for start in range(0, count, LATENTS_PER_FILE):
             path = run.folder / "latents" / f"{start:07d}.safetensors"
-            if not path.exists():
-                stop = start + LATENTS_PER_FILE
-                means = []
-                for i in range(start, stop, ENCODER_BATCH):
-                    images = draw_images(range(i, min(i + ENCODER_BATCH, stop)), run.device)
-                    means.append(vae.encode(images).latent_dist.mean)
-                latents = (torch.cat(means) * vae.config.scaling_factor).half()
-                checkpoint.save(path, {"latents": latents}, {})
-            tensors, _ = checkpoint.load(path)
+            indices = range(start, start + LATENTS_PER_FILE)
+            tensors = load_or_compute(path, {}, partial(encode_images, run, vae, indices))
             files.append(tensors["latents"])
-            bar.advance(len(files[-1]))
+            bar.advance(len(indices))
 
     return torch.cat(files)[:count].to(run.device)
 

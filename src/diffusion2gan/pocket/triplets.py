@@ -22,8 +22,8 @@ from diffusion2gan.runtime.images import to_pictures
 from diffusion2gan.runtime.progress import Bar
 
 WORLD = 90  # a world seed that is used neither for training nor for evaluation
-FAMILIES = ("blur", "noise", "shift", "colour", "warp")
-SUBSETS = (*FAMILIES, "mixed")
+DISTORTIONS = ("blur", "noise", "shift", "colour", "warp")
+SUBSETS = (*DISTORTIONS, "mixed")
 # The smallest difference between the two grades
 GAP = 0.1
 MIXED_GAP = 0.5
@@ -51,10 +51,10 @@ def make_triplet(number: int, subset: str, seed: int) -> Triplet:
     high = low + gap + float(torch.rand((), generator=generator)) * (1 - gap - low)
 
     # The family of each distortion
-    order = torch.randperm(len(FAMILIES), generator=generator).tolist()
+    order = torch.randperm(len(DISTORTIONS), generator=generator).tolist()
     near_family = far_family = subset
     if subset == "mixed":
-        near_family, far_family = FAMILIES[order[0]], FAMILIES[order[1]]
+        near_family, far_family = DISTORTIONS[order[0]], DISTORTIONS[order[1]]
 
     # Both have the same seed: within a family they go in the same direction, one of them further
     distortion_seed = int(torch.randint(2**31, (), generator=generator))

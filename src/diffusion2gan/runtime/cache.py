@@ -57,6 +57,24 @@ class Cache:
         return torch.stack(found)
 
 
+def load_or_compute(
+    path: Path, meta: dict[str, Any], compute: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """The tensors in `path`, if it was written with this `meta`.
+
+    Otherwise `compute()` makes them and they are written there, with `meta`. Raises Failure if the
+    file is damaged.
+    """
+    if path.exists():
+        tensors, existing = checkpoint.load(path)
+        if existing == meta:
+            return tensors
+
+    tensors = compute()
+    checkpoint.save(path, tensors, meta)
+    return tensors
+
+
 def make_cache(
     folder: Path,
     spec: dict[str, Any],

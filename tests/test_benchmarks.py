@@ -90,3 +90,17 @@ def test_benchmarks_without_time_left_are_skipped_and_reported(tmp_path: Path) -
         text=True,
     )
     assert done.returncode == 1 and "left out, no time: train_step" in done.stdout
+
+
+@pytest.mark.slow
+def test_ode_error_has_every_solver_and_number_of_steps(tmp_path: Path) -> None:
+    out = tmp_path / "ode_error.json"
+    options = ["--count", "1", "--reference-steps", "50", "--out", str(out)]
+    run([sys.executable, "benchmarks/ode_error.py", *options])
+
+    result = json.loads(out.read_text())
+    for name in ("pocket", "flow"):
+        errors = {(row["solver"], row["steps"]): row["mse"] for row in result[name]["rows"]}
+        assert len(errors) == 14
+        assert errors["ddim", 50] == 0  # the reference itself
+        assert all(0 < errors["dpm++", num_steps] < 1 for num_steps in (10, 20, 50))

@@ -334,14 +334,14 @@ def test_a_complete_set_is_not_written_again(copied_pairs: Path, tiny_teacher: P
 
     info = run("pairs", "info", copied_pairs)
     assert info.code == 0 and "made: 12 of 12 pairs, 3 of 3 shards" in info.out
-    assert "solver: ddim" in info.out
+    assert "solver: dpm++" in info.out
 
 
 @pytest.mark.parametrize(
     ("more", "difference"),
     [
         (("--num-inference-steps", 3), "num_inference_steps: 2 there, 3 requested"),
-        (("--solver", "dpm++"), "solver: 'ddim' there, 'dpm++' requested"),
+        (("--solver", "ddim"), "solver: 'dpm++' there, 'ddim' requested"),
         (("--seed", 1), "seed: 0 there, 1 requested"),
         (("--count", 13), "count: 12 there, 13 requested"),
         (("--keep-noise",), "keep_noise: False there, True requested"),

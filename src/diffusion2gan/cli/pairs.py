@@ -41,12 +41,18 @@ def pairs(
     ] = "pocket",
     count: Annotated[int, typer.Option(min=1, help="The number of pairs.")] = 1024,
     solver: Annotated[
-        str, typer.Option(help="ddim (Euler for flow models) or dpm++, which needs fewer steps.")
-    ] = "ddim",
+        str,
+        typer.Option(
+            help="dpm++: DPM-Solver++(2M), a quarter of the squared error of 50 ddim steps in 20 "
+            "(on the pocket teacher); ddim: DDIM, or Euler for flow models."
+        ),
+    ] = "dpm++",
     num_inference_steps: Annotated[
         int | None,
         typer.Option(
-            min=1, max=1000, help="Steps of the solver. Default: 50 for ddim, 20 for dpm++."
+            min=1,
+            max=1000,
+            help="Steps of the solver. Default: dpm++ 20, or 30 for flow models; ddim 50.",
         ),
     ] = None,
     guidance_scale: Annotated[

@@ -71,7 +71,7 @@ class Assumed:
 
     utilisation: the share of the peak that UNets reach.
     loss_share: the time of the perceptual distance as a share of the rest of a step's compute.
-    solver_steps: ODE steps per pair.
+    solver_steps: ODE steps per pair, the paper's. `pairs` takes 20 by default.
     reads_per_core: pairs/s of SD 1.5's size that one core reads; processor time, from
         docs/results/pair_store.json.
     """

@@ -24,7 +24,7 @@ from diffusion2gan.teacher.conditioning import Conditioning
 from diffusion2gan.teacher.ode import check_solver, solve_ode
 from diffusion2gan.teacher.pipeline import Teacher, warn_truncated
 from diffusion2gan.teacher.sanity_check import warn_if_implausible
-from diffusion2gan.teacher.schedule import DEFAULT_SOLVER, SOLVERS
+from diffusion2gan.teacher.schedule import DEFAULT_SOLVER, default_num_steps
 
 POLL_S = 0.5  # how often the main rank counts what the other ranks have finished
 
@@ -39,8 +39,8 @@ class PairsSettings:
     """How a set is made, beside its teacher and prompts.
 
     `seed`, 0 to 255: sets of different seeds share no noise. `solver` and `num_inference_steps`:
-    see `solve_ode`; None is the solver's default number of steps, in `SOLVERS`. `shard_size`:
-    pairs per file. `keep_noise` stores each pair's noise beside its seed.
+    see `solve_ode`; None is `default_num_steps`. `shard_size`: pairs per file. `keep_noise` stores
+    each pair's noise beside its seed.
     """
 
     count: int
@@ -61,13 +61,16 @@ def build_spec(
     UserError if the solver is unknown.
     """
     check_solver(settings.solver)
+    num_steps = settings.num_inference_steps
+    if num_steps is None:
+        num_steps = default_num_steps(settings.solver, teacher.family.flow)
     return PairsSpec(
         teacher=teacher.name,
         revision=teacher.revision,
         prompts=prompts_name if callable(prompts) else prompts_digest(prompts),
         count=settings.count,
         seed=settings.seed,
-        num_inference_steps=settings.num_inference_steps or SOLVERS[settings.solver],
+        num_inference_steps=num_steps,
         guidance_scale=settings.guidance_scale,
         latent_shape=teacher.latent_shape,
         shard_size=settings.shard_size,

@@ -83,7 +83,7 @@ def main() -> None:
 def run_everything(checkout: Path, folder: Path, renamed: Mapping[str, str]) -> dict[str, str]:
     """Run every job, with distill stopped and resumed; return the SHA-256 of each result."""
     folder.mkdir(parents=True)
-    run_command(checkout, folder, ["pairs", *PAIRS, "--out", "pairs"])
+    run_command(checkout, folder, ["pairs", *PAIRS, *solver_option(checkout), "--out", "pairs"])
 
     # Training on two processes: stopped after some steps, then resumed by the same command.
     distill = ["distill", "pocket", "--pairs", "pairs", "--out", "run"]
@@ -98,6 +98,15 @@ def run_everything(checkout: Path, folder: Path, renamed: Mapping[str, str]) -> 
 
     paths = [path for pattern in COMPARED for path in sorted(folder.glob(pattern))]
     return {str(path.relative_to(folder)): sha256(path) for path in paths}
+
+
+def solver_option(checkout: Path) -> list[str]:
+    """DDIM, which older checkouts use without an option."""
+    command = command_line(["pairs", "--help"], num_processes=1)
+    help_text = subprocess.run(
+        command, env=environment(checkout), capture_output=True, text=True, check=True
+    ).stdout
+    return ["--solver", "ddim"] if "--solver" in help_text else []
 
 
 def command_line(words: Sequence[str], num_processes: int) -> list[str]:

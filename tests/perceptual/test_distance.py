@@ -340,6 +340,43 @@ def test_eps_inside_or_outside_the_root(inside: bool) -> None:
     )
 
 
+def test_eps_outside_the_root_has_the_formulas_gradient_at_zero_too() -> None:
+    """f/(|f| + eps): the values are those of the plain formula, the slope at zero is 1/eps."""
+    f = torch.randn(2, 5, 3, 3, generator=rng())
+    f[0, :, 0, 0] = 0
+    x = f.clone().requires_grad_()
+    normalized = normalize_features(x, 0.01, eps_inside=False)
+    assert torch.equal(normalized, f / (f.square().sum(1, keepdim=True).sqrt() + 0.01))
+
+    (gradient,) = torch.autograd.grad(normalized.sum(), x)
+    at_zero = torch.full((5,), 100.0)
+    torch.testing.assert_close(gradient[0, :, 0, 0], at_zero)
+    plain = f.double().requires_grad_()
+    length = plain.square().sum(1, keepdim=True).sqrt()
+    (expected,) = torch.autograd.grad((plain / (length + 0.01)).sum(), plain)
+    assert expected[0, :, 0, 0].isnan().all()
+    expected[0, :, 0, 0] = at_zero
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [LatentLPIPS, ELatentLPIPS])
+def test_l1_is_added_to_the_untransformed_latents(make: type[LatentLPIPS]) -> None:
+    vgg, heads = random_network()
+    a, b = latents(1).requires_grad_(), latents(2).requires_grad_()
+    plain = make(vgg, heads)(a, b, rng())
+    found = make(vgg, heads, l1_weight=0.5)(a, b, rng())
+    expected = plain + 0.5 * (a - b).abs().sum((1, 2, 3)) / (4 * 16 * 16)
+    torch.testing.assert_close(found, expected)
+
+    # The target is constant unless target_grad
+    assert torch.autograd.grad(found.sum(), b, allow_unused=True) == (None,)
+    with_target = make(vgg, heads, l1_weight=0.5, target_grad=True)(a, b, rng())
+    assert torch.autograd.grad(with_target.sum(), b)[0].abs().max() > 0
+    for weight in (-1.0, float("nan")):
+        with pytest.raises(UserError, match=f"l1_weight = {weight}"):
+            make(vgg, heads, l1_weight=weight)
+
+
 def test_a_feature_map_after_its_pool_is_the_pooled_map() -> None:
     vgg, _ = random_network(num_dropped=3)
     before = vgg(latents(0))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.augment import apply_transform, draw_transform
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS
 from diffusion2gan.perceptual.importers import import_network
 
@@ -106,7 +107,7 @@ def test_the_imported_distance_is_the_published_formula(
 ) -> None:
     table = weights(format_, channels)
     torch.save(collections.OrderedDict(table), tmp_path / "file.pth")
-    messages = import_network(tmp_path / "file.pth", format_, tmp_path / "out", WIDTHS)
+    messages = import_network([tmp_path / "file.pth"], format_, tmp_path / "out", WIDTHS)
     assert "licence" in messages[0] and "Licence" in (tmp_path / "out" / "README.md").read_text()
     a, b = torch.randn(2, 3, channels, 16, 16, generator=torch.Generator().manual_seed(1))
     expected = formula(format_, table, a, b)
@@ -115,6 +116,25 @@ def test_the_imported_distance_is_the_published_formula(
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     plain = ELatentLPIPS.from_pretrained(tmp_path / "out", transforms="")(a, b).double()
     torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_printed_call_computes_what_the_package_does_by_default(tmp_path: Path) -> None:
+    """elatentlpips: the network under blit+geometric, plus mean |a − b| of the latents as given."""
+    table = weights("elatentlpips")
+    torch.save(table, tmp_path / "file.pth")
+    messages = import_network([tmp_path / "file.pth"], "elatentlpips", tmp_path / "out", WIDTHS)
+    call = messages[1].removeprefix(f"{tmp_path / 'out'}: ").split(" is what the package")[0]
+    distance = eval(call, {"ELatentLPIPS": ELatentLPIPS})
+
+    a, b = torch.randn(2, 3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    families = ("blit", "geometric")
+    transform = draw_transform(3, families, torch.Generator().manual_seed(2))
+    expected = formula(
+        "elatentlpips", table, apply_transform(a, transform), apply_transform(b, transform)
+    )
+    expected += (a - b).abs().double().mean((1, 2, 3))
+    found = distance(a, b, torch.Generator().manual_seed(2)).double()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_layers_are_matched_by_order_and_duplicates_ignored(tmp_path: Path) -> None:
@@ -133,7 +153,7 @@ def test_layers_are_matched_by_order_and_duplicates_ignored(tmp_path: Path) -> N
 
     torch.save({"state_dict": renamed}, tmp_path / "two.pth")
     for name in ("one", "two"):
-        import_network(tmp_path / f"{name}.pth", "elatentlpips", tmp_path / name, WIDTHS)
+        import_network([tmp_path / f"{name}.pth"], "elatentlpips", tmp_path / name, WIDTHS)
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
 
@@ -142,7 +162,7 @@ def test_negative_head_weights_are_reported(tmp_path: Path) -> None:
     table = weights("elatentlpips")
     table["lin2.model.1.weight"][0, :3] = -1.0
     torch.save(table, tmp_path / "file.pth")
-    messages = import_network(tmp_path / "file.pth", "elatentlpips", tmp_path / "out", WIDTHS)
+    messages = import_network([tmp_path / "file.pth"], "elatentlpips", tmp_path / "out", WIDTHS)
     assert messages[-1] == "3 head weights are negative and count as zero"
 
 
@@ -177,7 +197,7 @@ def test_another_architecture_is_refused_with_its_first_difference(
 ) -> None:
     torch.save(change(weights("elatentlpips")), tmp_path / "file.pth")  # type: ignore[operator]
     with pytest.raises(UserError, match=message):
-        import_network(tmp_path / "file.pth", "elatentlpips", tmp_path / "out", WIDTHS)
+        import_network([tmp_path / "file.pth"], "elatentlpips", tmp_path / "out", WIDTHS)
     assert not (tmp_path / "out").exists()
 
 
@@ -198,12 +218,12 @@ def test_a_pickle_that_needs_to_run_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"it needs posix\.mkdir, and .* needs to run code is refused"
     ) as refused:
-        import_network(tmp_path / "evil.pth", "elatentlpips", tmp_path / "out")
+        import_network([tmp_path / "evil.pth"], "elatentlpips", tmp_path / "out")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pth")
     with pytest.raises(
         UserError, match=r"it needs torch\.nn\.modules\.linear\.Linear, and"
     ) as refused_too:
-        import_network(tmp_path / "module.pth", "elatentlpips", tmp_path / "out")
+        import_network([tmp_path / "module.pth"], "elatentlpips", tmp_path / "out")
     # torch's message advises to read the file anyway, with weights_only=False
     assert "weights_only" not in f"{refused.value} {refused_too.value}"
     assert not (tmp_path / "pwned").exists() and not (tmp_path / "out").exists()
@@ -211,10 +231,10 @@ def test_a_pickle_that_needs_to_run_code_is_refused(tmp_path: Path) -> None:
 
 def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        import_network(tmp_path / "nowhere.pth", "snu", tmp_path / "out")
+        import_network([tmp_path / "nowhere.pth"], "snu", tmp_path / "out")
     (tmp_path / "text.pth").write_text("hello")
     with pytest.raises(UserError, match="cannot be read as plain tensors"):
-        import_network(tmp_path / "text.pth", "snu", tmp_path / "out")
+        import_network([tmp_path / "text.pth"], "snu", tmp_path / "out")
 
     for new in (True, False):  # torch's two formats, truncated
         torch.save(
@@ -225,11 +245,11 @@ def test_files_that_are_not_checkpoints_are_refused(tmp_path: Path) -> None:
             UserError,
             match=r"it is truncated, damaged or not a torch checkpoint .* Download it again",
         ) as truncated:
-            import_network(tmp_path / "half.pth", "snu", tmp_path / "out")
+            import_network([tmp_path / "half.pth"], "snu", tmp_path / "out")
         assert "weights_only" not in str(truncated.value)
 
     torch.save([torch.zeros(3)], tmp_path / "list.pth")
     with pytest.raises(UserError, match="does not contain a table of tensors"):
-        import_network(tmp_path / "list.pth", "snu", tmp_path / "out")
+        import_network([tmp_path / "list.pth"], "snu", tmp_path / "out")
     with pytest.raises(UserError, match="no format 'elatentlpip'; did you mean 'elatentlpips'"):
-        import_network(tmp_path / "text.pth", "elatentlpip", tmp_path / "out")
+        import_network([tmp_path / "text.pth"], "elatentlpip", tmp_path / "out")

@@ -89,6 +89,30 @@ def test_an_exception_leaves_the_old_folder(tmp_path: Path) -> None:
     assert names(path) == ["old"] and names(tmp_path) == ["folder"]
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_written_files_have_the_permissions_of_a_new_file(umask: int, tmp_path: Path) -> None:
+    """safetensors alone writes files that only their owner can read."""
+    previous = os.umask(umask)
+    try:
+        save_file({"x": torch.zeros(3)}, tmp_path / "direct.safetensors")
+        checkpoint.save(tmp_path / "file.safetensors", {"x": torch.zeros(3)}, {})
+        with atomic_write(tmp_path / "folder") as folder:
+            (folder / "unet").mkdir(parents=True)
+            save_file({"x": torch.zeros(3)}, folder / "unet" / "w.safetensors")
+            (folder / "run.sh").touch(0o755)
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(previous)
+
+    modes = {}
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            modes[file.name] = file.stat().st_mode & 0o777
+    assert modes.pop("direct.safetensors") == 0o600
+    assert modes.pop("run.sh") == 0o777 & ~umask
+    assert modes == dict.fromkeys(("file.safetensors", "w.safetensors"), 0o666 & ~umask)
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_a_failure(tmp_path: Path, number: int) -> None:
     path = tmp_path / "file"

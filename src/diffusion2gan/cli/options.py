@@ -68,3 +68,10 @@ def local_path(parameter: typer.CallbackParam, path: Path | None) -> Path | None
         "path and copy the files from or to the store with the store's own tool. URLs are "
         f"accepted by {TAKE_URLS}."
     )
+
+
+def local_paths(parameter: typer.CallbackParam, paths: list[Path]) -> list[Path]:
+    """As `local_path`, for an option or argument that takes several paths."""
+    for path in paths:
+        local_path(parameter, path)
+    return paths

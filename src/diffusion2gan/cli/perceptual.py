@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffusion2gan.cli.options import local_path
+from diffusion2gan.cli.options import local_path, local_paths
 from diffusion2gan.errors import UserError
 
 perceptual_app = typer.Typer(
@@ -116,12 +116,26 @@ def perceptual_calibrate(
 
 @perceptual_app.command("import")
 def perceptual_import(
-    file: Annotated[Path, typer.Argument(callback=local_path, help="The published checkpoint.")],
-    format_: Annotated[str, typer.Option("--format", help="elatentlpips or snu.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE…",
+            callback=local_paths,
+            help="The published checkpoint; several files if it is in parts.",
+        ),
+    ],
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="lpips (standard LPIPS: torchvision's VGG-16, and the heads), elatentlpips or "
+            "snu.",
+        ),
+    ],
     out: Annotated[Path, typer.Option(callback=local_path, help="The network's folder.")],
 ) -> None:
     """Convert published weights, with the settings that reproduce their formula."""
     from diffusion2gan.perceptual.importers import import_network
 
-    for line in import_network(file, format_, out):
+    for line in import_network(files, format_, out):
         typer.echo(line)

@@ -12,6 +12,7 @@ never negative, with gradients to `a`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -43,13 +44,19 @@ EPS = 1e-8
 def normalize_features(features: Tensor, eps: float = EPS, eps_inside: bool = True) -> Tensor:
     """f̂: each pixel's feature vector divided by its length over channels, float32 [B, C, h, w].
 
-    f/√(Σ_c f² + eps) with `eps_inside`, else f/(√(Σ_c f²) + eps).
+    f/√(Σ_c f² + eps) with `eps_inside`, else f/(√(Σ_c f²) + eps). The gradient at f = 0 is that of
+    the formula, f/√eps or f/eps.
     """
     features = features.float()
     sum_of_squares = features.square().sum(1, keepdim=True)
     if eps_inside:
         return features * (sum_of_squares + eps).rsqrt()
-    return features / (sum_of_squares.sqrt() + eps)
+
+    # √ has an infinite slope at zero, and infinity × 0 would make the gradient NaN: a zero is kept
+    # out of the root.
+    is_zero = sum_of_squares == 0
+    length = sum_of_squares.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)
+    return features / (length + eps)
 
 
 def channel_differences(
@@ -80,7 +87,8 @@ class LatentLPIPS(nn.Module):
 
     `a` and `b` are [B, C, h, w], the VAE's latents × scaling_factor. `b` is the target: its
     features are computed without a graph unless `target_grad`. `eps` and `eps_inside` are those of
-    `normalize_features`.
+    `normalize_features`. `l1_weight` · mean |a − b| is added, without transforms; 1 is the default
+    of the authors' elatentlpips package, 0 is the paper's distance.
 
     The network is always frozen and in eval mode: calls of `train()` and `requires_grad_()` on this
     module, or on one that contains it, have no effect. The network runs in the precision that the
@@ -101,11 +109,15 @@ class LatentLPIPS(nn.Module):
         *,
         eps: float = EPS,
         eps_inside: bool = True,
+        l1_weight: float = 0.0,
         target_grad: bool = False,
     ) -> None:
         super().__init__()
+        if not (math.isfinite(l1_weight) and l1_weight >= 0):
+            raise UserError(f"l1_weight = {l1_weight}: it must be a finite number, 0 or more")
         self.eps = eps
         self.eps_inside = eps_inside
+        self.l1_weight = l1_weight
         self.target_grad = target_grad
         self.channels = int(vgg.config["in_channels"])
         self.smallest_side = vgg.smallest_side
@@ -114,7 +126,8 @@ class LatentLPIPS(nn.Module):
         vgg = vgg.eval().requires_grad_(False)
         heads = [head.detach().clamp_min(0).float() for head in heads]
         self._frozen = (vgg, heads)
-        self._has_warned = False
+        # A network with a scaling layer reads images, of any contrast.
+        self._has_warned = "input_scale" in vgg.config
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `to()` and casts reach the hidden network through this method. Heads change their device
@@ -133,7 +146,7 @@ class LatentLPIPS(nn.Module):
     ) -> Tensor:
         """[B]. This distance is deterministic: `generator` and `rows` are accepted and ignored."""
         self._check(a, b)
-        return self._distance(a.float(), b.float())
+        return self._add_l1(self._distance(a.float(), b.float()), a, b)
 
     def features(self, x: Tensor) -> list[Tensor]:
         """The feature maps that the distance compares: one [B, C_l, h_l, w_l] per layer."""
@@ -150,6 +163,14 @@ class LatentLPIPS(nn.Module):
     def _distance(self, a: Tensor, b: Tensor) -> Tensor:
         heads = self._frozen[1]
         return apply_heads(self.differences(a, b), heads)
+
+    def _add_l1(self, distance: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """`distance` [B] plus l1_weight · mean |a − b|."""
+        if self.l1_weight == 0:
+            return distance
+        if not self.target_grad:
+            b = b.detach()
+        return distance + self.l1_weight * (a.float() - b.float()).abs().mean((1, 2, 3))
 
     def _check(self, a: Tensor, b: Tensor) -> None:
         check_shapes(a, b, self.channels, self.smallest_side)
@@ -225,7 +246,7 @@ class ELatentLPIPS(LatentLPIPS):
         for _ in range(self.num_draws):
             transformed_a, transformed_b = self._transform(a, b, generator, rows)
             draws.append(self._distance(transformed_a, transformed_b))
-        return torch.stack(draws).mean(0)
+        return self._add_l1(torch.stack(draws).mean(0), a, b)
 
     def _transform(
         self,
@@ -267,6 +288,7 @@ class PixelLPIPS(LatentLPIPS):
         # The inputs are latents: any side will do, of the VAE's number of channels.
         self.channels = num_latent_channels(vae)
         self.smallest_side = 1
+        self._has_warned = False
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._decoder = (self._decoder[0]._apply(fn),)

@@ -1,9 +1,14 @@
-"""The feature network of LatentLPIPS: VGG-16 with batch norm, without its first pools."""
+"""The feature networks of the LPIPS distances: VGG-16.
+
+On latents it has batch norm and lacks its first pools; standard LPIPS's, on images, has neither
+change.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
@@ -28,9 +33,15 @@ class VGG(nn.Module):
 
     A feature map is the output of a stage's last ReLU, before the stage's pool, as in LPIPS; for
     the stages in `tapped_after_pool` (1 … 5) it is the pool's output. `num_groups`: GroupNorm with
-    this many groups; 0 is batch norm. The classifier that such a network is trained with belongs to
-    the training code and is not kept.
+    this many groups; 0 is batch norm; without `has_norm` there is neither. The classifier that such
+    a network is trained with belongs to the training code and is not kept.
+
+    `input_shift` and `input_scale`, a number per channel: x is replaced by (x − shift) / scale.
+    This cannot be folded into the first convolution, which pads the scaled image with zeros.
     """
+
+    input_shift: Tensor
+    input_scale: Tensor
 
     def __init__(
         self,
@@ -39,6 +50,9 @@ class VGG(nn.Module):
         num_dropped: int = 3,
         tapped_after_pool: tuple[int, ...] = (),
         num_groups: int = 0,
+        has_norm: bool = True,
+        input_shift: tuple[float, ...] = (),
+        input_scale: tuple[float, ...] = (),
     ) -> None:
         super().__init__()
         for stage in tapped_after_pool:
@@ -48,8 +62,15 @@ class VGG(nn.Module):
                     f"the stages that keep theirs are {num_dropped + 1} … {len(STAGES)}"
                 )
 
+        check_input_scaling(in_channels, input_shift, input_scale)
+
         self.num_dropped = num_dropped
         self.tapped_after_pool = tuple(tapped_after_pool)
+        self.scales_input = len(input_scale) > 0
+        # The values are settings, in `config`, and not weights.
+        for name, values in (("input_shift", input_shift), ("input_scale", input_scale)):
+            buffer = torch.tensor(values, dtype=torch.float32).reshape(1, -1, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
         self.config: dict[str, Any] = {
             "in_channels": in_channels,
             "widths": list(widths),
@@ -57,14 +78,24 @@ class VGG(nn.Module):
             "tapped_after_pool": list(tapped_after_pool),
             "num_groups": num_groups,
         }
+        # Written only where they differ, so that the files of other networks stay as they were
+        if not has_norm:
+            self.config["has_norm"] = False
+        if self.scales_input:
+            self.config["input_shift"] = list(input_shift)
+            self.config["input_scale"] = list(input_scale)
 
         channels = in_channels
         stages = []
         for num_convolutions, width in zip(STAGES, widths, strict=True):
             layers: list[nn.Module] = []
             for _ in range(num_convolutions):
-                norm = nn.GroupNorm(num_groups, width) if num_groups else nn.BatchNorm2d(width)
-                layers += [nn.Conv2d(channels, width, 3, padding=1), norm, nn.ReLU()]
+                layers.append(nn.Conv2d(channels, width, 3, padding=1))
+                if has_norm and num_groups > 0:
+                    layers.append(nn.GroupNorm(num_groups, width))
+                elif has_norm:
+                    layers.append(nn.BatchNorm2d(width))
+                layers.append(nn.ReLU())
                 channels = width
             stages.append(nn.Sequential(*layers))
         self.stages = nn.ModuleList(stages)
@@ -79,6 +110,9 @@ class VGG(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Five feature maps, [B, widths[l], h_l, w_l]."""
+        if self.scales_input:
+            x = (x - self.input_shift) / self.input_scale
+
         maps = []
         for number, stage in enumerate(self.stages, 1):
             x = stage(x)
@@ -91,3 +125,22 @@ class VGG(nn.Module):
             if tapped_after_pool:
                 maps.append(x)
         return maps
+
+
+def check_input_scaling(
+    in_channels: int, input_shift: tuple[float, ...], input_scale: tuple[float, ...]
+) -> None:
+    """Raises UserError unless both are empty, or have a number per channel and no zero scale."""
+    if len(input_shift) == len(input_scale) == 0:
+        return
+    if len(input_shift) != in_channels or len(input_scale) != in_channels:
+        raise UserError(
+            f"input_shift = {list(input_shift)} and input_scale = {list(input_scale)}: the network "
+            f"reads {in_channels} channels, and each needs a number for every one"
+        )
+    values = torch.tensor([input_shift, input_scale])
+    if not values.isfinite().all() or 0 in input_scale:
+        raise UserError(
+            f"input_shift = {list(input_shift)}, input_scale = {list(input_scale)}: finite numbers "
+            "are needed, and a scale that is not zero"
+        )

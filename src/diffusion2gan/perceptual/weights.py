@@ -28,7 +28,7 @@ tags: [perceptual-loss, lpips, latent-diffusion]
 
 # Perceptual network for {channels}-channel {inputs}
 
-VGG-16 with {norm}, widths {widths}, its first {num_dropped} pools dropped, and non-negative heads:
+VGG-16 {norm}, widths {widths}, its first {num_dropped} pools dropped, and non-negative heads:
 a distance in the manner of LPIPS.{note}
 
 ```python
@@ -147,16 +147,18 @@ def expected_shapes(vgg: VGG) -> Shapes:
 def find_difference(expected: Shapes, found: Shapes) -> str | None:
     """Describes the first difference, in the order of `expected`; None if there is none.
 
-    A difference is a key with another shape (both are named), a missing or a surplus key.
+    A difference is a key with another shape (both are named), a missing or a surplus key. With a
+    missing key, the first surplus one is named too: it may be the same tensor by another name.
     """
+    surplus = [f"{key}, {list(shape)}" for key, shape in found.items() if key not in expected]
     for key, shape in expected.items():
         if key not in found:
-            return f"{key}, {list(shape)}, is missing"
+            instead = f"; instead there is {surplus[0]}" if surplus else ""
+            return f"{key}, {list(shape)}, is missing{instead}"
         if found[key] != shape:
             return f"{key} is {list(found[key])}, {list(shape)} is expected"
-    for key, shape in found.items():
-        if key not in expected:
-            return f"{key}, {list(shape)}, is not expected"
+    if surplus:
+        return f"{surplus[0]}, is not expected"
     return None
 
 
@@ -193,9 +195,11 @@ def save_network(
 
 def render_card(config: dict[str, Any], note: str) -> str:
     """The model card of a network with these settings."""
-    norm = "batch norm"
-    if config["num_groups"]:
-        norm = f"GroupNorm ({config['num_groups']} groups)"
+    norm = "with batch norm"
+    if not config.get("has_norm", True):
+        norm = "without norm"
+    elif config["num_groups"]:
+        norm = f"with GroupNorm ({config['num_groups']} groups)"
 
     if config["in_channels"] == 3:
         usage = {

@@ -32,8 +32,9 @@ LEFTOVER_SUFFIX = re.compile(r"(?:(?P<host>\w+)-)?(?P<number>\d+)\.(?P<kind>tmp.
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary name beside `path`, renamed to it (file or folder) if the block succeeds.
 
-    After a crash, Ctrl-C or a full disk `path` is what it was before. Raises Failure if the disk
-    is full, OSError if `path` cannot be written.
+    After a crash, Ctrl-C or a full disk `path` is what it was before. Files get the permissions
+    that `open` gives a new file, whatever the block wrote them with. Raises Failure if the disk is
+    full, OSError if `path` cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
@@ -42,8 +43,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
         _remove_abandoned(path)
         yield temporary
         if temporary.is_dir():
+            for file in temporary.rglob("*"):
+                if file.is_file() and not file.is_symlink():
+                    _apply_umask(file)
             _replace_folder(temporary, path)
         else:
+            _apply_umask(temporary)
             os.replace(temporary, path)
         _remove_abandoned(path)
     except (OSError, SafetensorError) as error:
@@ -60,6 +65,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
         # On a read-only disk there is no temporary, and the attempt to delete it fails.
         with contextlib.suppress(OSError):
             delete(temporary)
+
+
+def _apply_umask(file: Path) -> None:
+    """Gives a file the permissions of `open`: 0644 with the usual umask.
+
+    safetensors writes files that only their owner can read.
+    """
+    # The umask cannot be read without setting it; for an instant other threads get a strict one.
+    umask = os.umask(0o077)
+    os.umask(umask)
+    with contextlib.suppress(PermissionError):
+        executable = file.stat().st_mode & 0o111
+        file.chmod((0o666 | executable) & ~umask)
 
 
 @dataclass(frozen=True)

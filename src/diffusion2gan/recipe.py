@@ -74,8 +74,8 @@ class Recipe(BaseModel):
     # Regression loss
     perceptual: str = Field(
         "pocket",
-        description="The network of an LPIPS loss: `pocket`, a folder made by `perceptual fit`, or "
-        "`teacher` for the teacher's features.",
+        description="The network of an LPIPS loss: `pocket`, a folder made by `perceptual fit`, "
+        "`teacher` for the teacher's features, or `decoder` for those of its VAE's decoder.",
     )
     loss: LossName = Field(
         "e_latent_lpips",
@@ -265,10 +265,10 @@ class Recipe(BaseModel):
                 f"mix_share {self.mix_share} takes fakes from other pairs of the batch, but "
                 "batch_size is 1; raise batch_size or set mix_share=0"
             )
-        if self.perceptual == "teacher" and self.loss == "pixel_lpips":
+        if self.perceptual in ("teacher", "decoder") and self.loss == "pixel_lpips":
             raise ValueError(
-                "perceptual = 'teacher' are features of latents, but pixel_lpips compares images; "
-                "set perceptual to a network of images, or another loss"
+                f"perceptual = {self.perceptual!r} are features of latents, but pixel_lpips "
+                "compares images; set perceptual to a network of images, or another loss"
             )
         if self.precision != "float32" and not self.device.startswith("cuda"):
             raise ValueError(
@@ -283,6 +283,13 @@ class Recipe(BaseModel):
         if self.lora_rank > 0:
             return True
         return self.perceptual == "teacher" and self.loss in ("latent_lpips", "e_latent_lpips")
+
+    @property
+    def needs_vae(self) -> bool:
+        """Whether training evaluates the VAE's decoder: for its images, or for its features."""
+        if self.loss == "pixel_lpips":
+            return True
+        return self.perceptual == "decoder" and self.loss in ("latent_lpips", "e_latent_lpips")
 
     def changed(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """The settings that differ: name → (value in this recipe, value in the other one)."""

@@ -33,7 +33,7 @@ def dry_run(recipe: Recipe, pairs: Location, price_per_gpu_hour: float | None = 
     # Run
     run = Run(recipe, teacher)
     distance = build_distance(recipe, teacher.device, teacher)
-    teacher.offload(network=not recipe.needs_teacher, vae=recipe.loss != "pixel_lpips")
+    teacher.offload(network=not recipe.needs_teacher, vae=not recipe.needs_vae)
 
     batches = reader.batches(recipe.batch_size)
 
@@ -114,7 +114,7 @@ def memory_bytes(run: Run) -> dict[str, int]:
     if recipe.needs_teacher or is_cpu:
         teacher_weights = num_bytes(teacher.network)
     vae = 0
-    if recipe.loss == "pixel_lpips" or is_cpu:
+    if recipe.needs_vae or is_cpu:
         vae = num_bytes(teacher.vae)
 
     text_encoders = 0

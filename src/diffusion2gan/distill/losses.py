@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diffusion2gan.perceptual import decoder_features, teacher_features
 from diffusion2gan.perceptual.augment import BatchRows
 from diffusion2gan.perceptual.distance import ELatentLPIPS, LatentLPIPS, PixelLPIPS
-from diffusion2gan.perceptual.teacher_features import ensembled_distance, plain_distance
 from diffusion2gan.perceptual.weights import check_fits
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.teacher.autoencoder import spatial_factor
@@ -85,8 +85,8 @@ def build_distance(
     """The recipe's regression loss.
 
     The `teacher` decodes latents for pixel_lpips and provides the features of perceptual =
-    "teacher"; the other losses do not need it. Raises UserError if there is no such perceptual
-    network, or if it reads other latents than the teacher's.
+    "teacher" or "decoder"; the other losses do not need it. Raises UserError if there is no such
+    perceptual network, or if it reads other latents than the teacher's.
     """
     # Losses without a network
     if recipe.loss == "mse":
@@ -94,13 +94,16 @@ def build_distance(
     if recipe.loss == "pseudo_huber":
         return PseudoHuber(recipe.pseudo_huber_c)
 
-    # LPIPS on the teacher's features
-    if recipe.perceptual == "teacher" and recipe.loss != "pixel_lpips":
-        assert teacher is not None, 'perceptual = "teacher" needs the teacher'
+    # On features of the teacher or of its VAE's decoder
+    if recipe.perceptual in ("teacher", "decoder") and recipe.loss != "pixel_lpips":
+        assert teacher is not None, f"perceptual = {recipe.perceptual!r} needs the teacher"
+        source = teacher_features if recipe.perceptual == "teacher" else decoder_features
         bfloat16 = recipe.precision == "bfloat16"
         if recipe.loss == "latent_lpips":
-            return plain_distance(teacher, bfloat16=bfloat16)
-        return ensembled_distance(teacher, recipe.transforms, recipe.num_draws, bfloat16=bfloat16)
+            return source.plain_distance(teacher, bfloat16=bfloat16)
+        return source.ensembled_distance(
+            teacher, recipe.transforms, recipe.num_draws, bfloat16=bfloat16
+        )
 
     # LPIPS on the decoded images
     if recipe.loss == "pixel_lpips":

@@ -122,7 +122,7 @@ def free_memory(run: Run, folder: Location, spec: PairsSpec) -> None:
         cache = PromptCache(folder / f"prompts-{teacher.revision}", prompts, teacher.encode)
         teacher.cache_prompts(cache)
 
-    teacher.offload(network=not recipe.needs_teacher, vae=recipe.loss != "pixel_lpips")
+    teacher.offload(network=not recipe.needs_teacher, vae=not recipe.needs_vae)
 
 
 def exit_after_signal(number: int | None) -> NoReturn:

@@ -40,6 +40,9 @@ from diffusion2gan.teacher.autoencoder import decode, load_vae, num_latent_chann
 
 EPS = 1e-8
 
+# (feature maps of a, feature maps of the target b) → differences [B, C_l] per layer
+Compare = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+
 
 def normalize_features(features: Tensor, eps: float = EPS, eps_inside: bool = True) -> Tensor:
     """f̂: each pixel's feature vector divided by its length over channels, float32 [B, C, h, w].
@@ -88,7 +91,8 @@ class LatentLPIPS(nn.Module):
     `a` and `b` are [B, C, h, w], the VAE's latents × scaling_factor. `b` is the target: its
     features are computed without a graph unless `target_grad`. `eps` and `eps_inside` are those of
     `normalize_features`. `l1_weight` · mean |a − b| is added, without transforms; 1 is the default
-    of the authors' elatentlpips package, 0 is the paper's distance.
+    of the authors' elatentlpips package, 0 is the paper's distance. `compare` replaces
+    `channel_differences`, and with it eps.
 
     The network is always frozen and in eval mode: calls of `train()` and `requires_grad_()` on this
     module, or on one that contains it, have no effect. The network runs in the precision that the
@@ -110,6 +114,7 @@ class LatentLPIPS(nn.Module):
         eps: float = EPS,
         eps_inside: bool = True,
         l1_weight: float = 0.0,
+        compare: Compare | None = None,
         target_grad: bool = False,
     ) -> None:
         super().__init__()
@@ -118,6 +123,7 @@ class LatentLPIPS(nn.Module):
         self.eps = eps
         self.eps_inside = eps_inside
         self.l1_weight = l1_weight
+        self.compare = compare
         self.target_grad = target_grad
         self.channels = int(vgg.config["in_channels"])
         self.smallest_side = vgg.smallest_side
@@ -158,6 +164,8 @@ class LatentLPIPS(nn.Module):
         with torch.set_grad_enabled(self.target_grad and torch.is_grad_enabled()):
             features_b = self.features(b)
         features_a = self.features(a)
+        if self.compare is not None:
+            return self.compare(features_a, features_b)
         return channel_differences(features_a, features_b, self.eps, self.eps_inside)
 
     def _distance(self, a: Tensor, b: Tensor) -> Tensor:

@@ -104,8 +104,8 @@ def check_fits(source: str, channels: int, factor: int, teacher_name: str) -> No
     )
     if not pixels:
         remedy += (
-            " Or set perceptual=teacher: a distance on the teacher's features, "
-            "which needs neither images nor calibration."
+            " Or set perceptual=teacher or perceptual=decoder: distances on the features of the "
+            "teacher or of its VAE's decoder, which need neither images nor calibration."
         )
 
     # Is it a network?

@@ -167,7 +167,7 @@ def test_outliers_of_the_target_are_left_out() -> None:
 
 
 def test_a_target_of_one_colour_has_a_finite_distance_and_gradient() -> None:
-    """σ is 0 in every channel; it is replaced by a hundredth of the map's root mean square."""
+    """σ is 0 in every channel; it is replaced by a hundredth of the root mean square."""
     a = (2 + 0.01 * torch.randn(1, 3, 8, 8)).requires_grad_()
     b = torch.full((1, 3, 8, 8), 2.0)
     (found,) = standardized_differences([a], [b])

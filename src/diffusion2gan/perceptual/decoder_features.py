@@ -30,7 +30,8 @@ from diffusion2gan.teacher.pipeline import Teacher, copy_sharing_weights
 NUM_UP_BLOCKS = 2
 # Values of the target further from their channel's mean, in standard deviations, are outliers.
 OUTLIER_SIGMAS = 3.0
-# σ² is at least this share of the map's mean square: in an image of one colour σ is nearly 0.
+# σ² is at least this share of the median channel's mean square: in an image of one colour σ is
+# nearly 0.
 VARIANCE_FLOOR = 1e-4
 TINY = 1e-12
 SUPPORTED_VAES = ("AutoencoderKL", "AutoencoderDC")
@@ -116,8 +117,11 @@ def standardized_differences(features_a: list[Tensor], features_b: list[Tensor])
         # Statistics of the target, per sample and channel, [B, C, 1, 1]
         mean = layer_b.mean((2, 3), keepdim=True)
         centered = layer_b - mean
-        floor = VARIANCE_FLOOR * layer_b.square().mean((1, 2, 3), keepdim=True) + TINY
-        variance = torch.maximum(centered.square().mean((2, 3), keepdim=True), floor)
+        variance = centered.square().mean((2, 3), keepdim=True)
+        # The median over channels: outliers in one channel do not raise the others' floor
+        mean_square = layer_b.square().mean((2, 3), keepdim=True)
+        floor = VARIANCE_FLOOR * mean_square.median(1, keepdim=True).values + TINY
+        variance = torch.maximum(variance, floor)
 
         # Squared difference of the standardised features, without the target's outliers
         squares = (layer_a - layer_b).square() / variance

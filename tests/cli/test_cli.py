@@ -121,6 +121,7 @@ def unsupported_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["pairs", "--seed", "256", "--out", "x"], ["--seed", "less than or equal to 255"]),
         (["generate", "pocket-student", "--out", "x.png"], ["Missing option", "--prompt"]),
         (["pairs"], ["--out is missing"]),
+        (["pairs", "--precision", "float16", "--out", "x"], ["float16 needs a GPU", "float32"]),
         (
             ["pairs", "--solver", "dpmpp", "--out", "x"],
             ["unknown solver 'dpmpp'", "did you mean 'dpm++'"],

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.noise import noise_from_seeds, pair_seed
+from diffusion2gan.pairs import make
 from diffusion2gan.pairs.check import verify, verify_deep
 from diffusion2gan.pairs.exchange import merge
 from diffusion2gan.pairs.make import PairsSettings, build_spec, make_pairs
@@ -27,6 +29,7 @@ from diffusion2gan.pairs.store import (
 )
 from diffusion2gan.prompts import prompts_digest, read_prompts
 from diffusion2gan.runtime.files import read_json
+from diffusion2gan.teacher.conditioning import Conditioning
 from diffusion2gan.teacher.loading import load_teacher
 from diffusion2gan.teacher.ode import solve_ode
 from diffusion2gan.teacher.pipeline import Teacher
@@ -275,7 +278,112 @@ def test_default_is_no_less_accurate_than_50_ddim_steps_and_cheaper() -> None:
     """By the benchmark's result file."""
     result = read_json(Path(__file__).parents[2] / "docs" / "results" / "ode_error.json")
     for name, share in (("pocket", 0.4), ("flow", 0.6)):
-        errors = {(row["solver"], row["steps"]): row["mse"] for row in result[name]["rows"]}
+        rows = result[name]["rows"]
+        errors = {(r["solver"], r["steps"]): r["mse"] for r in rows if r["precision"] == "float32"}
         num_steps = default_num_steps("dpm++", flow=name == "flow")
         assert errors["dpm++", num_steps] <= errors["ddim", 50]
         assert num_steps <= share * 50
+
+
+# Precision, negative prompt, offloading, sanity check
+
+
+def test_precision_is_recorded_and_sets_of_other_precisions_do_not_mix(
+    tiny_teacher: Path, made: Path, tmp_path: Path
+) -> None:
+    teacher = load_teacher(str(tiny_teacher))
+    teacher.set_precision("bfloat16")
+    settings = PairsSettings(count=9, seed=2, shard_size=4, solver="ddim", num_inference_steps=2)
+    spec = build_spec(teacher, prompts_of, settings, "words")
+    assert spec == spec_of(teacher, precision="bfloat16")
+    make_pairs(teacher, prompts_of, spec, tmp_path, batch_size=3)
+    assert open_set(tmp_path).precision == "bfloat16"
+    assert verify_deep(tmp_path, teacher, count=3) == []
+
+    # The network was in bfloat16
+    latents, expected = (
+        read_all(tmp_path, spec).latents,
+        read_all(made, spec_of(teacher)).latents,
+    )
+    error = float((latents - expected).norm() / expected.norm())
+    assert 1e-3 < error < 0.1
+
+    # Neither continued nor checked with another precision
+    with pytest.raises(UserError, match=r"precision: 'float32' there, 'bfloat16' requested"):
+        make_pairs(teacher, prompts_of, spec, made)
+    with pytest.raises(UserError, match=r"in float32, but the teacher's is in bfloat16"):
+        verify_deep(made, teacher, count=1)
+
+
+def test_negative_prompt_is_recorded_and_used(teacher: Teacher, made: Path, tmp_path: Path) -> None:
+    settings = PairsSettings(
+        count=4, seed=2, shard_size=4, solver="ddim", num_inference_steps=2, negative_prompt="ring"
+    )
+    spec = build_spec(teacher, prompts_of, settings, "words")
+    make_pairs(teacher, prompts_of, spec, tmp_path)
+    assert open_set(tmp_path).negative_prompt == "ring"
+    assert verify_deep(tmp_path, teacher, count=2) == []
+    difference = read_shard(tmp_path, 0).latents - read_shard(made, 0).latents
+    assert float(difference.abs().max()) > 1e-3
+
+
+def test_negative_prompt_without_guidance_is_refused(
+    teacher: Teacher, family_folder: Callable[[str], Path]
+) -> None:
+    settings = PairsSettings(count=1, guidance_scale=1.0, negative_prompt="blurry")
+    with pytest.raises(UserError, match="guidance-scale 1 turns guidance off"):
+        build_spec(teacher, ["a"], settings)
+    flux = load_teacher(str(family_folder("flux_dev")), resolution=64)
+    settings = PairsSettings(count=1, guidance_scale=3.5, negative_prompt="blurry")
+    with pytest.raises(UserError, match="has no classifier-free guidance"):
+        build_spec(flux, ["a"], settings)
+
+
+def test_offloading_text_encoders_does_not_change_the_pairs(
+    tiny_teacher: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each shard's prompts are encoded before its first ODE step, then the encoders are moved."""
+    teacher = load_teacher(str(tiny_teacher))
+    events: list[str] = []
+    encode, denoise = teacher.encode, teacher.denoise
+
+    def noted_encode(prompts: Sequence[str]) -> Conditioning:
+        events.append("encode")
+        return encode(prompts)
+
+    def noted_denoise(*args: object, **options: object) -> torch.Tensor:
+        events.append("denoise")
+        return denoise(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(teacher, "encode", noted_encode)
+    monkeypatch.setattr(teacher, "denoise", noted_denoise)
+    monkeypatch.setattr(
+        teacher, "move_text_encoders", lambda device: events.append(f"encoders to {device}")
+    )
+    spec = spec_of(teacher)
+    make_pairs(teacher, prompts_of, spec, tmp_path, batch_size=3, offload=True)
+    assert torch.equal(read_all(tmp_path, spec).latents, read_all(made, spec).latents)
+
+    # Without the sanity check's step; the first shard has two batches of two steps
+    assert events[1:9] == [
+        *("encoders to cpu", "encode", "encode", "encoders to cpu"),
+        *("denoise", "denoise", "denoise", "denoise"),
+    ]
+    assert events.count("encode") == 5
+
+
+def test_share_of_pairs_that_fail_the_sanity_check_is_reported(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    solve = make.solve_pairs
+
+    def two_broken(*args: Any) -> Pairs:
+        pairs = solve(*args)
+        for row, index in enumerate(pairs.index):
+            if index in (1, 5):
+                pairs.latents[row] = float("nan") if index == 1 else 100 * pairs.latents[row]
+        return pairs
+
+    monkeypatch.setattr(make, "solve_pairs", two_broken)
+    make_pairs(teacher, prompts_of, spec_of(teacher), tmp_path, batch_size=3)
+    assert "2 of 9 pairs (22.2%) fail the sanity check" in " ".join(capsys.readouterr().err.split())

@@ -183,6 +183,51 @@ def test_guidance_changes_the_latents(name: str, family_folder: Folder) -> None:
     assert float((weak - strong).abs().max()) > 1e-4
 
 
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3", "sana"])
+def test_negative_prompt_matches_the_stock_pipelines(name: str, family_folder: Folder) -> None:
+    teacher = load(family_folder(name))
+    noise = noise_from_seeds([1, 2], teacher.latent_shape)
+    cond, uncond = teacher.encode(PROMPTS), teacher.unconditional("two stars").expand(2)
+
+    options = {
+        "num_inference_steps": 3,
+        "guidance_scale": 3.0,
+        "negative_prompt": ["two stars"] * 2,
+    }
+    expected = stock_call(stock(family_folder(name)), noise, **options)
+    found = solve_ode(teacher, noise, cond, uncond, 3, 3.0)
+    scale = max(1.0, float(expected.square().mean().sqrt()))
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-4)
+
+    # It has an effect
+    without = solve_ode(teacher, noise, cond, teacher.unconditional().expand(2), 3, 3.0)
+    assert float((without - expected).abs().max()) > 1e-4 * scale
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+def test_network_in_bfloat16_is_close_to_float32(name: str, family_folder: Folder) -> None:
+    """x0 and the solver stay in float32, so that only the network's output is rounded."""
+    teacher = load(family_folder(name))
+    noise, cond = noise_from_seeds([1, 2], teacher.latent_shape), teacher.encode(PROMPTS)
+    uncond = teacher.unconditional().expand(2)
+    expected = solve_ode(teacher, noise, cond, uncond, 5, 2.0, "dpm++")
+
+    teacher.set_precision("bfloat16")
+    assert next(teacher.network.parameters()).dtype == torch.bfloat16
+    found = solve_ode(teacher, noise, cond, uncond, 5, 2.0, "dpm++")
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected)
+    assert float((found - expected).norm() / expected.norm()) < 0.1
+
+
+def test_float16_is_refused_on_a_cpu(family_folder: Folder) -> None:
+    teacher = load(family_folder("sd15"))
+    with pytest.raises(UserError, match=r"float16 needs a GPU.*--precision float32"):
+        teacher.set_precision("float16")
+    assert teacher.precision == "float32"
+    assert next(teacher.network.parameters()).dtype == torch.float32
+
+
 def test_teacher_without_guidance_refuses_it(family_folder: Folder) -> None:
     teacher = load(family_folder("flux_schnell"))
     cond = teacher.encode(PROMPTS[:1])

@@ -8,14 +8,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
+from diffusion2gan import assets
 from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pairs.make import make_pairs
-from diffusion2gan.pairs.store import PairsSpec
+from diffusion2gan.pairs.store import PairsSpec, read_shard
 from diffusion2gan.teacher.loading import load_teacher
 from diffusion2gan.teacher.pipeline import Teacher
-from diffusion2gan.teacher.sanity_check import warn_if_implausible
+from diffusion2gan.teacher.sanity_check import count_implausible, warn_if_implausible
 
 PROMPTS = ["a large striped red ring", "a small blue star on pink"]
 
@@ -68,3 +70,15 @@ def test_making_pairs_warns_once_and_continues(
     # All pairs exist already
     make_pairs(teacher, prompts, spec, tmp_path / "pairs")
     assert "looks wrong" not in capsys.readouterr().err
+
+
+def test_implausible_latents_are_counted_per_pair() -> None:
+    latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    assert count_implausible(latents) == 0
+    latents[0] *= 10
+    latents[2, 0, 0, 0] = float("inf")
+    latents[3, 1, 2, 3] = float("nan")
+    assert count_implausible(latents) == 3
+
+    # None of the pocket teacher's
+    assert count_implausible(read_shard(assets.folder("pairs"), 0).latents) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -61,7 +61,24 @@ def pairs(
     seed: Annotated[
         int, typer.Option(min=0, max=255, help="Sets of different seeds share no noise.")
     ] = 0,
+    negative_prompt: Annotated[
+        str, typer.Option(help="Guides away from this prompt, not from no prompt.")
+    ] = "",
     teacher: TeacherOption = "pocket",
+    precision: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(
+            help="The precision of the denoising network; x0 and the solver stay in float32. "
+            "bfloat16 runs on a CPU too, slowly; float16 needs a GPU."
+        ),
+    ] = "float32",
+    offload: Annotated[
+        bool,
+        typer.Option(
+            "--offload",
+            help="Keep the VAE on the CPU, and the text encoders except while they encode a shard.",
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Affects the speed, not the pairs.")] = 64,
     shard_size: Annotated[int, typer.Option(min=1, help="Pairs per file.")] = 128,
     keep_noise: Annotated[bool, typer.Option(help="Store the noise beside its seed.")] = False,
@@ -84,25 +101,30 @@ def pairs(
     if out is None:
         raise UserError("--out is missing: name the folder for the pairs")
     from diffusion2gan.pairs import make
-    from diffusion2gan.runtime.distributed import get_ranks, rank_device
+    from diffusion2gan.runtime.distributed import get_ranks, resolve_device
     from diffusion2gan.runtime.storage import parse_location
     from diffusion2gan.teacher.loading import load_teacher
     from diffusion2gan.teacher.ode import check_solver
+    from diffusion2gan.teacher.pipeline import check_precision
 
     # Read the prompts and check the arguments before the teacher is loaded
     check_solver(solver)
+    torch_device = resolve_device(device, "give --device cpu")
+    check_precision(precision, torch_device)
     source = read_source(prompts, seed)
     location = parse_location(out)
     shards = parse_range(shard_range)
 
     # Describe the set
     loaded = load_teacher(
-        teacher, rank_device(device), resolution, config=teacher_config, loras=teacher_lora, vae=vae
+        teacher, torch_device, resolution, config=teacher_config, loras=teacher_lora, vae=vae
     )
+    loaded.set_precision(precision)
     settings = make.PairsSettings(
         count=count,
         seed=seed,
         solver=solver,
+        negative_prompt=negative_prompt,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
         shard_size=shard_size,
@@ -120,7 +142,7 @@ def pairs(
         return
 
     # Make the pairs
-    make.make_pairs(loaded, source, spec, location, batch_size, shards)
+    make.make_pairs(loaded, source, spec, location, batch_size, shards, offload)
     if not get_ranks().is_main:
         return
     if shards is None:
@@ -208,6 +230,7 @@ def pairs_verify(
             loras=teacher_lora,
             vae=vae,
         )
+        loaded.set_precision(store.open_set(location).precision)
         problems = check.verify_deep(location, loaded, deep, seed)
 
     for problem in problems:

@@ -25,7 +25,7 @@ def estimate_pairs_cost(
     """
     batch_size = len(prompts)
     noise = noise_from_seeds(range(batch_size), spec.latent_shape).to(teacher.device)
-    uncond = teacher.unconditional().expand(batch_size)
+    uncond = teacher.unconditional(spec.negative_prompt).expand(batch_size)
 
     # Warm-up
     solve_ode(teacher, noise, teacher.encode(prompts), uncond, 1, spec.guidance_scale, spec.solver)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from diffusion2gan.errors import UserError
@@ -18,12 +18,12 @@ from diffusion2gan.pairs.store import (
 )
 from diffusion2gan.prompts import prompts_digest
 from diffusion2gan.runtime.distributed import get_ranks
-from diffusion2gan.runtime.progress import Bar
+from diffusion2gan.runtime.progress import Bar, console
 from diffusion2gan.runtime.storage import Location
 from diffusion2gan.teacher.conditioning import Conditioning
 from diffusion2gan.teacher.ode import check_solver, solve_ode
 from diffusion2gan.teacher.pipeline import Teacher, warn_truncated
-from diffusion2gan.teacher.sanity_check import warn_if_implausible
+from diffusion2gan.teacher.sanity_check import count_implausible, warn_if_implausible
 from diffusion2gan.teacher.schedule import DEFAULT_SOLVER, default_num_steps
 
 POLL_S = 0.5  # how often the main rank counts what the other ranks have finished
@@ -38,7 +38,8 @@ Prompts = Sequence[str] | PromptFunction
 class PairsSettings:
     """How a set is made, beside its teacher and prompts.
 
-    `seed`, 0 to 255: sets of different seeds share no noise. `solver` and `num_inference_steps`:
+    `seed`, 0 to 255: sets of different seeds share no noise. `negative_prompt` takes the place of
+    no prompt in guidance. `solver` and `num_inference_steps`:
     see `solve_ode`; None is `default_num_steps`. `shard_size`: pairs per file. `keep_noise` stores
     each pair's noise beside its seed.
     """
@@ -46,6 +47,7 @@ class PairsSettings:
     count: int
     seed: int = 0
     solver: str = DEFAULT_SOLVER
+    negative_prompt: str = ""
     num_inference_steps: int | None = None
     guidance_scale: float = 3.0
     shard_size: int = 128
@@ -57,10 +59,12 @@ def build_spec(
 ) -> PairsSpec:
     """The description of the set that `make_pairs` makes with these arguments.
 
-    A list of prompts is identified by its digest, a function of indices by `prompts_name`. Raises
-    UserError if the solver is unknown.
+    A list of prompts is identified by its digest, a function of indices by `prompts_name`. The
+    precision is the teacher's. Raises UserError if the solver is unknown, or a negative prompt has
+    no effect.
     """
     check_solver(settings.solver)
+    check_negative_prompt(teacher, settings)
     num_steps = settings.num_inference_steps
     if num_steps is None:
         num_steps = default_num_steps(settings.solver, teacher.family.flow)
@@ -76,7 +80,34 @@ def build_spec(
         shard_size=settings.shard_size,
         keep_noise=settings.keep_noise,
         solver=settings.solver,
+        precision=teacher.precision,
+        negative_prompt=settings.negative_prompt,
     )
+
+
+def check_negative_prompt(teacher: Teacher, settings: PairsSettings) -> None:
+    """Raises UserError if there is a negative prompt but no classifier-free guidance."""
+    if not settings.negative_prompt:
+        return
+    if teacher.guidance != "classifier_free":
+        raise UserError(
+            f"{teacher.name} has no classifier-free guidance, so --negative-prompt has no effect; "
+            "leave it out."
+        )
+    if settings.guidance_scale <= 1:
+        raise UserError(
+            f"--guidance-scale {settings.guidance_scale:g} turns guidance off, so "
+            "--negative-prompt has no effect; leave it out, or give a scale above 1."
+        )
+
+
+def check_same_precision(teacher: Teacher, spec: PairsSpec) -> None:
+    """Raises UserError if the teacher's network is not in the precision of the set."""
+    if teacher.precision != spec.precision:
+        raise UserError(
+            f"the pairs are of a network in {spec.precision}, but the teacher's is in "
+            f"{teacher.precision}; set it by Teacher.set_precision({spec.precision!r})."
+        )
 
 
 def prepare_prompts(teacher: Teacher, prompts: Prompts) -> PromptFunction:
@@ -102,13 +133,17 @@ def make_pairs(
     folder: Location,
     batch_size: int = 64,
     shards: range | None = None,
+    offload: bool = False,
 ) -> None:
     """Makes the pairs of every shard of the set that is not in `folder` yet.
 
     `shards` restricts it to a range of shards. Under torchrun, rank r of N makes every N-th shard.
-    A pair depends neither on `batch_size` nor on the rank that makes it. Raises UserError if
-    `folder` has another set, or the range is not inside the set.
+    A pair depends neither on `batch_size` nor on the rank that makes it. `offload`: the VAE is on
+    the CPU, and so are the text encoders except while they encode the prompts of a shard. Prints
+    how many pairs fail the sanity check. Raises UserError if `folder` has another set, the range is
+    not inside the set, or the teacher is in another precision.
     """
+    check_same_precision(teacher, spec)
     requested = list(check_range(shards, spec))
     num_requested = count_pairs(spec, requested)
     ranks = get_ranks()
@@ -120,17 +155,29 @@ def make_pairs(
         noise = noise_from_seeds([pair_seed(spec.seed, 0)], spec.latent_shape).to(teacher.device)
         warn_if_implausible(teacher, noise, teacher.unconditional())
 
-    uncond = teacher.unconditional()
+    uncond = teacher.unconditional(spec.negative_prompt)
+    if offload:
+        teacher.offload(network=False, vae=True)
+    num_made = 0
+    num_implausible = 0
 
-    def solve(indices: range) -> Pairs:
-        return solve_pairs(teacher, spec, indices, get_prompts(indices), uncond)
+    def solve_batches(batches: list[range]) -> Iterator[Pairs]:
+        nonlocal num_made, num_implausible
+        prompts = [get_prompts(batch) for batch in batches]
+        encoded = encode_and_offload(teacher, prompts) if offload else None
+        for i, batch in enumerate(batches):
+            cond = teacher.encode(prompts[i]) if encoded is None else encoded[i].to(teacher.device)
+            pairs = solve_pairs(teacher, spec, batch, prompts[i], uncond, cond)
+            num_implausible += count_implausible(pairs.latents)
+            num_made += len(pairs)
+            yield pairs
 
     with Bar("pairs", num_requested, count_finished(folder, spec, requested)) as bar:
         # This rank's shards
         for shard in requested[ranks.rank :: ranks.world_size]:
             if shard not in present_shards(folder, spec):
                 with lock_shard(folder, shard):
-                    make_shard(solve, spec, folder, shard, batch_size, bar)
+                    make_shard(solve_batches, spec, folder, shard, batch_size, bar)
             bar.reach(count_finished(folder, spec, requested))
 
         # The main rank shows the progress of the others until they have finished
@@ -140,10 +187,33 @@ def make_pairs(
             time.sleep(POLL_S)
             num_finished = count_finished(folder, spec, requested)
         bar.reach(num_finished)
+    report_implausible(num_implausible, num_made, spec.precision)
+
+
+def encode_and_offload(teacher: Teacher, prompts: list[list[str]]) -> list[Conditioning]:
+    """The conditioning of each batch of prompts, on the CPU, where the text encoders are then."""
+    teacher.move_text_encoders(teacher.device)
+    encoded = [teacher.encode(batch).to("cpu") for batch in prompts]
+    teacher.move_text_encoders("cpu")
+    return encoded
+
+
+def report_implausible(num_implausible: int, num_made: int, precision: str) -> None:
+    """Prints how many of the pairs that this process made fail the sanity check, if any."""
+    if num_implausible == 0:
+        return
+    hint = "Look at some of them before training"
+    if precision == "float16":
+        hint += "; float16 overflows in some networks, and bfloat16 does not"
+    console.print(
+        f"warning: {num_implausible} of {num_made} pairs ({num_implausible / num_made:.1%}) fail "
+        f"the sanity check: their latents are not finite, or vary more than latents do. {hint}.",
+        soft_wrap=True,
+    )
 
 
 def make_shard(
-    solve: Callable[[range], Pairs],
+    solve_batches: Callable[[list[range]], Iterator[Pairs]],
     spec: PairsSpec,
     folder: Location,
     shard: int,
@@ -156,29 +226,37 @@ def make_shard(
     indices = spec.shard_indices(shard)
     batches = []
     for start in range(indices.start, indices.stop, batch_size):
-        batch = range(start, min(start + batch_size, indices.stop))
-        batches.append(solve(batch))
+        batches.append(range(start, min(start + batch_size, indices.stop)))
+
+    solved = []
+    for batch in solve_batches(batches):
+        solved.append(batch)
         bar.advance(len(batch))
 
-    pairs = Pairs.concat(batches)
+    pairs = Pairs.concat(solved)
     noise = noise_from_seeds(pairs.seed, spec.latent_shape) if spec.keep_noise else None
     write_shard(folder, shard, spec, pairs, noise)
 
 
 def solve_pairs(
-    teacher: Teacher, spec: PairsSpec, indices: range, prompts: list[str], uncond: Conditioning
+    teacher: Teacher,
+    spec: PairsSpec,
+    indices: range,
+    prompts: list[str],
+    uncond: Conditioning,
+    cond: Conditioning,
 ) -> Pairs:
     """Solves the teacher's ODE for the pairs `indices` of a set, as one batch, on the CPU after.
 
-    `uncond` is the conditioning of guidance for no prompt, as the stock pipeline has it
-    (`Teacher.unconditional`).
+    `cond` is the conditioning of the prompts. `uncond` is the conditioning of guidance for no
+    prompt or the set's negative prompt, as the stock pipeline has it (`Teacher.unconditional`).
     """
     seeds = [pair_seed(spec.seed, i) for i in indices]
     noise = noise_from_seeds(seeds, spec.latent_shape).to(teacher.device)
     latents = solve_ode(
         teacher,
         noise,
-        teacher.encode(prompts),
+        cond,
         uncond.expand(len(indices)),
         spec.num_inference_steps,
         spec.guidance_scale,

@@ -30,7 +30,8 @@ class PairsSpec:
     """The description of a set of pairs, in `pairs.json` and in the metadata of every shard.
 
     `revision` identifies the teacher's weights, `prompts` the list of prompts. The latents are
-    [C, h, w] = `latent_shape`. Sets that were begun before a field existed have its default.
+    [C, h, w] = `latent_shape`. `precision` is that of the network. Sets that were begun
+    before a field existed have its default.
     """
 
     teacher: str
@@ -47,6 +48,8 @@ class PairsSpec:
     dtype: str = "float16"
     format: int = 1
     solver: str = "ddim"
+    precision: str = "float32"
+    negative_prompt: str = ""
 
     @property
     def num_shards(self) -> int:

@@ -57,8 +57,9 @@ class Conditioning:
         """Repeats a single row `count` times without a copy."""
         return self.map(lambda tensor: tensor.expand(count, *tensor.shape[1:]))
 
-    def to(self, device: torch.device | str) -> Conditioning:
-        return self.map(lambda tensor: tensor.to(device))
+    def to(self, device_or_dtype: torch.device | torch.dtype | str) -> Conditioning:
+        """On a device, or in a dtype."""
+        return self.map(lambda tensor: tensor.to(device_or_dtype))
 
     def with_guidance(self, guidance_scale: float) -> Conditioning:
         """The same conditioning with a guidance scale for the network."""

@@ -27,7 +27,8 @@ class Family:
     - `network`: the pipeline's attribute with the denoising network.
     - `flow`: a flow model; otherwise a diffusion model.
     - `encode(pipeline, prompts, image_size)`: the conditioning of B prompts.
-    - `unconditional(pipeline, image_size)`: the conditioning without a prompt, one row.
+    - `unconditional(pipeline, image_size, negative_prompt)`: the conditioning without a prompt, or
+      that of a negative prompt, one row.
     - `output(network, x_t, timestep, cond)`: the network's output [B, C, h, w].
     - `packed`: side of the latent patch that becomes one input of Flux's network, with all its
       values as channels; 1 for the others.
@@ -39,7 +40,7 @@ class Family:
     network: Literal["unet", "transformer"]
     flow: bool
     encode: Callable[[Any, Sequence[str], ImageSize], Conditioning]
-    unconditional: Callable[[Any, ImageSize], Conditioning]
+    unconditional: Callable[[Any, ImageSize, str], Conditioning]
     output: Callable[[Any, Tensor, float, Conditioning], Tensor]
     packed: int = 1
     tokenizer: str = "tokenizer"
@@ -54,9 +55,11 @@ def encode_sd(pipeline: Any, prompts: Sequence[str], image_size: ImageSize) -> C
     return Conditioning(pipeline.encode_prompt(list(prompts), device, 1, False)[0])
 
 
-def unconditional_sd(pipeline: Any, image_size: ImageSize) -> Conditioning:
+def unconditional_sd(
+    pipeline: Any, image_size: ImageSize, negative_prompt: str = ""
+) -> Conditioning:
     device = pipeline.text_encoder.device
-    return Conditioning(pipeline.encode_prompt([""], device, 1, True)[1])
+    return Conditioning(pipeline.encode_prompt([""], device, 1, True, [negative_prompt])[1])
 
 
 def output_unet(network: Any, x_t: Tensor, timestep: float, cond: Conditioning) -> Tensor:
@@ -84,10 +87,15 @@ def encode_sdxl(pipeline: Any, prompts: Sequence[str], image_size: ImageSize) ->
     return Conditioning(embeds, pooled, sizes)
 
 
-def unconditional_sdxl(pipeline: Any, image_size: ImageSize) -> Conditioning:
+def unconditional_sdxl(
+    pipeline: Any, image_size: ImageSize, negative_prompt: str = ""
+) -> Conditioning:
     """Zeros if the pipeline's config requests them (`force_zeros_for_empty_prompt`)."""
     _, embeds, _, pooled = pipeline.encode_prompt(
-        [""], device=pipeline.text_encoder.device, do_classifier_free_guidance=True
+        [""],
+        device=pipeline.text_encoder.device,
+        do_classifier_free_guidance=True,
+        negative_prompt=negative_prompt or None,
     )
     return Conditioning(embeds, pooled, time_ids(pipeline, image_size, embeds))
 
@@ -117,15 +125,21 @@ def encode_sd3(pipeline: Any, prompts: Sequence[str], image_size: ImageSize) -> 
     return Conditioning(embeds, pooled)
 
 
-def unconditional_sd3(pipeline: Any, image_size: ImageSize) -> Conditioning:
+def unconditional_sd3(
+    pipeline: Any, image_size: ImageSize, negative_prompt: str = ""
+) -> Conditioning:
     _, embeds, _, pooled = pipeline.encode_prompt(
-        [""], None, None, device=pipeline.text_encoder.device
+        [""],
+        None,
+        None,
+        device=pipeline.text_encoder.device,
+        negative_prompt=negative_prompt or None,
     )
     return Conditioning(embeds, pooled)
 
 
 def output_sd3(network: Any, x_t: Tensor, timestep: float, cond: Conditioning) -> Tensor:
-    timesteps = x_t.new_full((len(x_t),), timestep)
+    timesteps = timesteps_like(x_t, timestep)
     output = network(x_t, cond.prompt_embeds, cond.pooled_prompt_embeds, timesteps).sample
     return torch.as_tensor(output)
 
@@ -140,12 +154,14 @@ def encode_flux(pipeline: Any, prompts: Sequence[str], image_size: ImageSize) ->
     return Conditioning(embeds, pooled)
 
 
-def unconditional_flux(pipeline: Any, image_size: ImageSize) -> Conditioning:
-    return encode_flux(pipeline, [""], image_size)
+def unconditional_flux(
+    pipeline: Any, image_size: ImageSize, negative_prompt: str = ""
+) -> Conditioning:
+    return encode_flux(pipeline, [negative_prompt], image_size)
 
 
 def output_flux(network: Any, x_t: Tensor, timestep: float, cond: Conditioning) -> Tensor:
-    timesteps = x_t.new_full((len(x_t),), timestep / 1000)
+    timesteps = timesteps_like(x_t, timestep / 1000)
     tokens = network(
         pack(x_t),
         cond.prompt_embeds,
@@ -206,18 +222,27 @@ def encode_sana(pipeline: Any, prompts: Sequence[str], image_size: ImageSize) ->
     return Conditioning(embeds, prompt_attention_mask=mask.float())
 
 
-def unconditional_sana(pipeline: Any, image_size: ImageSize) -> Conditioning:
-    _, _, embeds, mask = pipeline.encode_prompt([""], True, device=pipeline.text_encoder.device)
+def unconditional_sana(
+    pipeline: Any, image_size: ImageSize, negative_prompt: str = ""
+) -> Conditioning:
+    _, _, embeds, mask = pipeline.encode_prompt(
+        [""], True, negative_prompt, device=pipeline.text_encoder.device
+    )
     return Conditioning(embeds, prompt_attention_mask=mask.float())
 
 
 def output_sana(network: Any, x_t: Tensor, timestep: float, cond: Conditioning) -> Tensor:
-    timesteps = x_t.new_full((len(x_t),), timestep * network.config.timestep_scale)
+    timesteps = timesteps_like(x_t, timestep * network.config.timestep_scale)
     output = network(
         x_t, cond.prompt_embeds, timesteps, encoder_attention_mask=cond.prompt_attention_mask
     ).sample
     # Some checkpoints also predict a variance, in further channels
     return torch.as_tensor(output[:, : x_t.shape[1]])
+
+
+def timesteps_like(x_t: Tensor, timestep: float) -> Tensor:
+    """[B] in float32 whatever the precision of `x_t`: bfloat16 would round 999 to 1000."""
+    return x_t.new_full((len(x_t),), timestep, dtype=torch.float32)
 
 
 FAMILIES = {

@@ -56,6 +56,7 @@ class Teacher:
         self.network: Any = getattr(pipeline, self.family.network)
         self.vae = pipeline.vae
         self.device: torch.device = next(self.network.parameters()).device
+        self.precision = "float32"
 
         # Noise schedule
         if self.family.flow:
@@ -94,6 +95,21 @@ class Teacher:
         if vae:
             self.vae.to("cpu")
 
+    def move_text_encoders(self, device: torch.device | str) -> None:
+        """Moves the text encoders. They encode on the device they are on."""
+        for name, component in self.pipeline.components.items():
+            if name.startswith("text_encoder") and component is not None:
+                component.to(device)
+
+    def set_precision(self, precision: str) -> None:
+        """Casts the network to `precision`, one of PRECISIONS; x0 stays in float32.
+
+        Raises UserError for float16 on a CPU.
+        """
+        check_precision(precision, self.device)
+        self.network.to(getattr(torch, precision))
+        self.precision = precision
+
     # Prompts
 
     @torch.no_grad()
@@ -106,9 +122,13 @@ class Teacher:
         return self.family.encode(self.pipeline, prompts, self.image_size).to(self.device)
 
     @torch.no_grad()
-    def unconditional(self) -> Conditioning:
-        """One row: the conditioning without a prompt, as in the stock pipeline's guidance."""
-        return self.family.unconditional(self.pipeline, self.image_size).to(self.device)
+    def unconditional(self, negative_prompt: str = "") -> Conditioning:
+        """One row: the conditioning without a prompt, as in the stock pipeline's guidance.
+
+        Or that of a negative prompt, from which the stock pipeline guides away instead.
+        """
+        cond = self.family.unconditional(self.pipeline, self.image_size, negative_prompt)
+        return cond.to(self.device)
 
     # Denoising
 
@@ -125,7 +145,12 @@ class Teacher:
         `level` is the noise level of `x_t`: that of `timestep`, unless a solver's levels lie
         between the timesteps.
         """
-        output = self.family.output(network or self.network, x_t, timestep, cond)
+        if network is None and self.precision != "float32":
+            # The network's inputs alone: x0 is computed from the float32 x_t
+            dtype = getattr(torch, self.precision)
+            output = self.family.output(self.network, x_t.to(dtype), timestep, cond.to(dtype))
+        else:
+            output = self.family.output(network or self.network, x_t, timestep, cond)
         return to_x0(output, x_t, level or self.level(timestep), self.prediction_type)
 
     @torch.no_grad()
@@ -237,6 +262,18 @@ def copy_sharing_weights(network: Any) -> Any:
     """
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     return copy.deepcopy(network, shared)
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raises UserError for float16 on a CPU.
+
+    bfloat16 runs there, slower than float32 on most CPUs.
+    """
+    if precision == "float16" and device.type == "cpu":
+        raise UserError(
+            "--precision float16 needs a GPU: on a CPU some layers do not run in it, the others "
+            "run slower than in float32. Use --precision float32, or give --device cuda."
+        )
 
 
 def warn_truncated(tokenizer: Any, prompts: Sequence[str], limit: int | None = None) -> bool:

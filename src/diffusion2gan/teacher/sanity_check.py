@@ -41,3 +41,13 @@ def warn_if_implausible(teacher: Teacher, noise: Tensor, cond: Conditioning) -> 
         soft_wrap=True,
     )
     return True
+
+
+def count_implausible(latents: Tensor) -> int:
+    """How many of the teacher's latents [B, C, h, w] are not finite, or vary more than MAX_STD.
+
+    Their correlation with the noise is not checked: an ODE's solution may resemble its noise.
+    """
+    rows = latents.flatten(1).double()
+    plausible = rows.isfinite().all(1) & (rows.std(1) <= MAX_STD)
+    return int((~plausible).sum())

@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ def print_table(title: str, rows: dict[str, dict[str, Any]]) -> None:
             print(f"{name:16}{row['ms']:10.2f}{row['peak_mib']:10.1f}{pixel_ms / row['ms']:10.1f}")
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -172,7 +172,7 @@ def parse_args() -> argparse.Namespace:
         "--out", type=Path, default=RESULTS, help="a JSON file to which the entry is added"
     )
     parser.add_argument("--row", choices=ROWS, help="measure this row and print a line of JSON")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,27 @@ def measure(system: System, repeats: int) -> dict[str, float]:
     return row
 
 
-def parse_args() -> argparse.Namespace:
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """One step without guidance and the teacher's steps with it: {"rows", "times_faster"}."""
+    teacher = random_teacher(args.size, args.device)
+    pipeline = teacher.pipeline.to(args.device, getattr(torch, args.precision))
+    apply_speed_options(pipeline, args)
+
+    # One step
+    pipeline.scheduler = one_step_scheduler(teacher)
+    one_step = measure(System("one step", pipeline, 1, 0.0, "random"), args.repeats)
+
+    # The teacher's steps
+    many_name = f"{args.steps} steps"
+    pipeline.scheduler = teacher.scheduler
+    system = System(many_name, pipeline, args.steps, args.guidance_scale, "random")
+    many_steps = measure(system, args.repeats)
+
+    rows = {"one step": one_step, many_name: many_steps}
+    return {"rows": rows, "times_faster": many_steps["ms"] / one_step["ms"]}
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -66,26 +87,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--out", type=Path, help="a JSON file to which the entry is added")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
     args = parse_args()
-    teacher = random_teacher(args.size, args.device)
-    pipeline = teacher.pipeline.to(args.device, getattr(torch, args.precision))
-    apply_speed_options(pipeline, args)
-
-    # One step without guidance, then the teacher's steps
-    pipeline.scheduler = one_step_scheduler(teacher)
-    one_step = measure(System("one step", pipeline, 1, 0.0, "random"), args.repeats)
-
-    many_name = f"{args.steps} steps"
-    pipeline.scheduler = teacher.scheduler
-    system = System(many_name, pipeline, args.steps, args.guidance_scale, "random")
-    many_steps = measure(system, args.repeats)
-
-    rows = {"one step": one_step, many_name: many_steps}
-    times_faster = many_steps["ms"] / one_step["ms"]
+    result = compare(args)
 
     # Report
     if args.device == "cuda":
@@ -96,20 +103,15 @@ def main() -> None:
     name = ", ".join([args.size, args.device, args.precision, *flags])
     print(f"{name} · {hardware} · torch {torch.__version__}")
     print(f"{'':12}{'ms':>10}{'p90':>10}{'peak GiB':>10}")
-    for label, row in rows.items():
+    for label, row in result["rows"].items():
         peak_gib = row.get("peak_gib", float("nan"))
         print(f"{label:12}{row['ms']:10.1f}{row['p90_ms']:10.1f}{peak_gib:10.2f}")
-    print(f"{times_faster:.1f} times faster")
+    print(f"{result['times_faster']:.1f} times faster")
 
     if args.out:
-        result = read_json(args.out) if args.out.exists() else {}
-        result[name] = {
-            "hardware": hardware,
-            "torch": torch.__version__,
-            "rows": rows,
-            "times_faster": times_faster,
-        }
-        write_json(args.out, result)
+        entries = read_json(args.out) if args.out.exists() else {}
+        entries[name] = {"hardware": hardware, "torch": torch.__version__, **result}
+        write_json(args.out, entries)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from diffusion2gan.pipelines.timing import peak_memory_bytes
 from diffusion2gan.recipe import Recipe, load_recipe
 from diffusion2gan.runtime.files import read_json, write_json
 from diffusion2gan.teacher.pipeline import Teacher
+from diffusion2gan.teacher.prompt_cache import PromptCache
 
 PROMPT = "a blue star on sand"
 NUM_WARMUP_STEPS = 2
@@ -116,15 +118,25 @@ def apply_speed_options(run: Run, args: argparse.Namespace) -> None:
 
 
 def measure(row: str, args: argparse.Namespace) -> dict[str, float]:
-    # Teacher, student and loss
+    """Images/s, seconds per step and, if the system reports it, peak memory of one row."""
     with tempfile.TemporaryDirectory() as folder:
-        teacher = random_teacher(args.size, args.device)
-        write_network(teacher, args.size, Path(folder))
-        recipe = build_recipe(row, args, Path(folder))
-        run = Run(recipe, teacher)
-        distance = build_distance(recipe, teacher.device, teacher)
-    teacher.offload(network=not recipe.needs_teacher, vae=True)
+        return measure_in_folder(row, args, Path(folder))
+
+
+def measure_in_folder(row: str, args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """`measure`, with the perceptual network and the kept prompts in `folder`."""
+    # Teacher, student and loss
+    teacher = random_teacher(args.size, args.device)
+    write_network(teacher, args.size, folder / "network")
+    recipe = build_recipe(row, args, folder / "network")
+    run = Run(recipe, teacher)
+    distance = build_distance(recipe, teacher.device, teacher)
     apply_speed_options(run, args)
+
+    # What training does not use is not in memory, as in `distill`
+    teacher.offload(network=not recipe.needs_teacher, vae=True)
+    if recipe.prompt_embeds == "kept":
+        teacher.cache_prompts(PromptCache(folder / "prompts", [PROMPT], teacher.encode))
 
     # A batch of random pairs
     batch_size = recipe.batch_size
@@ -149,6 +161,9 @@ def measure(row: str, args: argparse.Namespace) -> dict[str, float]:
         "images_per_second": batch_size / seconds,
         "first_step_s": times[0],
     }
+
+    # Peak memory of the largest step: at the start of a run R1 is due, if the recipe has it
+    run.pairs_seen = 0
     peak = peak_memory_bytes(lambda: step(run, pairs, distance), args.device)
     if peak is not None:
         result["peak_gib"] = peak / 2**30
@@ -180,7 +195,7 @@ def print_row(name: str, row: dict[str, Any]) -> None:
     )
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -200,7 +215,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--fused", action="store_true", help="one kernel for the student's AdamW")
     parser.add_argument("--out", type=Path, help="a JSON file to which the entry is added")
     parser.add_argument("--row", help="measure this row and print a line of JSON")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main() -> None:

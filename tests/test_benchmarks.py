@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from diffusion2gan.distill import steps
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["--size", "pocket", "--device", "cpu", "--channels-last"]
@@ -61,35 +65,109 @@ def test_a_row_that_fails_is_reported() -> None:
 
 @pytest.mark.slow
 def test_all_gpu_benchmarks_run_at_pocket_size(tmp_path: Path) -> None:
-    output = run(
-        ["bash", "benchmarks/gpu.sh"],
-        TINY="1",
-        PYTHON=sys.executable,
-        OUT=str(tmp_path),
-        SECONDS_A_PART="3600",
-    )
-    for part in (1, 2, 3):
-        assert f"=== part {part}" in output
-    assert "failed" not in output
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names >= {"loss_cost.json", "train_step.json", "one_step.json"}
+    out = tmp_path / "gpu.json"
+    options = ["--pocket", "--seconds", "3600", "--out", str(out)]
+    run([sys.executable, "benchmarks/gpu.py", *options])
+
+    rows = json.loads(out.read_text())["rows"]
+    for name, row in rows.items():
+        assert not {"failed", "stopped", "skipped"} & row.keys(), f"{name}: {row}"
+
+    # Every kind of row. On the CPU itself the agreement is exact.
+    agreement = dict(rows["agreement with the CPU"])
+    del agreement["took_s"]
+    assert len(agreement) == 10 and not any(agreement.values())
+    step = rows["step: pocket, with D and R1"]
+    assert step["images_per_second"] == pytest.approx(2 / step["seconds"])
+    assert rows["loss: pocket, float32, batch 1, e_latent_lpips"]["ms"] > 0
+    latency = rows["one step: pocket"]
+    assert latency["times_faster"] == latency["2 steps ms"] / latency["one step ms"]
+    assert rows["pairs: pocket, batch 4"]["pairs_per_second"] > 0
 
 
-def test_benchmarks_without_time_left_are_skipped_and_reported(tmp_path: Path) -> None:
-    environment = {
-        "TINY": "1",
-        "SECONDS_A_PART": "0",
-        "OUT": str(tmp_path),
-        "PYTHON": sys.executable,
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module benchmarks/gpu.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("gpu")
+
+
+def test_gpu_rows_that_fail_or_take_too_long_are_recorded_and_the_next_one_runs(
+    gpu: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gpu.json"
+    written_before: list[list[str]] = []
+
+    def fail() -> dict[str, Any]:
+        raise RuntimeError("CUDA out of memory")
+
+    def take_long() -> dict[str, Any]:
+        while True:
+            sum(range(1000))
+
+    def succeed() -> dict[str, Any]:
+        written_before.append(list(json.loads(out.read_text())["rows"]))
+        return {"ms": 2.5}
+
+    rows = [
+        gpu.Row("fails", fail),
+        gpu.Row("takes long", take_long, limit_s=0.2),
+        gpu.Row("needs more time than is left", succeed, needed_s=1000),
+        gpu.Row("succeeds", succeed, command="loss_cost.py --row mse"),
+    ]
+    gpu.run_rows(rows, 100, out, {"hardware": "none"})
+
+    result = json.loads(out.read_text())
+    assert result["hardware"] == "none"
+    assert result["rows"]["fails"]["failed"] == "RuntimeError: CUDA out of memory"
+    assert result["rows"]["takes long"]["stopped"] == "took longer than 0 s"
+    assert "1000 s are needed" in result["rows"]["needs more time than is left"]["skipped"]
+    assert result["rows"]["succeeds"]["ms"] == 2.5
+    assert result["rows"]["succeeds"]["command"] == "loss_cost.py --row mse"
+    assert written_before == [["fails", "takes long", "needs more time than is left"]]
+    assert "failed: RuntimeError: CUDA out of memory" in capsys.readouterr().out
+
+
+def test_gpu_targets_are_compared_with_the_rows_that_exist(gpu: Any) -> None:
+    rows = {
+        "step: sd15, mse": {"images_per_second": 140.0},
+        "step: sd15, e_latent_lpips": {"images_per_second": 70.0},
+        "one step: sd15": {"failed": "RuntimeError: CUDA out of memory"},
     }
-    done = subprocess.run(
-        ["bash", "benchmarks/gpu.sh", "2"],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
+    targets = gpu.check_targets(rows)
+    assert targets["sd15 mse, images/s (the paper's node)"]["reached"] is True
+    assert targets["sd15 e_latent_lpips / mse"] == {
+        "target": ">= 0.85",
+        "measured": 0.5,
+        "reached": False,
+    }
+    assert targets["one step, sd15, ms"]["reached"] is None
+
+    # Every target reads a row that exists
+    names = {row.name for row in gpu.gpu_rows()}
+    complete = dict.fromkeys(
+        names,
+        {"images_per_second": 1.0, "ms": 1.0, "peak_gib": 1.0, "one step ms": 1.0}
+        | {"times_faster": 1.0},
     )
-    assert done.returncode == 1 and "left out, no time: train_step" in done.stdout
+    assert all(target["measured"] == 1.0 for target in gpu.check_targets(complete).values())
+
+
+@pytest.mark.slow
+def test_peak_memory_of_a_recipe_is_that_of_a_step_with_r1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pocket recipe has R1 in every 16th step only."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    train_step = importlib.import_module("train_step")
+    with_r1 = []
+
+    def take_step(run: Any, pairs: Any, distance: Any) -> None:
+        entry, _ = steps.step(run, pairs, distance)
+        with_r1.append("r1" in entry)
+
+    monkeypatch.setattr(train_step, "step", take_step)
+    options = ["--recipe", "pocket", "--repeats", "1"]
+    train_step.measure("pocket", train_step.parse_args(options))
+    assert with_r1 == [True, False, False, True]
 
 
 @pytest.mark.slow

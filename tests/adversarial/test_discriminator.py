@@ -16,7 +16,7 @@ from diffusion2gan.adversarial.discriminator import (
     PatchDiscriminator,
     build_discriminator,
 )
-from diffusion2gan.adversarial.losses import discriminator_loss, plain_attention, r1_penalty
+from diffusion2gan.adversarial.losses import discriminator_loss, exact_derivatives, r1_penalty
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.teacher.conditioning import Conditioning
@@ -287,7 +287,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
 
     def compute_gradients(gradient_checkpointing: bool) -> list[Tensor | None]:
         discriminator = perturb(make_discriminator(gradient_checkpointing=gradient_checkpointing))
-        with plain_attention():
+        with exact_derivatives("cpu"):
             real = discriminator(noise, cond, latents)
             fake = discriminator(noise, cond, noise)
             penalty = r1_penalty(discriminator, noise, cond, latents)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.adversarial.discriminator import build_discriminator
-from diffusion2gan.adversarial.losses import discriminator_loss, plain_attention, r1_penalty
+from diffusion2gan.adversarial.losses import discriminator_loss, exact_derivatives, r1_penalty
 from diffusion2gan.adversarial.transformer import TransformerDiscriminator, blocks, depths
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.teacher.conditioning import Conditioning
@@ -157,7 +157,7 @@ def test_r1_and_its_gradient_match_finite_differences(teacher: Teacher) -> None:
 
     # The penalty is the squared norm of ∇_x ΣD
     x = latents.clone().requires_grad_()
-    with plain_attention():
+    with exact_derivatives("cpu"):
         total = sum(head.sum() for head in discriminator(noise, cond, x))
         (gradient,) = torch.autograd.grad(total, x)
     penalty = r1_penalty(discriminator, noise, cond, latents)
@@ -197,7 +197,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(teacher: Teacher) -> No
     def compute_gradients(gradient_checkpointing: bool) -> list[Tensor | None]:
         discriminator = make_discriminator(teacher, gradient_checkpointing=gradient_checkpointing)
         perturb(discriminator)
-        with plain_attention():
+        with exact_derivatives("cpu"):
             real = discriminator(noise, cond, latents)
             fake = discriminator(noise, cond, noise)
             penalty = r1_penalty(discriminator, noise, cond, latents)

@@ -89,6 +89,35 @@ def recipe(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Re
     )
 
 
+def test_r1_and_its_gradient_are_computed_without_tf32(recipe: Recipe, pairs: Path) -> None:
+    """In the forward pass, the first derivative, and the second one that `backward` takes."""
+    teacher = load_teacher(recipe.teacher)
+    run = Run(recipe, teacher)
+    batches = micro_batches(run, next(PairReader(pairs, recipe.seed).batches(BATCH)))
+    assert run.discriminator is not None
+    allowed: dict[str, list[bool]] = {"forward": [], "backward": []}
+
+    def record_forward(module: nn.Module, args: Any, output: Tensor) -> None:
+        allowed["forward"].append(torch.backends.cudnn.allow_tf32)
+        if output.requires_grad:
+            output.register_hook(record_backward)
+
+    def record_backward(gradient: Tensor) -> None:
+        allowed["backward"].append(torch.backends.cudnn.allow_tf32)
+
+    hooks = []
+    for module in run.discriminator.modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(record_forward))
+    steps.r1_step(run, batches, torch.Generator().manual_seed(0))
+
+    # The second derivative goes through the layers once more
+    assert len(allowed["forward"]) > 10
+    assert len(allowed["backward"]) > len(allowed["forward"])
+    assert not any(allowed["forward"]) and not any(allowed["backward"])
+    assert torch.backends.cudnn.allow_tf32
+
+
 @pytest.fixture(scope="module")
 def finished_run(recipe: Recipe, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "finished"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from diffusion2gan.distill.student import Student
 from diffusion2gan.noise import noise_from_seeds
@@ -58,3 +59,46 @@ def test_output_layer_avoids_the_amplified_error_of_bfloat16(
     error = rms(rounded.float() - exact)
     assert error / rms(exact) > 1e-3  # bfloat16 has 8 significant bits
     assert rms(rounded_x0 - x0) / error == pytest.approx(factor, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_output_layer_runs_without_tf32_and_other_layers_keep_the_users_setting(
+    name: str, family_folder: Callable[[str], Path]
+) -> None:
+    teacher = load_teacher(str(family_folder(name)), resolution=64)
+    student = Student(teacher)
+    layer_name = "conv_out" if hasattr(student.network, "conv_out") else "proj_out"
+
+    # The settings when each layer computes
+    settings: dict[str, tuple[bool, str]] = {}
+
+    def record(layer: str) -> Callable[..., Tensor]:
+        module = student.network.get_submodule(layer)
+        compute = module._conv_forward if isinstance(module, nn.Conv2d) else F.linear
+
+        def compute_and_record(*args: Tensor) -> Tensor:
+            matmul_precision = torch.get_float32_matmul_precision()
+            settings[layer] = (torch.backends.cudnn.allow_tf32, matmul_precision)
+            return compute(*args)
+
+        return compute_and_record
+
+    previous = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            if name == "sd15":
+                for layer in ("conv_in", layer_name):
+                    module = student.network.get_submodule(layer)
+                    monkeypatch.setattr(module, "_conv_forward", record(layer))
+            else:
+                monkeypatch.setattr(F, "linear", record(layer_name))
+            student(noise_from_seeds([1], teacher.latent_shape), teacher.encode(["a star"]))
+    finally:
+        torch.set_float32_matmul_precision(previous)
+
+    # The last linear layer of a transformer is its output layer
+    assert settings[layer_name] == (False, "highest")
+    if name == "sd15":
+        assert settings["conv_in"] == (True, "high")
+    assert torch.backends.cudnn.allow_tf32

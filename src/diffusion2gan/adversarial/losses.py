@@ -6,14 +6,15 @@ sequence of maps [B, 1, h, w], one per head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from diffusion2gan.runtime.precision import full_float32
 from diffusion2gan.teacher.conditioning import Conditioning
 
 Logits = Sequence[Tensor]
@@ -50,19 +51,24 @@ def r1_penalty(
 
     Σ is over all logits of all heads. A scalar, differentiable in D's weights; the caller
     multiplies it by γ/2 and by the interval. Both derivatives are exact, and nothing runs in
-    reduced precision. If D uses gradient checkpointing, call `backward` inside `plain_attention`
-    too.
+    reduced precision. Call `backward` inside `exact_derivatives` too: it has the second derivative,
+    and with gradient checkpointing repeats the forward pass.
     """
     x = latents.detach().clone().requires_grad_(True)
-    with torch.autocast(x.device.type, enabled=False), plain_attention():
+    with exact_derivatives(x.device.type):
         head_sums = [logits.sum() for logits in discriminator(noise, cond, x)]
         (gradient,) = torch.autograd.grad(torch.stack(head_sums).sum(), x, create_graph=True)
     return gradient.square().sum((1, 2, 3)).mean()
 
 
-def plain_attention() -> AbstractContextManager[None]:
-    """Attention as plain matrix products: fused kernels have no second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)
+@contextmanager
+def exact_derivatives(device_type: str) -> Iterator[None]:
+    """Float32 without TF32, and attention as plain matrix products.
+
+    Fused attention kernels have no second derivative.
+    """
+    with full_float32(device_type), sdpa_kernel(SDPBackend.MATH):
+        yield
 
 
 def mix_and_match(

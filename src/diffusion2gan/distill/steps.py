@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 from diffusion2gan.adversarial.heads import set_spectral_norm_update
 from diffusion2gan.adversarial.losses import (
     discriminator_loss,
+    exact_derivatives,
     mix_and_match,
-    plain_attention,
     r1_penalty,
     student_loss,
 )
@@ -227,8 +227,7 @@ def r1_step(run: Run, batches: Sequence[MicroBatch], generator: torch.Generator)
             cond = batch.cond.rows(sample)
             latents = batch.latents[sample]
 
-            # With gradient checkpointing `backward` recomputes the forward pass, attention included
-            with plain_attention():
+            with exact_derivatives(latents.device.type):
                 penalty = r1_penalty(run.discriminator, noise, cond, latents)
                 (run.recipe.r1_weight / 2 * run.recipe.r1_every * penalty).backward()
             return penalty.detach().cpu()

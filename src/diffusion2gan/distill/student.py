@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError, nearest
 from diffusion2gan.recipe import Recipe
+from diffusion2gan.runtime.precision import full_float32
 from diffusion2gan.teacher.conditioning import Conditioning
 from diffusion2gan.teacher.pipeline import Teacher, copy_sharing_weights
 
@@ -23,7 +24,7 @@ class Student(nn.Module):
     x̂ = x0(z, network(z, T, c)) with T the teacher's last timestep. The network's output keeps the
     teacher's meaning (ε, v or a flow's v), so that the exported network is an ordinary one. It is
     computed in float32: ε at T multiplies errors by 14.6, so the output layer and everything after
-    it stay in float32 under autocast too.
+    it stay in float32 under autocast too, without TF32 on a GPU (`full_float32`).
 
     With `lora_rank`, the teacher's weights are the base, shared with it and frozen. Trained is only
     a low-rank addition to the layers whose names end in one of `lora_targets` (Hu et al. 2022,
@@ -148,7 +149,7 @@ def keep_output_in_float32(network: Any) -> None:
 
 
 class Float32Conv2d(nn.Conv2d):
-    """A convolution that computes in float32 under autocast too."""
+    """A convolution that computes in float32 under autocast too, and without TF32."""
 
     @classmethod
     def from_layer(cls, layer: nn.Conv2d) -> Float32Conv2d:
@@ -165,12 +166,12 @@ class Float32Conv2d(nn.Conv2d):
         return new
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with full_float32(x.device.type):
             return super().forward(x.float())
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that computes in float32 under autocast too."""
+    """A linear layer that computes in float32 under autocast too, and without TF32."""
 
     @classmethod
     def from_layer(cls, layer: nn.Linear) -> Float32Linear:
@@ -181,5 +182,5 @@ class Float32Linear(nn.Linear):
         return new
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with full_float32(x.device.type):
             return super().forward(x.float())

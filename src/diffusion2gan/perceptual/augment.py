@@ -83,10 +83,15 @@ class Transform:
         return self._map(lambda value: value.to(device))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Transform:
-        fields = {}
-        for name, value in vars(self).items():
-            fields[name] = None if value is None else function(value)
-        return Transform(**fields)
+        # Field by field: `vars(self)` breaks a compiled graph in some versions of torch
+        return Transform(
+            matrix=None if self.matrix is None else function(self.matrix),
+            shift=None if self.shift is None else function(self.shift),
+            gain=None if self.gain is None else function(self.gain),
+            offset=None if self.offset is None else function(self.offset),
+            saturation=None if self.saturation is None else function(self.saturation),
+            box=None if self.box is None else function(self.box),
+        )
 
 
 def parse_families(transforms: str) -> tuple[str, ...]:

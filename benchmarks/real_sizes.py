@@ -64,8 +64,8 @@ def tokenizer() -> Any:
     return tokenizer
 
 
-def sd15() -> StableDiffusionPipeline:
-    unet = UNet2DConditionModel(
+def sd15_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
         sample_size=64,
         block_out_channels=(320, 640, 1280, 1280),
         cross_attention_dim=768,
@@ -73,11 +73,14 @@ def sd15() -> StableDiffusionPipeline:
         down_block_types=(CROSS_DOWN, CROSS_DOWN, CROSS_DOWN, "DownBlock2D"),
         up_block_types=("UpBlock2D", CROSS_UP, CROSS_UP, CROSS_UP),
     )
+
+
+def sd15() -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=AutoencoderKL(**VAE, sample_size=512, scaling_factor=0.18215),
         tokenizer=tokenizer(),
         text_encoder=text_encoder(CLIPTextModel, 768, 12, 12),
-        unet=unet,
+        unet=sd15_unet(),
         scheduler=DDIMScheduler(**SCHEDULE),
         safety_checker=None,
         feature_extractor=None,
@@ -85,8 +88,8 @@ def sd15() -> StableDiffusionPipeline:
     )
 
 
-def sdxl() -> StableDiffusionXLPipeline:
-    unet = UNet2DConditionModel(
+def sdxl_unet() -> UNet2DConditionModel:
+    return UNet2DConditionModel(
         sample_size=128,
         block_out_channels=(320, 640, 1280),
         cross_attention_dim=2048,
@@ -99,12 +102,15 @@ def sdxl() -> StableDiffusionXLPipeline:
         down_block_types=("DownBlock2D", CROSS_DOWN, CROSS_DOWN),
         up_block_types=(CROSS_UP, CROSS_UP, "UpBlock2D"),
     )
+
+
+def sdxl() -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
         vae=AutoencoderKL(**VAE, sample_size=1024, scaling_factor=0.13025),
         tokenizer=tokenizer(),
         tokenizer_2=tokenizer(),
         text_encoder=text_encoder(CLIPTextModel, 768, 12, 12),
-        unet=unet,
+        unet=sdxl_unet(),
         text_encoder_2=text_encoder(CLIPTextModelWithProjection, 1280, 32, 20),
         scheduler=DDIMScheduler(**SCHEDULE),
         add_watermarker=False,

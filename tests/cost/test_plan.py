@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion2gan.cost.plan import (
     ASSUMED,
@@ -34,18 +37,40 @@ def test_figures_match_a_calculation_by_hand() -> None:
     stages = plan("sd15", "h100", 64, 3e6, RECIPE)
     flops_per_s = 989e12 * 0.35
     pairs = stages["pairs"]
-    assert pairs["pairs_per_s"] == pytest.approx(64 * flops_per_s / (100 * 2 * 340e9))
+    assert pairs["pairs_per_s"] == pytest.approx(64 * flops_per_s / (100 * 2 * 402e9))
     assert pairs["disk_gib"] == pytest.approx(3e6 * 33_068 / 2**30)
 
     training = stages["distill"]
     sent_bytes = 2 * 63 / 64 * (2 * 3.44e9 + 1024 * 65_536)
-    assert training["compute_s"] == pytest.approx(16 * 16 * 1.15 * 2 * 340e9 / flops_per_s)
+    assert training["compute_s"] == pytest.approx(16 * 16 * 1.15 * 2 * 402e9 / flops_per_s)
     assert training["communication_s"] == pytest.approx(sent_bytes / 50e9)
     assert training["steps"] == 1000
     assert training["hours"] == pytest.approx(training["step_s"] / 3.6)
     assert training["memory_gib_per_gpu"] == pytest.approx(40 * 860e6 / 2**30 + 16 * 2.0)
     assert training["fits"]
     assert training["dollars"] == pytest.approx(training["hours"] * 64 * 3)
+
+
+@pytest.mark.parametrize(("model", "text_width"), [("sd15", 768), ("sdxl", 2048)])
+def test_multiply_adds_and_parameters_match_a_count_of_the_network(
+    model: str, text_width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The UNet on the meta device: shapes without numbers."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    real_sizes = importlib.import_module("real_sizes")
+    with torch.device("meta"):
+        unet = getattr(real_sizes, f"{model}_unet")()
+        latents = torch.zeros(1, *MODELS[model].latent_shape)
+        text = torch.zeros(1, 77, text_width)
+        added = {"text_embeds": torch.zeros(1, 1280), "time_ids": torch.zeros(1, 6)}
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            unet(latents, 999, text, added_cond_kwargs=added)
+
+    # FlopCounterMode counts a multiply-add as two
+    assert counter.get_total_flops() / 2e9 == pytest.approx(MODELS[model].forward_gmacs, rel=0.002)
+    assert sum(p.numel() for p in unet.parameters()) == pytest.approx(
+        MODELS[model].parameters, rel=0.002
+    )
 
 
 def test_fsdp_figures_match_a_calculation_by_hand() -> None:

@@ -216,8 +216,8 @@ def test_metrics_with_and_without_a_protocol_are_refused_in_one_table() -> None:
 
 
 def option_arguments(name: str) -> list[str]:
-    values = {"precision": "float32", "batch_size": "4"}
-    return ["--" + name.replace("_", "-"), values.get(name, "cpu")]
+    value = "4" if name == "batch_size" else "name"
+    return ["--" + name.replace("_", "-"), value]
 
 
 @pytest.mark.parametrize("name", COCO_ONLY)
@@ -231,8 +231,8 @@ def test_pocket_refuses_options_of_the_coco_protocols(name: str, tmp_path: Path)
 
 
 def test_pocket_names_all_options_that_it_does_not_use(tmp_path: Path) -> None:
-    settings = EvaluateSettings("pocket-student", tmp_path, teacher="a", device="cpu")
-    message = r"does not use --teacher, --device: .* \(coco2014-30k, coco2017-5k\)"
+    settings = EvaluateSettings("pocket-student", tmp_path, teacher="a", batch_size=2)
+    message = r"does not use --teacher, --batch-size: .* \(coco2014-30k, coco2017-5k\)"
     with pytest.raises(UserError, match=message):
         evaluate(settings)
 

@@ -13,13 +13,14 @@ import pytest
 from torch import from_numpy
 
 from diffusion2gan import assets
+from diffusion2gan.evaluate import pocket
 from diffusion2gan.evaluate.features import PocketClip, load_probe, score_attributes
 from diffusion2gan.evaluate.images import ImageSet
 from diffusion2gan.evaluate.metrics import accuracy, clip_score
 from diffusion2gan.evaluate.pocket import HELD_OUT_WORLD, collect_pocket_images, real_images
 from diffusion2gan.evaluate.run import evaluate
 from diffusion2gan.evaluate.settings import EvaluateSettings
-from diffusion2gan.pipelines.system import load_system
+from diffusion2gan.pipelines.system import System, load_system
 from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime import checkpoint
 
@@ -152,3 +153,34 @@ def test_evaluate_gives_intervals_diversity_and_protocol_and_is_deterministic(
     # The same images, for other captions
     assert first["precision"] == first["coverage"] == 1
     assert first["patch_frechet_distance"] == pytest.approx(0, abs=1e-6)
+
+
+def test_device_and_precision_apply_to_the_systems(tmp_path: Path) -> None:
+    """A bfloat16 student's images differ from the float32 one's; its metrics remain numbers."""
+    results = {}
+    for precision in ("float32", "bfloat16"):
+        settings = EvaluateSettings(
+            "pocket-student",
+            tmp_path / "cache",
+            count=4,
+            num_resamples=0,
+            device="cpu",
+            precision=precision,
+        )
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            # The teacher in few steps: its images are not what is tested
+            monkeypatch.setattr(pocket, "load_system", load_teacher_in_two_steps)
+            results[precision] = evaluate(settings)
+
+    assert results["float32"]["dtype"] == "float32"
+    assert results["bfloat16"]["dtype"] == "bfloat16"
+    assert results["bfloat16"]["device"] == "cpu"
+    float32_score = results["float32"]["clip_score"]
+    bfloat16_score = results["bfloat16"]["clip_score"]
+    assert bfloat16_score == pytest.approx(float32_score, rel=0.05)
+    assert bfloat16_score != float32_score
+
+
+def load_teacher_in_two_steps(name: str, **options: str) -> System:
+    assert options["precision"] in ("float32", "bfloat16")
+    return load_system(name, 2, **options)

@@ -54,6 +54,32 @@ def test_networks_are_trained_calibrated_and_published(tmp_path: Path) -> None:
     assert "not on human judgements" in (weights / "pixel_vgg" / "README.md").read_text()
 
 
+def test_only_the_latents_that_are_needed_are_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later run with more images, in the same folder, encodes those as well."""
+    drawn: list[int] = []
+
+    def draw_images(indices: range, device: stages.Device = "cpu") -> torch.Tensor:
+        drawn.extend(indices)
+        return scenes.draw(indices, stages.WORLD).images.to(device)
+
+    monkeypatch.setattr(stages, "draw_images", draw_images)
+    torch.manual_seed(0)
+    vae = models.vae().eval()
+    few = stages.cache_latents(stages.Run(tmp_path, scale=1e-6), vae)
+    assert few.shape == (128, 4, 16, 16)
+    assert drawn == list(range(128))
+
+    # Read, not encoded again
+    assert torch.equal(stages.cache_latents(stages.Run(tmp_path, scale=1e-6), vae), few)
+    assert len(drawn) == 128
+
+    more = stages.cache_latents(stages.Run(tmp_path, scale=200 / stages.NUM_LATENTS), vae)
+    assert more.shape == (200, 4, 16, 16)
+    torch.testing.assert_close(more[:128], few)
+
+
 @pytest.mark.parametrize("through_vae", [False, True])
 def test_differences_of_triplets_sum_to_the_distance(through_vae: bool) -> None:
     torch.manual_seed(0)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from diffusion2gan.cli.options import local_path
+from diffusion2gan.cli.options import DeviceOption, PrecisionOption, local_path
 from diffusion2gan.errors import UserError
 
 
@@ -77,11 +77,8 @@ def evaluate(
         str | None,
         typer.Option(help="COCO: the system whose images of the same noises to compare with."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="COCO: cpu (the default), cuda, …")] = None,
-    precision: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="COCO: precision of the systems' weights (default float32)."),
-    ] = None,
+    device: DeviceOption = "cpu",
+    precision: PrecisionOption = "float32",
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="COCO: images generated at once (default 1).")
     ] = None,

@@ -211,7 +211,12 @@ def pairs_verify(
 ) -> None:
     """Read every shard: checksums, order, seeds, finite numbers, no noise and no latents twice."""
     from diffusion2gan.pairs import check, store
+    from diffusion2gan.runtime.distributed import resolve_device
     from diffusion2gan.runtime.storage import parse_location
+
+    # Check the device before the shards are read, which may take long
+    if deep:
+        resolve_device(device, "give --device cpu")
 
     # Read every shard
     location = parse_location(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -13,6 +12,7 @@ from diffusion2gan.distill.losses import build_distance
 from diffusion2gan.distill.run import Run, load_recipe_teacher
 from diffusion2gan.distill.steps import step
 from diffusion2gan.pairs.sampler import PairReader
+from diffusion2gan.pipelines.timing import measure_seconds
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime.distributed import resolve_device
 from diffusion2gan.runtime.storage import Location
@@ -179,9 +179,7 @@ def measure_step(run: Run, take_step: Callable[[], None], pairs_seen: int) -> fl
     """Seconds of the second of two steps, taken as if at `pairs_seen`."""
     run.pairs_seen = pairs_seen
     take_step()
-    start = time.monotonic()
-    take_step()
-    return time.monotonic() - start
+    return measure_seconds(take_step, str(run.teacher.device))
 
 
 def prompts_bytes(teacher: Teacher, num_prompts: int, recipe: Recipe) -> int:

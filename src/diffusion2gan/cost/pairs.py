@@ -7,6 +7,7 @@ import time
 
 from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pairs.store import PairsSpec
+from diffusion2gan.pipelines.timing import synchronize
 from diffusion2gan.teacher.ode import solve_ode
 from diffusion2gan.teacher.pipeline import Teacher
 
@@ -31,12 +32,13 @@ def estimate_pairs_cost(
     solve_ode(teacher, noise, teacher.encode(prompts), uncond, 1, spec.guidance_scale, spec.solver)
 
     # Measure encoding and ODE steps
+    synchronize(teacher.device)
     start = time.monotonic()
     cond = teacher.encode(prompts)
+    synchronize(teacher.device)
     encoded = time.monotonic()
-    solve_ode(
-        teacher, noise, cond, uncond, NUM_MEASURED_STEPS, spec.guidance_scale, spec.solver
-    ).cpu()
+    solve_ode(teacher, noise, cond, uncond, NUM_MEASURED_STEPS, spec.guidance_scale, spec.solver)
+    synchronize(teacher.device)
     solved = time.monotonic()
     step_s = (solved - encoded) / NUM_MEASURED_STEPS
     batch_s = encoded - start + step_s * spec.num_inference_steps

@@ -52,12 +52,12 @@ GPUS = {
     "h100": Gpu(989, 80, 450, 50, 3.0),
     "h200": Gpu(989, 141, 450, 50, 3.5),
 }
-# Parameters: published. Multiply-adds: published counts of one forward pass at 64×64 (SD 1.5) and
-# 128×128 (SDXL), rounded. Activations: assumed, with gradient checkpointing and bfloat16, student
-# and discriminator together; not measured.
+# Parameters: published. Multiply-adds: counted (torch's FlopCounterMode, attention included) in one
+# forward pass at 64×64 (SD 1.5) and 128×128 (SDXL) with 77 tokens. Activations: assumed, with
+# gradient checkpointing and bfloat16, student and discriminator together; not measured.
 MODELS = {
-    "sd15": Model(860e6, 340, (4, 64, 64), 2.0),
-    "sdxl": Model(2570e6, 2980, (4, 128, 128), 6.0),
+    "sd15": Model(860e6, 402, (4, 64, 64), 2.0),
+    "sdxl": Model(2570e6, 3381, (4, 128, 128), 6.0),
 }
 DEFAULT_MODEL = "sd15"
 GPUS_PER_NODE = 8

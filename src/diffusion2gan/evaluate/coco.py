@@ -35,7 +35,7 @@ from diffusion2gan.evaluate.results import Metric, describe_system, mean_metric,
 from diffusion2gan.evaluate.settings import EvaluateSettings
 from diffusion2gan.pipelines.image_folder import ImageFolder, image_files, open_system, read_image
 from diffusion2gan.pipelines.system import System
-from diffusion2gan.runtime.distributed import get_ranks, rank_device, resolve_device
+from diffusion2gan.runtime.distributed import resolve_device
 from diffusion2gan.runtime.files import sha256
 from diffusion2gan.runtime.progress import Bar
 
@@ -76,12 +76,9 @@ def evaluate_coco(settings: EvaluateSettings, protocol: Protocol) -> dict[str, A
     captions = read_captions(settings.captions, protocol.count, settings.captions_sha256)
 
     # Device, feature networks and systems
-    device = settings.device or "cpu"
-    if not get_ranks().is_main:
-        device = rank_device(device)
-    resolve_device(device, "give --device cpu")
+    device = str(resolve_device(settings.device, "give --device cpu"))
+    precision = settings.precision
     spaces = load_feature_spaces(settings, device)
-    precision = settings.precision or "float32"
     system = open_system(
         settings.system, settings.num_inference_steps, settings.guidance_scale, device, precision
     )

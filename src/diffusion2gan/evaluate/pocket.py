@@ -1,6 +1,8 @@
-"""The pocket protocol: images of the pocket world's held-out captions, measured on the CPU.
+"""The pocket protocol: images of the pocket world's held-out captions.
 
-References are the teacher's images of the same noises, and renderings of the same captions.
+References are the teacher's images of the same noises, and renderings of the same captions. The
+feature networks run on the CPU in float32 whatever the systems' device, so that the same images
+have the same metrics everywhere.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from diffusion2gan.evaluate.settings import DEFAULT_COUNT, EvaluateSettings
 from diffusion2gan.pipelines.image_folder import open_system
 from diffusion2gan.pipelines.system import load_system
 from diffusion2gan.pocket import scenes
+from diffusion2gan.runtime.distributed import resolve_device
 from diffusion2gan.runtime.images import to_uint8
 
 HELD_OUT_WORLD = 1000  # + seed: captions and images that no training stage uses
@@ -57,9 +60,13 @@ def evaluate_pocket(settings: EvaluateSettings) -> dict[str, Any]:
         raise UserError(f"--seed {seed} is out of range; use 0 to {NOISE_SET - 1}")
 
     # The system, its teacher and the captions
-    system = open_system(settings.system, settings.num_inference_steps, settings.guidance_scale)
+    device = str(resolve_device(settings.device, "give --device cpu"))
+    precision = settings.precision
+    system = open_system(
+        settings.system, settings.num_inference_steps, settings.guidance_scale, device, precision
+    )
     check_num_noises(system, settings.num_noises)
-    teacher = load_system("pocket-teacher")
+    teacher = load_system("pocket-teacher", device=device, precision=precision)
     prompts = scenes.captions(range(count), HELD_OUT_WORLD + seed)
 
     # Images from the same noises; further noises for the diversity

@@ -20,8 +20,6 @@ COCO_ONLY = (
     "clip",
     "dinov2",
     "teacher",
-    "device",
-    "precision",
     "batch_size",
 )
 
@@ -45,6 +43,8 @@ class EvaluateSettings:
     guidance_scale: float | None = None
     num_noises: int = 1
     num_resamples: int = NUM_RESAMPLES
+    device: str = "cpu"  # of the systems; under COCO of the feature networks too
+    precision: str = "float32"  # of the systems
 
     # The pocket protocol only
     count: int | None = None  # held-out captions; DEFAULT_COUNT if not set
@@ -57,8 +57,6 @@ class EvaluateSettings:
     clip: str | None = None  # folder or hub id
     dinov2: str | None = None  # folder or hub id
     teacher: str | None = None  # the system that same-noise distances are measured to
-    device: str | None = None  # "cpu" if not set
-    precision: str | None = None  # of the systems; "float32" if not set
     batch_size: int | None = None  # images generated at once; 1 if not set
 
 
@@ -67,8 +65,8 @@ def check_options(settings: EvaluateSettings, protocol: Protocol) -> None:
     if protocol.count is None:
         unused = _set_options(settings, COCO_ONLY)
         reason = (
-            "it measures on the CPU in float32 and makes its captions, reference images and "
-            "feature networks itself"
+            "it makes its captions and reference images itself, and measures with its feature "
+            "networks on the CPU"
         )
         coco_names = [name for name, other in PROTOCOLS.items() if other.count is not None]
         remedy = f"choose a COCO protocol ({', '.join(coco_names)})"

@@ -32,10 +32,10 @@ def latencies(
 
 def measure_seconds(call: Callable[[], object], device: str = "cpu") -> float:
     """Seconds of one call."""
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     call()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
@@ -62,6 +62,7 @@ def peak_memory_bytes(call: Callable[[], object], device: str = "cpu") -> int | 
     return int(peak[1]) * 1024 if peak else None
 
 
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
+def synchronize(device: str | torch.device) -> None:
+    """Waits until a GPU has finished all work. Nothing to wait for on other devices."""
+    if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

@@ -25,6 +25,7 @@ from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.pocket import models, scenes, triplets
 from diffusion2gan.runtime import checkpoint, trainer
 from diffusion2gan.runtime.cache import load_or_compute
+from diffusion2gan.runtime.distributed import resolve_device
 from diffusion2gan.runtime.progress import Bar
 from diffusion2gan.teacher.autoencoder import encode
 
@@ -87,6 +88,8 @@ class Run:
 
 def train(folder: Path, seed: int = 0, scale: float = 1.0, device: Device = "cpu") -> Path:
     """Runs every stage in order, then `publish`; returns the folder of the finished weights."""
+    if isinstance(device, str):
+        device = resolve_device(device, "give --device cpu")
     run = Run(folder, seed, scale, device)
 
     # 1. Autoencoder, evaluation models
@@ -295,13 +298,16 @@ def cache_latents(run: Run, vae: AutoencoderKL) -> Tensor:
     files = []
     with Bar("latents", count) as bar:
         for start in range(0, count, LATENTS_PER_FILE):
-            path = run.folder / "latents" / f"{start:07d}.safetensors"
-            indices = range(start, start + LATENTS_PER_FILE)
+            indices = range(start, min(start + LATENTS_PER_FILE, count))
+            name = f"{start:07d}"
+            if len(indices) < LATENTS_PER_FILE:
+                name += f"-{len(indices)}"  # a run with a larger scale has more
+            path = run.folder / "latents" / f"{name}.safetensors"
             tensors = load_or_compute(path, {}, partial(encode_images, run, vae, indices))
             files.append(tensors["latents"])
             bar.advance(len(indices))
 
-    return torch.cat(files)[:count].to(run.device)
+    return torch.cat(files).to(run.device)
 
 
 def train_latent_vgg(run: Run, latents: Tensor) -> VGG:

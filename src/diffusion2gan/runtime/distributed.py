@@ -64,14 +64,24 @@ def rank_device(name: str) -> str:
 
 
 def resolve_device(name: str, remedy: str = "set device=cpu") -> torch.device:
-    """The device of this rank. Raises UserError if there is no device of that name."""
+    """The device of this rank; a GPU becomes torch's current device.
+
+    Without that, libraries that use the current device would use the first GPU on every rank.
+    Raises UserError if there is no device of that name, or if it cannot compute.
+    """
     try:
-        return torch.empty(0, device=rank_device(name)).device
-    except (RuntimeError, AssertionError) as error:
+        device = torch.empty(0, device=rank_device(name)).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"device {name!r} is not available ({reason}); {remedy} or another available device"
         ) from error
+    if device.type == "meta":
+        raise UserError(f"device 'meta' holds no numbers; {remedy} or another available device")
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def require_single_process(job: str) -> None:

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from diffusion2gan import assets
 from diffusion2gan.errors import UserError
+from diffusion2gan.runtime.distributed import resolve_device
 from diffusion2gan.teacher import hub, variants
 from diffusion2gan.teacher.families import FAMILIES, REFUSED
 from diffusion2gan.teacher.pipeline import Teacher
@@ -46,6 +47,9 @@ def load_teacher(
 
     Raises UserError if something does not exist, is not supported or does not fit.
     """
+    if isinstance(device, str):
+        device = resolve_device(device, "give --device cpu")
+
     # 1. Where the model is
     single_file = variants.is_single_file(name)
     config_folder = hub.find_model(config)[0] if config is not None else None

@@ -1,0 +1,112 @@
+"""Jobs on a simulated `cuda:0`: no operation mixes devices, and the host does not wait more often.
+
+Each job runs in a process of its own (device.py, jobs.py). No GPU is needed, but a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+HERE = Path(__file__).parent
+SOURCE = HERE.parents[1] / "src"
+
+# Waits of the host per training step of two pairs: counted, not to be exceeded. Fewer are better:
+# lower the number when a change removes some.
+NUM_WAITS = {
+    "regression": 11,
+    "with_d_and_r1": 80,
+    "micro_batches": 92,
+    "lora": 11,
+    "pixel_lpips": 9,
+    "teacher_features": 13,
+}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="needs a CPU build of torch"),
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The device guard, built for this torch in half a minute."""
+    out = tmp_path_factory.mktemp("simulated_cuda") / "libguard.so"
+    command = ["g++", "-std=c++20", "-O0", "-fPIC", "-shared", "-o", str(out)]
+    command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    command += [f"-I{path}" for path in include_paths()]
+    command += [str(HERE / "guard.cpp")]
+    for path in library_paths():
+        command += [f"-L{path}", f"-Wl,-rpath,{path}"]
+    command += ["-lc10", "-ltorch_cpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+def run_job(library: Path, job: str, device: str = "cuda", **environment: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(HERE / "jobs.py"), job, device],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(SOURCE),
+            "SIMULATED_CUDA_LIBRARY": str(library),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_simulation_notices_mixed_devices_and_waits(library: Path) -> None:
+    result = run_job(library, "mixed_devices")
+    assert "found at least two devices, cuda:0 and cpu" in result["message"]
+    assert result["num_waits"] == 1
+
+
+@pytest.mark.parametrize("name", list(NUM_WAITS))
+def test_training_mixes_no_devices_and_waits_no_more_often(library: Path, name: str) -> None:
+    """Two steps, a checkpoint and its loading; the loss is the CPU's."""
+    result = run_job(library, name)
+    assert result["device"] == "cuda:0"
+    assert result["loss"] == pytest.approx(run_job(library, name, "cpu")["loss"], rel=1e-5)
+
+    waits = result["waits"]
+    report = "\n".join(f"{count:4d}  {line}" for line, count in waits.items())
+    assert 0 < sum(waits.values()) <= NUM_WAITS[name], report
+
+
+def test_pairs_are_those_of_the_cpu(library: Path) -> None:
+    result = run_job(library, "pairs")
+    assert result["device"] == "cuda:0"
+    # Stored in half precision
+    assert result["latents"] == pytest.approx(run_job(library, "pairs", "cpu")["latents"], abs=1e-3)
+
+
+def test_dry_run_of_pairs_waits_for_the_device_before_it_reads_a_clock(library: Path) -> None:
+    assert run_job(library, "cost")["calls"] == ["synchronize"] * 3
+
+
+def test_generate_and_evaluate_run_on_the_device(library: Path) -> None:
+    result = run_job(library, "evaluate")
+    assert result["device"] == "cuda:0"
+    expected = run_job(library, "evaluate", "cpu")
+    assert result["clip_score"] == pytest.approx(expected["clip_score"], abs=1e-3)
+
+
+def test_gpu_of_a_rank_becomes_torchs_current_device(library: Path) -> None:
+    result = run_job(library, "set_device", RANK="0", WORLD_SIZE="2", LOCAL_RANK="0")
+    assert result["calls"] == ["set_device cuda:0"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pydantic
@@ -92,6 +93,11 @@ def test_renamed_setting_is_refused_with_its_new_name(old: str, new: str, tmp_pa
         ("learning_rate=-1", "learning_rate = '-1': .*greater than 0"),
         ("ema_decay=1", "ema_decay = '1': .*less than 1"),
         ("learning_rate=nan", "learning_rate = 'nan'"),
+        ("learning_rate=inf", "learning_rate = 'inf': .*finite number"),
+        ("learning_rate=1e39", "learning_rate = '1e39': .*less than or equal to 1000"),
+        ("pseudo_huber_c=inf", "pseudo_huber_c = 'inf': .*finite number"),
+        ("weight_decay=1e999", "weight_decay = '1e999': .*finite number"),
+        ("max_grad_norm=nan", "max_grad_norm = 'nan'"),
         ("adversarial_weight=-1", "adversarial_weight = '-1': .*greater than or equal to 0"),
         ("r1_weight=-1", "r1_weight = '-1': .*greater than or equal to 0"),
         ("mix_share=1", "mix_share = '1': .*less than 1"),
@@ -108,6 +114,18 @@ def test_renamed_setting_is_refused_with_its_new_name(old: str, new: str, tmp_pa
 def test_invalid_value_is_refused_with_setting_and_value(setting: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_recipe("pocket", [setting])
+
+
+def test_only_infinity_that_means_never_is_allowed() -> None:
+    """No clipping, and a checkpoint only at the end."""
+    recipe = load_recipe("pocket", ["max_grad_norm=inf", "checkpoint_every_s=inf"])
+    assert recipe.max_grad_norm == recipe.checkpoint_every_s == math.inf
+
+    for name, field in Recipe.model_fields.items():
+        if field.annotation is float:
+            for value in ("nan", "-inf"):
+                with pytest.raises(UserError, match=f"{name} = '{value}'"):
+                    load_recipe("pocket", [f"{name}={value}"])
 
 
 def test_mix_and_match_needs_more_than_one_pair_per_batch() -> None:
@@ -162,3 +180,17 @@ def test_changed_lists_differences_and_json_keeps_all_settings() -> None:
     assert recipe.changed(other) == {"seed": (1, 0), "loss": ("e_latent_lpips", "mse")}
     assert recipe.changed(parse_recipe(recipe.model_dump(), "a dump")) == {}
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+@pytest.mark.parametrize(
+    "text", ["a = " + "[" * 100_000, "batch_size = " + "9" * 5_000, "a = {b" + ".b" * 100_000]
+)
+def test_odd_file_is_one_message(text: str, tmp_path: Path) -> None:
+    (tmp_path / "odd.toml").write_text(text)
+    with pytest.raises(UserError, match=r"odd\.toml is not TOML"):
+        load_recipe(str(tmp_path / "odd.toml"))
+
+
+def test_name_that_is_too_long_is_no_recipe() -> None:
+    with pytest.raises(UserError, match="no recipe"):
+        load_recipe("a" * 5_000)

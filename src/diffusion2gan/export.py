@@ -16,6 +16,7 @@ from diffusion2gan.distill.run import load_student
 from diffusion2gan.distill.student import Student
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import parse_recipe
+from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import atomic_write, read_json
 from diffusion2gan.runtime.lock import exclusive_lock
 from diffusion2gan.teacher.loading import absent_components
@@ -96,6 +97,7 @@ def export(run: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
     # 2. The student with its averaged weights
     teacher, average, description = load_student(run)
     student = Student.from_recipe(parse_recipe(description["recipe"], str(run)), teacher)
+    checkpoint.check_weights(run, student.trained.state_dict(), average)
     student.trained.load_state_dict(average)
     if (run / "metrics.json").is_file():
         description = {**description, "metrics": read_json(run / "metrics.json")}
@@ -141,7 +143,12 @@ def write_pipeline(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipeline.to(dtype=dtype).save_pretrained(folder, safe_serialization=True)
+        pipeline.to(dtype=dtype)
+        for name, component in pipeline.components.items():
+            if isinstance(component, nn.Module):
+                problem = f"the {name} cannot be exported in {dtype}; nothing was written."
+                checkpoint.check_finite(component.state_dict(), problem)
+        pipeline.save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.json"):
         remove_local_path(path)
 
@@ -149,6 +156,7 @@ def write_pipeline(
 def write_lora(teacher: Teacher, lora: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
     """Writes `pytorch_lora_weights.safetensors`, for the teacher's `load_lora_weights`."""
     layers = {name: weight.detach().to(dtype).contiguous() for name, weight in lora.items()}
+    checkpoint.check_finite(layers, f"the LoRA cannot be exported in {dtype}; nothing was written.")
     argument = f"{teacher.family.network}_lora_layers"
     type(teacher.pipeline).save_lora_weights(folder, **{argument: layers})
 

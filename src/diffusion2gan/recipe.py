@@ -32,7 +32,7 @@ class Recipe(BaseModel):
     The length of a run and positions in it are counted in pairs seen, times in seconds.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     # Teacher
     teacher: str = Field(
@@ -115,6 +115,7 @@ class Recipe(BaseModel):
     learning_rate: float = Field(
         3e-4,
         gt=0,
+        le=1000,
         description="Peak learning rate of the student's AdamW; linear warm-up, then a cosine to a "
         "twentieth.",
     )
@@ -133,6 +134,7 @@ class Recipe(BaseModel):
     max_grad_norm: float = Field(
         1.0,
         gt=0,
+        allow_inf_nan=True,
         description="Gradients of the student and of the discriminator are clipped to this norm.",
     )
     ema_decay: float = Field(
@@ -146,7 +148,6 @@ class Recipe(BaseModel):
     adversarial_weight: float = Field(
         0.5,
         ge=0,
-        allow_inf_nan=False,
         description="λ: weight of the GAN loss beside the regression loss; 0 trains without a "
         "discriminator.",
     )
@@ -158,6 +159,7 @@ class Recipe(BaseModel):
     discriminator_learning_rate: float = Field(
         1e-4,
         gt=0,
+        le=1000,
         description="Peak learning rate of the discriminator's Adam; the student's schedule.",
     )
     gan_start_pairs: int = Field(
@@ -196,7 +198,6 @@ class Recipe(BaseModel):
     r1_weight: float = Field(
         1e-7,
         ge=0,
-        allow_inf_nan=False,
         description="γ of the R1 penalty γ/2·‖∇ΣD‖², taken at one real sample. Σ is the sum of all "
         "logits, so with more of them the same γ is a stronger penalty.",
     )
@@ -239,6 +240,7 @@ class Recipe(BaseModel):
     checkpoint_every_s: float = Field(
         60.0,
         gt=0,
+        allow_inf_nan=True,
         description="Seconds between checkpoints.",
     )
     keep_checkpoints: int = Field(
@@ -309,16 +311,16 @@ def load_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
     """
     # File
     path = SHIPPED / f"{name}.toml"
-    if not path.is_file():
+    if not _is_file(path):
         path = Path(name)
-    if not path.is_file():
+    if not _is_file(path):
         raise UserError(
             f"no recipe {name!r}: neither a file nor a shipped recipe"
             f"{nearest(name, shipped_recipes())}"
         )
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from error
 
     # Settings of the command line
@@ -330,6 +332,14 @@ def load_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
         values[key.strip()] = value.strip()
 
     return parse_recipe(values, str(path))
+
+
+def _is_file(path: Path) -> bool:
+    """False also for a name that no file can have, such as one that is too long."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def parse_recipe(values: dict[str, Any], source: str) -> Recipe:

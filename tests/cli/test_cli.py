@@ -363,7 +363,7 @@ def test_a_truncated_shard_is_refused_and_made_again_once_deleted(
 
     # Both distill and verify name the damaged file.
     command = distill_command(tiny_teacher, copied_pairs, tmp_path / "run")
-    assert_refused(run(*command), 1, "pairs-00001.parquet is damaged", "Delete that file")
+    assert_refused(run(*command), 1, "pairs-00001.parquet is damaged", "move it away")
     verified = run("pairs", "verify", copied_pairs)
     assert verified.code == 1
     assert "pairs-00001.parquet is damaged" in verified.err and "1 problems" in verified.err

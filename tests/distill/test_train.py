@@ -23,6 +23,7 @@ from diffusion2gan.distill.steps import learning_rate, step_seed
 from diffusion2gan.distill.student import Student
 from diffusion2gan.distill.train import distill
 from diffusion2gan.errors import Failure, UserError
+from diffusion2gan.export import export
 from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.store import PairsSpec, open_set
@@ -498,3 +499,155 @@ def test_dry_run_counts_steps_and_parameters(recipe: Recipe, pairs: Path) -> Non
     network = load_teacher(recipe.teacher).network
     assert cost["steps"] == STEPS
     assert cost["student_parameters"] == sum(p.numel() for p in network.parameters())
+
+
+def test_weights_that_are_not_finite_end_the_run_without_a_checkpoint(
+    recipe: Recipe, pairs: Path, tmp_path: Path
+) -> None:
+    # A recipe from a file cannot have this learning rate
+    changes = {"learning_rate": math.inf, "total_pairs": 4 * BATCH, "warmup": 0.0}
+    diverging = recipe.model_copy(update=changes | {"checkpoint_every_s": 1e6})
+    with pytest.raises(Failure, match=r"after 8 pairs, .* contain NaN or infinity .*no checkpoint"):
+        distill(diverging, pairs, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("place", ["student", "ema", "discriminator"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_checkpoint_is_not_replaced_by_one_that_is_not_finite(
+    place: str, value: float, recipe: Recipe, tmp_path: Path
+) -> None:
+    with_discriminator = {"adversarial_weight": 0.5, "discriminator": "patch", "patch_width": 4}
+    run = Run(recipe.model_copy(update=with_discriminator), load_teacher(recipe.teacher))
+    run.save(tmp_path)
+    run.wait_until_saved()
+    before = (tmp_path / CHECKPOINT).read_bytes()
+
+    assert run.discriminator is not None
+    tensors = {
+        "student": run.student.trained.state_dict(),
+        "ema": run.ema.shadow,
+        "discriminator": run.discriminator.state_dict(),
+    }[place]
+    key, tensor = list(tensors.items())[-1]
+    tensor.view(-1)[-1] = value
+    with pytest.raises(Failure, match=f"such as {place}/{key}.*of 0 pairs, is intact"):
+        run.save(tmp_path)
+    run.wait_until_saved()
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+def change_checkpoint(run: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors, meta = checkpoint.load(run / CHECKPOINT)
+    change(tensors)
+    checkpoint.save(run / CHECKPOINT, tensors, meta)
+
+
+def ema_key(tensors: dict[str, Tensor]) -> str:
+    return next(key for key in tensors if key.startswith("ema/") and key.endswith("weight"))
+
+
+def set_nan(tensors: dict[str, Tensor]) -> None:
+    tensors[ema_key(tensors)].view(-1)[3] = math.nan
+
+
+def rename_key(tensors: dict[str, Tensor]) -> None:
+    tensors["ema/another"] = tensors.pop(ema_key(tensors))
+
+
+def add_key(tensors: dict[str, Tensor]) -> None:
+    tensors["ema/another"] = torch.zeros(2)
+
+
+def cut_tensor(tensors: dict[str, Tensor]) -> None:
+    tensors[ema_key(tensors)] = tensors[ema_key(tensors)][:-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_nan, "NaN or infinity"),
+        (rename_key, "is missing"),
+        (add_key, "another is not expected"),
+        (cut_tensor, "has the shape"),
+    ],
+)
+def test_checkpoint_with_other_or_not_finite_weights_is_not_used(
+    change: Callable[[dict[str, Tensor]], object],
+    message: str,
+    finished_run: Path,
+    recipe: Recipe,
+    pairs: Path,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    change_checkpoint(tmp_path / "run", change)
+
+    with pytest.raises(Failure, match=message):
+        distill(recipe, pairs, tmp_path / "run")
+    with pytest.raises(Failure, match=message):
+        export(tmp_path / "run", tmp_path / "student")
+    later = recipe.model_copy(update={"init_from": str(tmp_path / "run")})
+    with pytest.raises(Failure, match=message):
+        distill(later, pairs, tmp_path / "later")
+    assert not (tmp_path / "student").exists()
+    assert not list((tmp_path / "later").glob("*.safetensors"))
+
+
+def test_export_refuses_weights_that_float16_cannot_hold(
+    finished_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    change_checkpoint(tmp_path / "run", lambda tensors: tensors[ema_key(tensors)].fill_(1e5))
+    export(tmp_path / "run", tmp_path / "single")
+    with pytest.raises(Failure, match=r"the unet cannot be exported in torch\.float16"):
+        export(tmp_path / "run", tmp_path / "half", torch.float16)
+    assert [path.name for path in tmp_path.iterdir() if "half" in path.name] == []
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b"null}", b'{"pairs_seen": "x"}', b'{"loss": 1}', b"\xff\xfe}", b"[" * 9999],
+)
+def test_damaged_line_of_the_log_is_dropped_with_a_warning(
+    damage: bytes,
+    finished_run: Path,
+    recipe: Recipe,
+    pairs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    log = tmp_path / "run" / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([*lines[:2], damage + b"\n", *lines[3:]]))
+
+    distill(recipe, pairs, tmp_path / "run")
+    assert log.read_bytes() == b"".join([*lines[:2], *lines[3:]])
+    printed = capsys.readouterr()
+    assert "1 damaged lines (line 3)" in printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("pairs_seen", None), ("pairs_seen", "6"), ("num_updates", -1)]
+)
+def test_checkpoint_with_an_odd_header_is_damaged(
+    key: str, value: object, finished_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    tensors, meta = checkpoint.load(tmp_path / "run" / CHECKPOINT)
+    checkpoint.save(tmp_path / "run" / CHECKPOINT, tensors, meta | {key: value})
+    with pytest.raises(Failure, match=rf"is damaged \(its header has {key} = "):
+        distill(recipe, pairs, tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"recipe": [], "pairs": {}}', "[" * 100_000])
+def test_run_with_an_odd_description_is_refused(
+    text: str, finished_run: Path, recipe: Recipe, pairs: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    (tmp_path / "run" / "recipe.json").write_text(text)
+    with pytest.raises(UserError, match=r"recipe\.json (does not describe a run|is not JSON)"):
+        distill(recipe, pairs, tmp_path / "run")
+    with pytest.raises(UserError, match=r"recipe\.json (does not describe a run|is not JSON)"):
+        load_student(tmp_path / "run")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.noise import noise_from_seeds, pair_seed
 from diffusion2gan.pairs import make
 from diffusion2gan.pairs.check import verify, verify_deep
@@ -381,9 +381,18 @@ def test_share_of_pairs_that_fail_the_sanity_check_is_reported(
         pairs = solve(*args)
         for row, index in enumerate(pairs.index):
             if index in (1, 5):
-                pairs.latents[row] = float("nan") if index == 1 else 100 * pairs.latents[row]
+                pairs.latents[row] *= 100
         return pairs
 
     monkeypatch.setattr(make, "solve_pairs", two_broken)
     make_pairs(teacher, prompts_of, spec_of(teacher), tmp_path, batch_size=3)
     assert "2 of 9 pairs (22.2%) fail the sanity check" in " ".join(capsys.readouterr().err.split())
+
+
+def test_latents_that_are_not_finite_are_not_written(tiny_teacher: Path, tmp_path: Path) -> None:
+    teacher = load_teacher(str(tiny_teacher))
+    with torch.no_grad():
+        teacher.network.conv_out.weight.mul_(1e8)  # finite, but not its latents in float16
+    with pytest.raises(Failure, match=r"00000\.parquet was not written: .*not finite in float16"):
+        make_pairs(teacher, prompts_of, spec_of(teacher), tmp_path)
+    assert not list(tmp_path.glob("*.parquet"))

@@ -15,6 +15,7 @@ from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.noise import PAIRS_PER_SEED, noise_from_seeds, pair_seed
 from diffusion2gan.pairs import store
 from diffusion2gan.pairs.check import verify
+from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.pairs.store import Pairs, PairsSpec, read_shard, shard_path
 
 SPEC = PairsSpec(
@@ -85,7 +86,7 @@ def test_a_truncated_shard_is_a_failure(tmp_path: Path) -> None:
     content = path.read_bytes()
     for length in (0, 3, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(Failure, match=r"pairs-00001\.parquet is damaged.*Delete that file"):
+        with pytest.raises(Failure, match=r"pairs-00001\.parquet is damaged.*move it away"):
             read_shard(tmp_path, 1)
         assert len(verify(tmp_path)) == 1
 
@@ -132,6 +133,10 @@ def test_verify_finds_wrong_order_bad_numbers_duplicates_and_missing_shards(tmp_
     )
     store.write_shard(tmp_path, 1, SPEC, bad)
     assert ["not finite" in problem for problem in verify(tmp_path)] == [True]
+    with pytest.raises(Failure, match=r"latents of 1 of 4 pairs \(such as pair 6\) are not finite"):
+        next(PairReader(tmp_path, 0).batches(2))
+    with pytest.raises(Failure, match="not finite"):
+        PairReader(tmp_path, 0).first(8)
     store.write_shard(tmp_path, 1, SPEC, some_pairs(SPEC, range(0, 4)))
     assert any("also those of another pair" in problem for problem in verify(tmp_path))
     shard_path(tmp_path, 1).unlink()
@@ -201,3 +206,29 @@ def test_an_interrupted_write_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         store.write_shard(tmp_path, 0, SPEC, some_pairs(SPEC, range(4)))
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.json"]
+
+
+def test_no_message_advises_deleting_a_shard_that_may_be_good(tmp_path: Path) -> None:
+    # One digit of pairs.json: the shards are good
+    write_set(tmp_path)
+    spec_file = tmp_path / "pairs.json"
+    original = spec_file.read_text()
+    spec_file.write_text(original.replace('"seed": 3', '"seed": 8'))
+    with pytest.raises(Failure) as raised:
+        read_shard(tmp_path, 0)
+    assert "(seed: 3 in the shard, 8 in pairs.json)" in str(raised.value)
+    assert "restore it" in str(raised.value)
+    spec_file.write_text(original)
+
+    # An error of the operating system
+    shard_path(tmp_path, 1).unlink()
+    shard_path(tmp_path, 1).symlink_to(shard_path(tmp_path, 1))
+    with pytest.raises(Failure, match=r"00001\.parquet cannot be read \(.*may be intact") as loop:
+        read_shard(tmp_path, 1)
+
+    # Damage
+    shard_path(tmp_path, 2).write_bytes(shard_path(tmp_path, 2).read_bytes()[:-20])
+    with pytest.raises(Failure, match=r"00002\.parquet is damaged") as damage:
+        read_shard(tmp_path, 2)
+    for error in (raised, loop, damage):
+        assert "delete" not in str(error.value).lower()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.machinery
 import json
+import os
 import shutil
 import signal
 import sys
@@ -505,3 +507,26 @@ def test_a_cache_does_not_depend_on_its_chunk_size(tmp_path: Path) -> None:
         assert torch.equal(cache.load_all("x"), expected)
         assert len(cache) == 199 and cache.unreadable == ["150"]
         assert torch.equal(cache.load_rows("x", [198, 0, 6, 7, 150]), expected[[198, 0, 6, 7, 150]])
+
+
+def test_class_folder_that_cannot_be_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It used to be left out in silence. Tests may run as root, who can read everything."""
+    for name in ("cats", "dogs", "dogs/puppies", "hens"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{number}.png")
+    opened = open_labelled_images(tmp_path)
+    assert opened.classes == ["cats", "dogs", "hens"] and len(opened.labels) == 8
+
+    scandir = os.scandir
+
+    def refusing_scandir(path: object) -> object:
+        if Path(str(path)).name == "puppies":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(os, "scandir", refusing_scandir)
+    with pytest.raises(UserError, match=r"puppies cannot be read \(Permission denied\).*'dogs'"):
+        open_labelled_images(tmp_path)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from diffusion2gan.errors import Failure, UserError
@@ -101,3 +103,39 @@ def test_a_damaged_checkpoint_is_a_failure(tmp_path: Path) -> None:
             checkpoint.load(path)
     with pytest.raises(UserError, match="no such file"):
         checkpoint.load(tmp_path / "none")
+
+
+def test_checkpoint_that_cannot_be_read_is_not_reported_as_missing_or_damaged(
+    tmp_path: Path,
+) -> None:
+    looped = tmp_path / "looped.safetensors"
+    looped.symlink_to(looped)
+    with pytest.raises(Failure, match=r"cannot be read \(Too many levels .*may be intact"):
+        checkpoint.load(looped)
+    with pytest.raises(UserError, match="no such file"):
+        checkpoint.load(tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize("header", ["[1]", "3", "null", "{", "[" * 100_000])
+def test_odd_header_is_damage(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(2)}, path, {"meta": header})
+    with pytest.raises(Failure, match=r"a\.safetensors is damaged .*move it away"):
+        checkpoint.load(path)
+    with pytest.raises(Failure, match=r"a\.safetensors is damaged"):
+        checkpoint.meta(path)
+
+
+def test_numbers_that_are_not_finite_are_found_in_every_floating_type() -> None:
+    tensors = {"empty": torch.zeros(0), "scalar": torch.tensor(1.0), "integers": torch.arange(3)}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        good = torch.full((3, 2), torch.finfo(dtype).max, dtype=dtype)
+        tensors[f"{dtype} good"] = good
+        for value in (math.nan, math.inf, -math.inf):
+            bad = good.clone()
+            bad[2, 1] = value
+            tensors[f"{dtype} {value}"] = bad
+    expected = [key for key in tensors if key.endswith(("nan", "inf"))]
+    assert len(expected) == 12
+    assert checkpoint.find_non_finite(tensors) == expected
+    assert checkpoint.find_non_finite({}) == []

@@ -201,3 +201,11 @@ def test_images_are_converted_arranged_and_written_atomically(tmp_path: Path) ->
     with pytest.raises(ValueError, match="stop"), atomic_write(tmp_path / "a.png"):
         raise ValueError("stop")
     assert names(tmp_path) == ["a.png"]
+
+
+def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    for number, text in enumerate(("[" * 100_000, '{"a":' * 100_000, "1" * 10_000)):
+        path = tmp_path / f"{number}.json"
+        path.write_text(text)
+        with pytest.raises(UserError, match="is not JSON"):
+            read_json(path)

@@ -14,6 +14,8 @@ from distill.rank_processes import torchrun, wait_for_success
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from diffusion2gan.errors import Failure
+from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime import trainer as module_fit
 from diffusion2gan.runtime.trainer import FitConfig, fit, learning_rate
 
@@ -209,3 +211,21 @@ def test_two_ranks_average_gradients_and_batch_norm_buffers(tmp_path: Path) -> N
         assert torch.equal(ours[key], other[key]) and torch.allclose(
             ours[key], value, rtol=1e-5, atol=1e-6
         ), key
+
+
+def test_training_that_diverges_ends_and_keeps_the_last_finite_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module_fit, "CHECKPOINT_EVERY_S", 0.0)
+    net, calls = tiny(), []
+    inner = noisy_loss(net, calls)
+
+    def loss(numbers: range) -> Tensor:
+        return inner(numbers) * (math.nan if len(calls) == 5 else 1.0)
+
+    config = FitConfig(NUM_SAMPLES, BATCH, peak_lr=0.05, seed=5)
+    with pytest.raises(Failure, match=r"NaN or infinity .*diverged.*unchanged"):
+        fit("stage", net, loss, config, tmp_path)
+    tensors, meta = checkpoint.load(tmp_path / "stage.safetensors")
+    assert meta["pictures_seen"] == 4 * BATCH
+    assert all(bool(value.isfinite().all()) for value in tensors.values())

@@ -26,6 +26,13 @@ NUMBERED = "checkpoint-[0-9]*.safetensors"
 SHARD_FOLDERS = "parts-[0-9]*"
 
 
+def read_meta(path: Path) -> dict[str, Any]:
+    """The header of a checkpoint. Raises Failure if it is damaged."""
+    meta = checkpoint.meta(path)
+    checkpoint.check_counts(path, meta, "pairs_seen", "num_updates")
+    return meta
+
+
 def write(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], recipe: Recipe) -> None:
     """Writes the newest checkpoint, atomically, and keeps earlier ones as the recipe says."""
     checkpoint.save(folder / CHECKPOINT, tensors, meta)
@@ -66,7 +73,7 @@ def keep(folder: Path, recipe: Recipe) -> None:
     running average of `loss`, the distance to the teacher.
     """
     newest = folder / CHECKPOINT
-    meta = checkpoint.meta(newest)
+    meta = read_meta(newest)
 
     # 1. By number of pairs
     if recipe.keep_checkpoints > 1:

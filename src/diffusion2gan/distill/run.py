@@ -18,7 +18,7 @@ from diffusion2gan.distill.checkpoints import CHECKPOINT
 from diffusion2gan.distill.health import Health
 from diffusion2gan.distill.optimizer import discriminator_optimizer, student_optimizer
 from diffusion2gan.distill.student import Student
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe, parse_recipe
 from diffusion2gan.runtime import checkpoint, fsdp, sharded_checkpoint
@@ -26,6 +26,7 @@ from diffusion2gan.runtime.background import Background
 from diffusion2gan.runtime.distributed import Group, Ranks
 from diffusion2gan.runtime.ema import EMA
 from diffusion2gan.runtime.files import atomic_write, read_json, write_json
+from diffusion2gan.runtime.progress import console
 from diffusion2gan.teacher.loading import load_teacher
 from diffusion2gan.teacher.pipeline import Teacher
 
@@ -40,6 +41,11 @@ ROUNDING_SETTINGS = {
     "precision",
     "strategy",
 }
+
+
+# What of a checkpoint must be finite, and have exactly the keys of the run: not the optimisers,
+# whose states begin with the first step.
+WEIGHTS = ("student", "ema", "discriminator")
 
 
 class Run:
@@ -81,6 +87,9 @@ class Run:
 
     def set_initial_weights(self, weights: dict[str, Tensor]) -> None:
         """Starts the student, and its average, from these weights instead of the teacher's."""
+        checkpoint.check_weights(
+            Path(self.recipe.init_from), self.student.trained.state_dict(), weights
+        )
         fsdp.load_full_state(self.student.trained, weights)
         self.ema = EMA(self.student.trained, self.recipe.ema_decay)
 
@@ -107,12 +116,14 @@ class Run:
         """Starts writing a checkpoint in the background, atomically.
 
         `wait_until_saved` waits for it. All ranks must call this. The first rank writes; a sharded
-        state is written by all ranks, each its shards.
+        state is written by all ranks, each its shards. Raises Failure, on all ranks, if a weight or
+        the average is not finite; nothing is written then.
         """
+        tensors = self._state()
+        self._check_finite(folder, tensors)
         if not (self.group.ranks.is_main or self.is_sharded):
             return
 
-        tensors = self._state()
         meta = {
             "pairs_seen": self.pairs_seen,
             "num_updates": self.ema.num_updates,
@@ -125,6 +136,32 @@ class Run:
         # A copy, because training goes on while it is written
         copies = {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
         self._background.start(lambda: checkpoints.write(folder, copies, meta, self.recipe))
+
+    def _check_finite(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """Raises Failure if the weights or the average in `tensors` are not finite."""
+        weights = {key: value for key, value in tensors.items() if key.split("/")[0] in WEIGHTS}
+        keys = checkpoint.find_non_finite(weights)
+
+        # Shards may differ; all other weights are the same on every rank
+        num_bad = len(keys)
+        if self.is_sharded:
+            counts = self.group.all_gather(torch.tensor([num_bad], device=self.teacher.device))
+            num_bad = int(torch.cat(counts).max())
+        if num_bad == 0:
+            return
+
+        existing = folder / CHECKPOINT
+        if existing.exists():
+            pairs_before = checkpoints.read_meta(existing)["pairs_seen"]
+            state = f"The checkpoint before, of {pairs_before} pairs, is intact"
+        else:
+            state = "There is no checkpoint before"
+        example = f" (such as {keys[0]})" if keys else ""
+        raise Failure(
+            f"after {self.pairs_seen} pairs, {num_bad} of the {len(weights)} weights and averages "
+            f"of the run contain NaN or infinity{example}, so no checkpoint was written. {state}; "
+            "lower learning_rate or discriminator_learning_rate in a new run."
+        )
 
     def _state(self) -> dict[str, Tensor]:
         """All tensors of a checkpoint."""
@@ -161,6 +198,13 @@ class Run:
     def load(self, folder: Path) -> None:
         """Restores the state of the newest checkpoint in `folder`."""
         tensors, meta = checkpoint.load(folder / CHECKPOINT)
+        checkpoint.check_counts(folder / CHECKPOINT, meta, "pairs_seen", "num_updates")
+        expected = self._state()
+        checkpoint.check_weights(
+            folder / CHECKPOINT,
+            {key: value for key, value in expected.items() if key.split("/")[0] in WEIGHTS},
+            {key: value for key, value in tensors.items() if key.split("/")[0] in WEIGHTS},
+        )
 
         # Student
         fsdp.load_full_state(self.student.trained, checkpoint.unpack("student", tensors))
@@ -198,7 +242,7 @@ def open_run(run: Run, out: Path, spec: PairsSpec, allow_change: Sequence[str] =
     checkpoint_file = out / CHECKPOINT
     pairs_seen = 0
     if checkpoint_file.exists():
-        pairs_seen = checkpoint.meta(checkpoint_file)["pairs_seen"]
+        pairs_seen = checkpoints.read_meta(checkpoint_file)["pairs_seen"]
     run.group.check_same(out, pairs_seen, "pairs")
 
     # Initial weights: once the run has a checkpoint, it no longer needs them
@@ -227,7 +271,7 @@ def check_settings(
     recipe: Recipe, pairs_description: dict[str, Any], out: Path, allow_change: Sequence[str]
 ) -> None:
     """Raises UserError if the run in `out` has other settings than `recipe`, or other pairs."""
-    existing = read_json(out / "recipe.json")
+    existing = read_description(out)
     existing_recipe = parse_recipe(existing["recipe"], str(out / "recipe.json"))
     allowed = FREE_SETTINGS | set(allow_change)
 
@@ -264,12 +308,33 @@ def truncate_log(out: Path, pairs_seen: int) -> None:
         return
 
     kept = []
-    for line in path.read_text().splitlines():
-        is_complete = line.endswith("}")
-        if is_complete and json.loads(line)["pairs_seen"] <= pairs_seen:
-            kept.append(f"{line}\n")
+    damaged = []
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        line_pairs_seen = _log_position(line)
+        if line_pairs_seen is not None and line_pairs_seen <= pairs_seen:
+            kept.append(line + b"\n")
+        # A killed process may have left its last line incomplete
+        elif line_pairs_seen is None and number < len(lines):
+            damaged.append(str(number))
+    if damaged:
+        console.print(
+            f"warning: {path} has {len(damaged)} damaged lines (line {', '.join(damaged[:3])}); "
+            "they are dropped. The run itself does not depend on the log.",
+            soft_wrap=True,
+        )
     with atomic_write(path) as temporary:
-        temporary.write_text("".join(kept))
+        temporary.write_bytes(b"".join(kept))
+
+
+def _log_position(line: bytes) -> int | None:
+    """`pairs_seen` of a line of log.jsonl; None if it is damaged."""
+    try:
+        entry = json.loads(line)
+        position = entry["pairs_seen"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return position if isinstance(position, int) else None
 
 
 def initial_weights(recipe: Recipe, teacher: Teacher) -> dict[str, Tensor]:
@@ -299,6 +364,20 @@ def initial_weights(recipe: Recipe, teacher: Teacher) -> dict[str, Tensor]:
     return weights
 
 
+def read_description(folder: Path) -> dict[str, Any]:
+    """A run's recipe.json: `recipe` and `pairs`. Raises UserError if it is anything else."""
+    path = folder / "recipe.json"
+    described = read_json(path)
+    if not isinstance(described, dict) or not all(
+        isinstance(described.get(key), dict) for key in ("recipe", "pairs")
+    ):
+        raise UserError(
+            f"{path} does not describe a run: it needs the settings `recipe` and `pairs`. Restore "
+            "the original file."
+        )
+    return described
+
+
 def load_recipe_teacher(recipe: Recipe, device: str | torch.device = "cpu") -> Teacher:
     """The recipe's teacher, with its LoRAs, VAE and resolution."""
     return load_teacher(
@@ -318,13 +397,16 @@ def load_student(run: Path) -> tuple[Teacher, dict[str, Tensor], dict[str, Any]]
     `pairs` and `pairs_seen`. Raises UserError if there is no run, or if its teacher has changed.
     """
     folder, file = checkpoints.find(run)
-    described = read_json(folder / "recipe.json")
+    described = read_description(folder)
     tensors, meta = checkpoint.load(file)
+    checkpoint.check_counts(file, meta, "pairs_seen")
+    average = checkpoint.unpack("ema", tensors)
+    checkpoint.check_finite(average, f"{file} is of a diverged run or damaged; use another one.")
 
     # Settings that are newer than the run have their defaults
     recipe = parse_recipe(described["recipe"], str(folder / "recipe.json"))
     teacher = load_recipe_teacher(recipe)
-    revision = described["pairs"]["revision"]
+    revision = described["pairs"].get("revision")
     if teacher.revision != revision:
         raise UserError(
             f"the run in {folder} was distilled from weights {revision}, but its teacher "
@@ -333,4 +415,4 @@ def load_student(run: Path) -> tuple[Teacher, dict[str, Tensor], dict[str, Any]]
 
     described["recipe"] = recipe.model_dump()
     described["pairs_seen"] = meta["pairs_seen"]
-    return teacher, checkpoint.unpack("ema", tensors), described
+    return teacher, average, described

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import io
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,9 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.evaluate.images import Images
 from diffusion2gan.evaluate.metrics import check_features
 from diffusion2gan.runtime.cache import load_or_compute
-from diffusion2gan.runtime.files import sha256
+from diffusion2gan.runtime.files import read_json, sha256
 from diffusion2gan.teacher.hub import find_model
+from diffusion2gan.teacher.strict_loading import load_model, translated_errors
 
 Features = NDArray[np.float32]
 
@@ -157,8 +157,9 @@ def load_clip(name: str, device: str = "cpu") -> ClipSpace:
     `name` is a folder or the id of a downloaded model.
     """
     folder = _find_folder(name)
-    network = _load_network(CLIPModel, folder).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    network = load_model(CLIPModel, folder).eval().to(device)
+    with translated_errors(f"the tokenizer in {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     preprocess = load_preprocessing(folder)
 
     @torch.no_grad()
@@ -192,7 +193,7 @@ def load_dinov2(name: str, device: str = "cpu") -> FeatureSpace:
     `name` is a folder or the id of a downloaded model.
     """
     folder = _find_folder(name)
-    network = _load_network(Dinov2Model, folder).to(device)
+    network = load_model(Dinov2Model, folder).eval().to(device)
     preprocess = load_preprocessing(folder)
 
     @torch.no_grad()
@@ -212,12 +213,12 @@ def load_preprocessing(folder: Path) -> Callable[[Images], Tensor]:
     """
     path = folder / "preprocessor_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         short = _get_size(config["size"], "shortest_edge")
         crop = _get_size(config["crop_size"], "height")
         mean = np.asarray(config["image_mean"], np.float32)
         std = np.asarray(config["image_std"], np.float32)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} does not specify how images are preprocessed ({error!r}); download the model "
             "again"
@@ -270,13 +271,3 @@ def _find_folder(name: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"{name} is neither a folder nor a hub id (org/name); give one of the two")
     return folder
-
-
-def _load_network(kind: Any, folder: Path) -> Any:
-    try:
-        network = kind.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} does not load as a {kind.__name__}: {error}") from error
-    return network.eval()

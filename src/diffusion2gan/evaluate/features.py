@@ -17,6 +17,7 @@ from diffusion2gan.pocket import models, scenes
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import sha256
 from diffusion2gan.runtime.images import from_uint8
+from diffusion2gan.teacher.strict_loading import load_model
 
 BATCH = 64
 ATTRIBUTES = ("count", "shape", "colour", "pattern", "ground")
@@ -35,8 +36,7 @@ class PocketClip:
 
     def __init__(self) -> None:
         folder = assets.folder("clip")
-        model = CLIPModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
-        self._model = model.eval()
+        self._model = load_model(CLIPModel, folder).eval()
         self._tokenizer = CLIPTokenizer.from_pretrained(folder)
         self.sha256 = sha256(folder)
 
@@ -69,12 +69,14 @@ class PocketClip:
 
 def load_probe() -> models.Probe:
     """The pocket world's attribute classifier, in float32 and evaluation mode."""
-    stored, _ = checkpoint.load(assets.folder("probe") / "model.safetensors")
+    path = assets.folder("probe") / "model.safetensors"
+    stored, _ = checkpoint.load(path)
     tensors = {}
     for name, tensor in stored.items():
         tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
 
     probe = models.Probe()
+    checkpoint.check_weights(path, probe.state_dict(), tensors)
     probe.load_state_dict(tensors)
     return probe.eval().requires_grad_(False)
 

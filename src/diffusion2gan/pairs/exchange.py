@@ -72,7 +72,7 @@ def _copy_shard(folder: Location, out: Location, shard: int, spec: PairsSpec) ->
     if read_shard(folder, shard, spec=spec).index != list(spec.shard_indices(shard)):
         raise Failure(
             f"{folder}/{name} holds other pairs than its name says; give it its right name, or "
-            "delete it, and continue"
+            "move it away, and continue"
         )
     with lock_shard(out, shard), atomic_put(out, name) as temporary:
         with_local_copy(folder, name, lambda path: shutil.copyfile(path, temporary))
@@ -174,7 +174,15 @@ def read_tar(path: Path, spec: PairsSpec) -> tuple[Pairs, Tensor | None]:
         noise = None
         if spec.keep_noise:
             noise = torch.stack([_from_npy(files[f"{key}.noise.npy"], spec) for key in keys])
-    except (tarfile.TarError, KeyError, ValueError, OSError, RuntimeError, EOFError) as error:
+    except (
+        tarfile.TarError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OSError,
+        RuntimeError,  # and RecursionError, of JSON
+        EOFError,
+    ) as error:
         raise Failure(f"{path} is damaged ({error}); export it again") from error
 
     shard = int(path.stem.removeprefix("pairs-"))

@@ -11,8 +11,10 @@ from diffusion2gan.noise import noise_from_seeds, pair_seed
 from diffusion2gan.pairs.store import (
     Pairs,
     PairsSpec,
+    check_latents_finite,
     lock_shard,
     present_shards,
+    shard_name,
     start_set,
     write_shard,
 )
@@ -234,6 +236,7 @@ def make_shard(
         bar.advance(len(batch))
 
     pairs = Pairs.concat(solved)
+    check_latents_finite(pairs, f"{folder}/{shard_name(shard)} was not written")
     noise = noise_from_seeds(pairs.seed, spec.latent_shape) if spec.keep_noise else None
     write_shard(folder, shard, spec, pairs, noise)
 

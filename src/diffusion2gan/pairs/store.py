@@ -66,7 +66,7 @@ class PairsSpec:
         try:
             values = json.loads(text) if isinstance(text, str) else text
             return cls(**{**values, "latent_shape": tuple(values["latent_shape"])})
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
+        except (TypeError, KeyError, ValueError, RecursionError) as error:
             raise UserError(f"{where} does not describe a set of pairs: {error}") from error
 
 
@@ -203,11 +203,25 @@ def read_shard(
     spec = spec or open_set(folder)
     table = read_table(folder, shard, spec)
     with translate_read_errors(folder, shard):
-        return Pairs(
+        pairs = Pairs(
             table["index"].to_pylist(),
             table["seed"].to_pylist(),
             table["prompt"].to_pylist(),
             column_to_tensor(table, "latents", spec).to(dtype),
+        )
+    check_latents_finite(pairs, f"{folder}/{shard_name(shard)}")
+    return pairs
+
+
+def check_latents_finite(pairs: Pairs, name: str) -> None:
+    """Raises Failure if a latent in `name` is not finite as float16, as which it is stored."""
+    finite = pairs.latents.half().isfinite().flatten(1).all(1)
+    if not finite.all():
+        bad = [pairs.index[row] for row in (~finite).nonzero().flatten().tolist()]
+        raise Failure(
+            f"{name}: the latents of {len(bad)} of {len(pairs)} pairs (such as pair {bad[0]}) are "
+            "not finite in float16: the teacher diverges with these settings, or its weights are "
+            "damaged. Check the teacher's images, and make the set in a new folder."
         )
 
 
@@ -227,10 +241,22 @@ def read_table(folder: Location, shard: int, spec: PairsSpec) -> pa.Table:
         if stored_spec != spec:
             raise Failure(
                 f"{folder}/{shard_name(shard)} belongs to another set than the one that "
-                f"{folder}/{SPEC_FILE} describes; move it to its set, or delete it, and run the "
-                "same `pairs` command again."
+                f"{folder}/{SPEC_FILE} describes{_describe_difference(stored_spec, spec)}. If "
+                f"other shards differ in the same way, {SPEC_FILE} was changed: restore it. If "
+                "not, move this shard to its set, and run the same `pairs` command again."
             )
         return table
+
+
+def _describe_difference(stored: PairsSpec | None, spec: PairsSpec) -> str:
+    """The first setting of a shard that differs from those of the set, with both values."""
+    if stored is None:
+        return " (it has no description)"
+    requested = asdict(spec)
+    for key, value in asdict(stored).items():
+        if value != requested[key]:
+            return f" ({key}: {value!r} in the shard, {requested[key]!r} in {SPEC_FILE})"
+    return ""
 
 
 @contextmanager
@@ -244,10 +270,16 @@ def translate_read_errors(folder: Location, shard: int) -> Iterator[None]:
             f"{name} is missing: the set is not complete; run the same `pairs` command again."
         ) from None
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        # The operating system's errors have a number; those of the format do not
+        if isinstance(error, OSError) and error.errno:
+            raise Failure(
+                f"{name} cannot be read ({error.strerror or error}). It may be intact: check its "
+                "permissions and the disk, and run the same command again."
+            ) from error
         # KeyError and ValueError: altered column names or lengths
         raise Failure(
-            f"{name} is damaged ({str(error).splitlines()[0]}). Delete that file and run the same "
-            "`pairs` command again: it remakes only that shard."
+            f"{name} is damaged ({str(error).splitlines()[0]}). Restore it from a copy, or move it "
+            "away and run the same `pairs` command again: it remakes only that shard."
         ) from error
 
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import io
 import operator
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def _open_folders(folder: Path) -> LabelledImages:
     for class_folder in sorted(folder.iterdir()):
         if not class_folder.is_dir() or class_folder.name.startswith("."):
             continue
-        files = sorted(p for p in class_folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        files = _find_images(class_folder)
         if files:
             labels += [len(classes)] * len(files)
             classes.append(class_folder.name)
@@ -91,6 +92,22 @@ def _open_folders(folder: Path) -> LabelledImages:
     for name, path in zip(names, paths, strict=True):
         digest.update(f"{name}:{file_size(path)}\n".encode())
     return LabelledImages(classes, names, labels, paths.__getitem__, digest.hexdigest()[:16])
+
+
+def _find_images(class_folder: Path) -> list[Path]:
+    """All image files below a folder, sorted. Raises UserError if a folder cannot be read."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}), so the images of class "
+            f"{class_folder.name!r} are not known. Make it readable, or move it out of "
+            f"{class_folder.parent}."
+        ) from error
+
+    files = []
+    for folder, _, names in os.walk(class_folder, onerror=refuse):
+        files += [Path(folder, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+    return sorted(files)
 
 
 def file_size(path: Path) -> int:

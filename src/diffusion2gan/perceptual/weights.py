@@ -82,6 +82,7 @@ def load_network(source: str | Path, shipped_name: str) -> tuple[VGG, list[Tenso
     difference = find_difference(expected_shapes(vgg), found)
     if difference is not None:
         raise UserError(f"the weights in {folder} do not match its config.json: {difference}")
+    checkpoint.check_finite(tensors, f"the network in {folder} is damaged; restore the original.")
     vgg.load_state_dict(checkpoint.unpack("vgg", tensors))
     heads = [tensors[f"heads/{level}"] for level in range(len(vgg.config["widths"]))]
     return vgg, heads, formula
@@ -182,7 +183,7 @@ def save_network(
         if value.is_floating_point():
             tensors[key] = value.to(dtype)
 
-    if not all(torch.isfinite(value).all() for value in tensors.values()):
+    if checkpoint.find_non_finite(tensors):
         raise Failure(
             f"a weight of the network is not finite in {dtype}: nothing was written to {folder}"
         )

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.teacher import strict_loading
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 
@@ -254,7 +255,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _merge_lora(pipeline: DiffusionPipeline, path: Path, tensors: dict[str, Tensor]) -> None:
     try:
-        pipeline.load_lora_weights(tensors)
+        strict_loading.load_lora(pipeline, path, tensors)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
     except (ImportError, ValueError) as error:

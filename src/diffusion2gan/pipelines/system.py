@@ -34,6 +34,7 @@ from diffusion2gan.teacher.loading import (
 from diffusion2gan.teacher.one_step import is_one_step
 from diffusion2gan.teacher.pipeline import Teacher, ddim_scheduler
 from diffusion2gan.teacher.pipeline_info import PipelineInfo
+from diffusion2gan.teacher.strict_loading import load_model, translated_errors
 
 POCKET = ("pocket-teacher", "pocket-student")
 
@@ -275,9 +276,10 @@ def load_pipeline_folder(
         return System(name, pipeline, steps, guidance, revision)
 
     # 4. Teachers: solver, guidance and size as when pairs are made
-    check_can_teach(pipeline, folder)
-    teacher = Teacher(pipeline, folder.name, revision, resolution)
-    check_resolution(teacher)
+    with translated_errors(f"the pipeline in {folder}"):
+        check_can_teach(pipeline, folder)
+        teacher = Teacher(pipeline, folder.name, revision, resolution)
+        check_resolution(teacher)
     if teacher.guidance == "none" and guidance_scale is None:
         guidance = 0.0
     teacher.uses_classifier_free_guidance(guidance)  # refuses guidance that is not possible
@@ -348,8 +350,8 @@ def _load_runnable(folder: Path) -> DiffusionPipeline:
     """Loads a pipeline of a class that generates images from noise."""
     index = folder / "model_index.json"
     try:
-        class_name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError):
+        class_name = read_json(index).get("_class_name")
+    except (OSError, UserError, AttributeError):
         class_name = None  # reported by check_pipeline_folder
     if class_name not in ALSO_RUNNABLE:
         check_pipeline_folder(folder)
@@ -360,7 +362,6 @@ def _load_pocket_student() -> DiffusionPipeline:
     """The embedded student: its UNet and scheduler in the teacher's pipeline."""
     folder = assets.folder("student")
     pipeline = load_pipeline(assets.folder("teacher"))
-    unet = UNet2DConditionModel.from_pretrained(folder / "unet", use_safetensors=True)
-    pipeline.unet = unet.eval().to(torch.float32)
+    pipeline.unet = load_model(UNet2DConditionModel, folder / "unet").eval()
     pipeline.scheduler = LCMScheduler.from_pretrained(folder / "scheduler")
     return pipeline

@@ -179,12 +179,14 @@ def ensure_settings(path: Path, spec: dict[str, Any]) -> None:
         write_json(path, spec)
         return
     existing = read_json(path)
+    if not isinstance(existing, dict):
+        raise UserError(f"{path} contains no settings; restore it, or choose another --out.")
     for key, value in spec.items():
         if existing.get(key) != value:
             raise UserError(
                 f"{path.parent} was made with {key} = {existing.get(key)!r}, but this command has "
                 f"{value!r}. To continue it, use the same setting; to start anew, choose another "
-                "--out, or delete that folder if it is no longer needed."
+                "--out."
             )
 
 
@@ -192,8 +194,8 @@ def _check_num_unreadable(unreadable: list[str], count: int, what: str, folder: 
     if len(unreadable) > MAX_UNREADABLE * count:
         raise UserError(
             f"{len(unreadable)} of {count} {what} cannot be read, more than {MAX_UNREADABLE:.0%}: "
-            f"{_first_names(unreadable)}. Repair or remove them, delete {folder} and run the same "
-            "command again."
+            f"{_first_names(unreadable)}. Repair or remove them, move {folder} away and run the "
+            "same command again."
         )
 
 

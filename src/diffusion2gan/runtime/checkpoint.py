@@ -7,6 +7,7 @@ The tensors may instead be in a folder of shards beside the file, written by sev
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,14 +59,99 @@ def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict[str, 
             if with_tensors:
                 for key in file.keys():  # noqa: SIM118
                     tensors[key] = file.get_tensor(key)
-    except FileNotFoundError:
-        raise UserError(f"no such file: {path}") from None
-    except (SafetensorError, ValueError) as error:
-        raise Failure(
-            f"checkpoint {path} is damaged ({error}). Restore it from a copy, or delete it to "
-            "start this stage again."
-        ) from error
+    except OSError as error:
+        raise _reading_error(path, error) from error
+    except (SafetensorError, ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is not a JSON object")
     return tensors, header
+
+
+def _damaged(path: Path, problem: str) -> Failure:
+    return Failure(
+        f"checkpoint {path} is damaged ({problem}). Restore it from a copy, or move it away to "
+        "start this stage again."
+    )
+
+
+def _reading_error(path: Path, error: OSError) -> UserError | Failure:
+    """What to raise for a file that cannot be opened.
+
+    safetensors reports every such error as a missing file, so it is opened again to find out.
+    """
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except FileNotFoundError:
+        return UserError(f"no such file: {path}")
+    except OSError as cause:
+        error = cause
+    return Failure(
+        f"checkpoint {path} cannot be read ({error.strerror or error}). It may be intact: check "
+        "its permissions and the disk, and run the same command again."
+    )
+
+
+def find_non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The keys of the tensors that contain NaN or infinity; of sharded ones, in this rank's shard.
+
+    One reduction per tensor on its device, and one transfer for all of them.
+    """
+    keys = []
+    flags = []
+    for key, value in tensors.items():
+        if value.is_floating_point():
+            keys.append(key)
+            flags.append(fsdp.local_shard(value).detach().isfinite().all())
+    if not flags:
+        return []
+    is_finite = torch.stack(flags).tolist()
+    return [key for key, finite in zip(keys, is_finite, strict=True) if not finite]
+
+
+def check_finite(tensors: Mapping[str, Tensor], problem: str) -> None:
+    """Raises Failure if a number is not finite: the first tensor with one, then `problem`."""
+    keys = find_non_finite(tensors)
+    if keys:
+        raise Failure(
+            f"{len(keys)} of {len(tensors)} tensors contain NaN or infinity (such as {keys[0]}): "
+            f"{problem}"
+        )
+
+
+def check_weights(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raises Failure if `found`, read from `path`, has other keys or shapes than `expected`.
+
+    Also if one of its numbers is not finite.
+    """
+    problem = None
+    for key, value in expected.items():
+        if key not in found:
+            problem = f"{key} is missing"
+        elif found[key].shape != value.shape:
+            shapes = f"{list(found[key].shape)}, expected {list(value.shape)}"
+            problem = f"{key} has the shape {shapes}"
+        if problem:
+            break
+    surplus = [key for key in found if key not in expected]
+    if problem is None and surplus:
+        problem = f"{surplus[0]} is not expected"
+    if problem:
+        raise Failure(
+            f"the weights in {path} do not fit the settings beside it: {problem}. Restore the "
+            "original file, or use another checkpoint."
+        )
+    check_finite(found, f"{path} is of a diverged run or damaged; use another checkpoint.")
+
+
+def check_counts(path: Path, header: dict[str, Any], *keys: str) -> None:
+    """Raises Failure if the header of `path` lacks one of `keys`, or it is not a count."""
+    for key in keys:
+        value = header.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise _damaged(path, f"its header has {key} = {value!r}")
 
 
 def pack(name: str, source: Stateful) -> dict[str, Tensor]:

@@ -162,12 +162,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError if the file is missing or not JSON."""
+    """Raises UserError if the file is missing, not JSON, or nested too deeply to be read."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is not JSON: {error}. It may be truncated or edited; restore or remake it."
         ) from error

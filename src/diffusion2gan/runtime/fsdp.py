@@ -59,6 +59,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor; any other tensor unchanged. No communication."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def shard_like(tensor: Tensor, target: Tensor) -> Tensor:
     """This rank's shard of a full `tensor`, sharded as `target` is; without communication.
 

@@ -48,7 +48,7 @@ def _owner(lock_file: Path) -> str:
     try:
         owner = json.loads(lock_file.read_text(encoding="utf-8"))
         return f"process {owner['pid']} on {owner['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "which one is not known yet"
 
 

@@ -156,11 +156,20 @@ def save_state(
     tensors = checkpoint.pack("module", module)
     tensors |= checkpoint.pack_optimizer("adam", optimizer)
     tensors |= checkpoint.pack("ema", ema)
+    weights = {key: value for key, value in tensors.items() if not key.startswith("adam/")}
+    checkpoint.check_finite(
+        weights,
+        f"the training diverged, so {path} was not written; what it contained is unchanged. Lower "
+        "the learning rate and start again in another folder.",
+    )
     checkpoint.save(path, tensors, {"pictures_seen": seen, "num_updates": ema.num_updates})
 
 
 def load_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> None:
     tensors, meta = checkpoint.load(path)
+    expected = checkpoint.pack("module", module) | checkpoint.pack("ema", ema)
+    found = {key: value for key, value in tensors.items() if not key.startswith("adam/")}
+    checkpoint.check_weights(path, expected, found)
     module.load_state_dict(checkpoint.unpack("module", tensors))
     checkpoint.unpack_optimizer("adam", optimizer, tensors)
     ema.load_state_dict(checkpoint.unpack("ema", tensors), meta["num_updates"])

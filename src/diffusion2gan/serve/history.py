@@ -42,7 +42,7 @@ def load_history(folder: Path, count: int) -> list[tuple[Image.Image, str]]:
             with Image.open(path) as file:
                 image = file.convert("RGB")
                 caption = _build_caption(json.loads(file.info.get(METADATA_KEY, "{}")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue
         images.append((image, caption))
     return images

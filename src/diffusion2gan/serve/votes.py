@@ -119,7 +119,7 @@ def _parse_vote(line: str) -> dict[str, Any] | None:
     """The vote on a line, or None if it is not one."""
     try:
         vote = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
 
     # All fields, with the right types

@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusion2gan import assets
 from diffusion2gan.errors import UserError
 from diffusion2gan.runtime.files import read_json, sha256
+from diffusion2gan.teacher import strict_loading
 from diffusion2gan.teacher.hub import find_model
 
 
@@ -32,18 +33,10 @@ def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
         )
     from diffusers import AutoencoderDC, AutoencoderKL
 
-    class_name = read_json(folder / "config.json").get("_class_name")
+    with strict_loading.translated_errors(f"the VAE in {folder}"):
+        class_name = read_json(folder / "config.json").get("_class_name")
     vae_class = AutoencoderDC if class_name == "AutoencoderDC" else AutoencoderKL
-    try:
-        vae = vae_class.from_pretrained(
-            folder,
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"the VAE in {folder} does not load: {error}") from error
+    vae = strict_loading.load_model(vae_class, folder, low_cpu_mem_usage=False)
     return vae.eval().requires_grad_(False).to(device)
 
 

@@ -5,7 +5,6 @@ Also the check that a model folder needs no custom Python code.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from huggingface_hub import constants, snapshot_download
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.runtime.files import read_json
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w.-]+))?")
 
@@ -47,20 +47,41 @@ def find_model(name: str) -> tuple[Path, str]:
     return folder, f"{repository}@{folder.name}"
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """A pipeline folder's `model_index.json`: components are [library, class], or [null, null].
+
+    Raises UserError if it is anything else.
+    """
+    path = folder / "model_index.json"
+    index = read_json(path)
+    if not isinstance(index, dict):
+        raise UserError(f"{path} does not describe a pipeline: it contains no settings.")
+    for name, value in index.items():
+        is_component = isinstance(value, list) and not name.startswith("_")
+        if is_component and not (
+            len(value) == 2 and all(isinstance(item, str | None) for item in value)
+        ):
+            raise UserError(
+                f"{path} does not describe a pipeline: {name} is {value}, not [library, class]. "
+                "Copy or download the pipeline again."
+            )
+    return index
+
+
 def check_no_custom_code(folder: Path) -> None:
     """Raises UserError if a pipeline folder needs Python code that comes with it.
 
     Such code is never run.
     """
     # Classes in model_index.json that are from other libraries
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = read_index(folder)
     custom = {name for name, value in index.items() if _is_custom_class(name, value)}
 
     # Components with an `auto_map`, transformers' way to name classes in the model's folder
     for path in sorted(folder.glob("*/*config.json")):
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
+            config = read_json(path)
+        except UserError:
             continue  # reported when the component is loaded
         if isinstance(config, dict) and config.get("auto_map"):
             custom.add(path.parent.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 from diffusion2gan import assets
 from diffusion2gan.errors import UserError
 from diffusion2gan.runtime.distributed import resolve_device
-from diffusion2gan.teacher import hub, variants
+from diffusion2gan.runtime.files import read_json
+from diffusion2gan.teacher import hub, strict_loading, variants
 from diffusion2gan.teacher.families import FAMILIES, REFUSED
 from diffusion2gan.teacher.pipeline import Teacher
 from diffusion2gan.teacher.schedule import PREDICTIONS
@@ -70,7 +70,8 @@ def load_teacher(
     else:
         check_pipeline_folder(source)
         pipeline = load_pipeline(source)
-    check_can_teach(pipeline, source)
+    with strict_loading.translated_errors(f"the teacher {name}"):
+        check_can_teach(pipeline, source)
 
     # 3. Changes to its weights
     if loras:
@@ -80,8 +81,10 @@ def load_teacher(
 
     # 4. The teacher
     revision = variants.compute_revision(source, config_folder, loras, vae)
-    teacher = Teacher(pipeline.to(device), display_name, revision, resolution, source)
-    check_resolution(teacher)
+    pipeline.to(device)
+    with strict_loading.translated_errors(f"the teacher {name}"):
+        teacher = Teacher(pipeline, display_name, revision, resolution, source)
+        check_resolution(teacher)
     return teacher
 
 
@@ -99,8 +102,8 @@ def check_pipeline_folder(folder: Path) -> str:
             "such as org/name."
         )
     try:
-        pipeline_class = str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        pipeline_class = str(read_json(index)["_class_name"])
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(
             f"{index} does not name a pipeline class ({error}); save the pipeline again."
         ) from error
@@ -125,7 +128,7 @@ def load_pipeline(folder: Path) -> DiffusionPipeline:
     """
     hub.check_no_custom_code(folder)
     options: dict[str, Any] = absent_components(folder)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = hub.read_index(folder)
     if index["_class_name"] == "StableDiffusionPipeline":
         options["safety_checker"] = None
         options["requires_safety_checker"] = False
@@ -133,18 +136,7 @@ def load_pipeline(folder: Path) -> DiffusionPipeline:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            pipeline = DiffusionPipeline.from_pretrained(
-                folder,
-                torch_dtype=torch.float32,
-                use_safetensors=True,
-                local_files_only=True,
-                **options,
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"the pipeline in {folder} does not load: {error}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+        return strict_loading.load_pipeline(DiffusionPipeline, folder, options)
 
 
 def absent_components(folder: Path) -> dict[str, None]:
@@ -152,7 +144,7 @@ def absent_components(folder: Path) -> dict[str, None]:
 
     `from_pretrained` needs them as arguments, each None.
     """
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index = hub.read_index(folder)
     absent: dict[str, None] = {}
     for name, value in index.items():
         if isinstance(value, list) and value[0] is None:

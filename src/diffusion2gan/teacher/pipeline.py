@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -178,8 +179,10 @@ class Teacher:
     def uses_classifier_free_guidance(self, guidance_scale: float) -> bool:
         """Whether `guidance_scale` needs a second, unconditional network evaluation per step.
 
-        Raises UserError if guidance is requested from a teacher that has none.
+        Raises UserError if guidance is requested from a teacher that has none, or is not finite.
         """
+        if not math.isfinite(guidance_scale):
+            raise UserError(f"guidance_scale = {guidance_scale}: it must be a finite number.")
         if self.guidance == "none" and guidance_scale > 1:
             raise UserError(
                 f"{self.name} was distilled without guidance and cannot use guidance_scale = "

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
-from diffusers.loaders.single_file_utils import SingleFileComponentError
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.runtime.files import sha256
-from diffusion2gan.teacher import autoencoder
+from diffusion2gan.runtime.files import read_json, sha256
+from diffusion2gan.teacher import autoencoder, strict_loading
 from diffusion2gan.teacher.families import FAMILIES
 
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
@@ -56,22 +54,11 @@ def load_single_file(file: Path, config: Path | None, pipeline_class: str | None
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
+        problem = f"does not load as the {pipeline_class} that {config} describes"
+        with strict_loading.translated_errors(str(file), problem):
             if FAMILIES[pipeline_class].network == "unet":
                 return _load_unet_file(file, config, pipeline_class)
             return _load_transformer_file(file, config, pipeline_class)
-        except (
-            SingleFileComponentError,
-            OSError,
-            ValueError,
-            LookupError,
-            RuntimeError,
-            AttributeError,
-        ) as error:
-            raise UserError(
-                f"{file} does not load as the {pipeline_class} that {config} describes: "
-                f"{_first_line(error)}"
-            ) from error
 
 
 def _load_unet_file(file: Path, config: Path, pipeline_class: str) -> Any:
@@ -79,38 +66,26 @@ def _load_unet_file(file: Path, config: Path, pipeline_class: str) -> Any:
     if pipeline_class == "StableDiffusionPipeline":
         options["safety_checker"] = None
     kind: Any = getattr(diffusers, pipeline_class)
-    return kind.from_single_file(
-        str(file), config=str(config), torch_dtype=torch.float32, local_files_only=True, **options
-    )
+    return strict_loading.load_single_file(kind, file, config=str(config), **options)
 
 
 def _load_transformer_file(file: Path, config: Path, pipeline_class: str) -> Any:
     # The transformer, of the class that the folder's config names
-    transformer_config = json.loads((config / "transformer" / "config.json").read_text("utf-8"))
+    transformer_config = read_json(config / "transformer" / "config.json")
     transformer_class: Any = getattr(diffusers, transformer_config["_class_name"])
-    transformer = transformer_class.from_single_file(
-        str(file),
-        config=str(config),
-        subfolder="transformer",
-        torch_dtype=torch.float32,
-        local_files_only=True,
+    strict_loading.check_file_in_own_format(transformer_class, file, transformer_config)
+    transformer = strict_loading.load_single_file(
+        transformer_class, file, config=str(config), subfolder="transformer"
     )
 
     # The pipeline around it
-    options: dict[str, Any] = {}
+    components: dict[str, Any] = {"transformer": transformer}
     has_third_encoder = (config / "text_encoder_3").is_dir()
     if pipeline_class == "StableDiffusion3Pipeline" and not has_third_encoder:
-        options["text_encoder_3"] = None
-        options["tokenizer_3"] = None
+        components["text_encoder_3"] = None
+        components["tokenizer_3"] = None
     kind: Any = getattr(diffusers, pipeline_class)
-    return kind.from_pretrained(
-        config,
-        transformer=transformer,
-        torch_dtype=torch.float32,
-        use_safetensors=True,
-        local_files_only=True,
-        **options,
-    )
+    return strict_loading.load_pipeline(kind, config, components)
 
 
 def merge_loras(pipeline: Any, loras: str) -> None:
@@ -126,10 +101,13 @@ def merge_loras(pipeline: Any, loras: str) -> None:
         # Load it as an adapter. A LoRA without any matching layer adds no adapter, or an error.
         adapters_before = _count_adapters(pipeline)
         try:
-            pipeline.load_lora_weights(str(path), adapter_name="merged", local_files_only=True)
+            strict_loading.load_lora(
+                pipeline, path, str(path), adapter_name="merged", local_files_only=True
+            )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
+            reason = strict_loading.describe_error(error)
             raise UserError(
-                f"the LoRA {path} does not fit this teacher's {kind} ({_first_line(error)}); it "
+                f"the LoRA {path} does not fit this teacher's {kind} ({reason}); it "
                 "was made for another base model."
             ) from error
         if _count_adapters(pipeline) == adapters_before:
@@ -170,9 +148,11 @@ def parse_lora(text: str) -> tuple[Path, float]:
     try:
         number = float(scale)
     except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
         raise UserError(
             f"the LoRA {text!r}: the text after @ must be a number, its scale, not {scale!r}"
-        ) from None
+        )
     is_single_file(path)  # refuses pickles
     if not Path(path).exists():
         raise UserError(f"no such LoRA: {path}")
@@ -212,8 +192,3 @@ def compute_revision(source: Path, config: Path | None, loras: str | None, vae: 
     if not extras:
         return digest
     return hashlib.sha256("+".join([digest, *extras]).encode()).hexdigest()[:16]
-
-
-def _first_line(error: Exception) -> str:
-    message = str(error).strip()
-    return message.splitlines()[0] if message else repr(error)

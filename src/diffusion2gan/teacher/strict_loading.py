@@ -1,0 +1,289 @@
+"""Loads models so that every weight comes from a file.
+
+The loaders of diffusers and transformers replace a weight that a file lacks by random numbers, and
+ignore one that they do not know; both only log it. The functions of this module refuse both.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from diffusion2gan.errors import Diffusion2GANError, UserError
+from diffusion2gan.teacher import hub
+
+# Entries that older versions of the libraries stored, and that are recomputed or not used.
+HARMLESS = re.compile(r"(^|\.)(position_ids|inv_freq|logit_scale|lm_head\.weight)$")
+
+# Where the classes of a component are, by the library that model_index.json names
+COMPONENT_MODULES = {
+    "diffusers": "diffusers",
+    "transformers": "transformers",
+    "stable_diffusion": "diffusers.pipelines.stable_diffusion.safety_checker",
+}
+
+# diffusers' warning about a single file
+UNUSED = re.compile(r"were not used when initializing .*\n? *\['(.*)'\]", re.DOTALL)
+
+NUM_NAMED = 3  # keys that a message names
+MESSAGE_LENGTH = 300  # of a library's warning
+REMEDY = (
+    "It may be incomplete, damaged, or not belong to its settings: compare it with the original, "
+    "or copy or download it again."
+)
+
+
+@contextmanager
+def translated_errors(description: str, problem: str = "does not load") -> Iterator[None]:
+    """Raises UserError `{description} {problem}: …` in place of any error of the libraries.
+
+    Incomplete and damaged folders raise all kinds of errors in them. This package's errors, and
+    those of a machine without memory, stay as they are.
+    """
+    try:
+        yield
+    except (Diffusion2GANError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{description} {problem}: {describe_error(error)}. {REMEDY}") from error
+
+
+def describe_error(error: Exception) -> str:
+    """The first line of an error's message, or its name if that does not explain it."""
+    message = str(error).strip()
+    if not message or isinstance(error, LookupError | AttributeError | TypeError | RecursionError):
+        message = f"{type(error).__name__}: {message}"
+    return message.splitlines()[0].rstrip(".: ")
+
+
+def load_model(kind: Any, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """`kind.from_pretrained(folder)` for a model class of diffusers or transformers.
+
+    Safetensors only, from disk alone. Raises UserError, naming the keys, if the files lack a weight
+    of the model, or have one that it does not have or that has another shape.
+    """
+    is_transformers = kind.__module__.startswith("transformers.")
+    if is_transformers:
+        # Otherwise it raises an error that does not name the keys
+        options |= {"dtype": dtype, "ignore_mismatched_sizes": True}
+    else:
+        options["torch_dtype"] = dtype
+
+    with translated_errors(f"the {kind.__name__} in {folder}"):
+        model, report = kind.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        )
+
+    mismatched = []
+    for key, found, expected in report["mismatched_keys"]:
+        mismatched.append(f"{key} ({list(found)} instead of {list(expected)})")
+    for error in report["error_msgs"]:
+        mismatched.append(str(error).strip().splitlines()[0])
+    check_keys(
+        f"the {kind.__name__} in {folder}",
+        missing=report["missing_keys"],
+        unexpected=report["unexpected_keys"],
+        mismatched=mismatched,
+    )
+    check_not_on_meta(f"the {kind.__name__} in {folder}", model)
+    return model
+
+
+def load_pipeline(pipeline_class: Any, folder: Path, components: dict[str, Any]) -> Any:
+    """`pipeline_class.from_pretrained(folder)`, with every weight from a file.
+
+    `components` are used in place of those in the folder; the folder's models are loaded by
+    `load_model`, because a pipeline's loader does not report their keys.
+    """
+    components = dict(components)
+    with translated_errors(f"the pipeline in {folder}"):
+        for name, entry in hub.read_index(folder).items():
+            if not isinstance(entry, list) or name.startswith("_") or name in components:
+                continue
+            library, class_name = entry
+            if library is None:
+                continue
+            kind = getattr(import_module(COMPONENT_MODULES[library]), class_name)
+            if issubclass(kind, torch.nn.Module):
+                components[name] = load_model(kind, folder / name)
+
+        pipeline = pipeline_class.from_pretrained(
+            folder,
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            **components,
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_single_file(kind: Any, file: Path, **options: Any) -> Any:
+    """`kind.from_single_file(file)` for a pipeline or a model class of diffusers, in float32.
+
+    Raises UserError as `load_model` does. A pipeline's file may contain more than the pipeline.
+    """
+    description = f"the {kind.__name__} in {file}"
+    with recorded_missing_keys(description) as missing, recorded_warnings() as messages:
+        loaded = kind.from_single_file(
+            str(file), torch_dtype=torch.float32, local_files_only=True, **options
+        )
+
+    unexpected: list[str] = []
+    for message in messages:
+        if match := UNUSED.search(message):
+            unexpected += match[1].split(", ")
+    check_keys(description, missing=missing, unexpected=unexpected)
+
+    # Without a pipeline's other parts, which are no modules
+    for component in getattr(loaded, "components", {"": loaded}).values():
+        if isinstance(component, torch.nn.Module):
+            check_not_on_meta(description, component)
+    return loaded
+
+
+def load_lora(pipeline: Any, path: Path, source: Any, **options: Any) -> None:
+    """`pipeline.load_lora_weights(source)`.
+
+    `source` is the file `path`, or its tensors. Raises UserError if a weight of a layer is missing
+    in it, or if it has one for a layer that the pipeline does not have. Errors of the loader are
+    not translated.
+    """
+    with recorded_warnings() as messages:
+        pipeline.load_lora_weights(source, **options)
+    for message in messages:
+        if message.startswith("Loading adapter weights"):
+            problems = " ".join(message.split()).replace(" found in the model", "")
+            raise UserError(
+                f"the LoRA {path} does not fit this {type(pipeline).__name__}: "
+                f"{problems[:MESSAGE_LENGTH]}. {REMEDY}"
+            )
+
+
+def check_keys(
+    description: str,
+    missing: Iterable[str] = (),
+    unexpected: Iterable[str] = (),
+    mismatched: Iterable[str] = (),
+) -> None:
+    """Raises UserError if a key is missing, not expected (but for HARMLESS) or mismatched."""
+    surplus = [key for key in unexpected if not HARMLESS.search(key)]
+    problems = []
+    for keys, problem in (
+        (sorted(missing), "missing"),
+        (sorted(surplus), "not expected"),
+        (sorted(mismatched), "of another shape"),
+    ):
+        if keys:
+            problems.append(f"{_list_keys(keys)} {'is' if len(keys) == 1 else 'are'} {problem}")
+    if problems:
+        raise UserError(
+            f"the weights of {description} do not fit its settings: {'; '.join(problems)}. {REMEDY}"
+        )
+
+
+def _list_keys(keys: list[str]) -> str:
+    named = ", ".join(keys[:NUM_NAMED])
+    if len(keys) <= NUM_NAMED:
+        return named
+    return f"{named} and {len(keys) - NUM_NAMED} more"
+
+
+def check_not_on_meta(description: str, model: nn.Module) -> None:
+    """Raises UserError if a parameter or buffer of `model` has no values."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    check_keys(description, missing=[name for name, tensor in tensors if tensor.is_meta])
+
+
+def check_file_in_own_format(kind: Any, file: Path, config: dict[str, Any]) -> None:
+    """Checks a single file of the model class `kind` that has diffusers' names for its weights.
+
+    diffusers takes such a file for one in another format if a single name differs, and fails in
+    its conversion. Raises UserError as `load_model` does; other formats are not checked.
+    """
+    with torch.device("meta"):
+        expected = kind.from_config(config).state_dict()
+    with safe_open(file, framework="pt") as opened:
+        found = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+    if 2 * len(expected.keys() & found.keys()) < len(expected):
+        return
+
+    mismatched = []
+    for key in sorted(expected.keys() & found.keys()):
+        shape = list(expected[key].shape)
+        if found[key] != shape:
+            mismatched.append(f"{key} ({found[key]} instead of {shape})")
+    check_keys(
+        f"the {kind.__name__} in {file}",
+        missing=expected.keys() - found.keys(),
+        unexpected=found.keys() - expected.keys(),
+        mismatched=mismatched,
+    )
+
+
+@contextmanager
+def recorded_missing_keys(description: str) -> Iterator[list[str]]:
+    """Yields a list of the keys that were missing in any `load_state_dict` of the block.
+
+    diffusers' loaders of single files call it with `strict=False` and ignore the missing keys. With
+    accelerate they leave these weights on the device meta instead, and then convert the model with
+    `to`: that raises UserError, naming them.
+    """
+    missing: list[str] = []
+    original = nn.Module.load_state_dict
+    original_to = nn.Module.to
+
+    def checked_to(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+        check_not_on_meta(description, module)
+        return original_to(module, *arguments, **options)
+
+    def recording(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+        result = original(module, *arguments, **options)
+        missing.extend(result.missing_keys)
+        return result
+
+    nn.Module.load_state_dict = recording  # type: ignore[method-assign,assignment]
+    nn.Module.to = checked_to  # type: ignore[method-assign,assignment]
+    try:
+        yield missing
+    finally:
+        nn.Module.to = original_to  # type: ignore[method-assign]
+        nn.Module.load_state_dict = original  # type: ignore[method-assign]
+
+
+class _Collector(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@contextmanager
+def recorded_warnings() -> Iterator[list[str]]:
+    """Yields a list of the warnings that diffusers logs in the block; they are not printed.
+
+    Where its loaders have no report, as for single files and LoRAs, keys that are left over are
+    found only there.
+    """
+    logger = logging.getLogger("diffusers")
+    level = logger.level
+    handlers = logger.handlers
+    collector = _Collector()
+    logger.handlers = [collector]
+    logger.setLevel(logging.WARNING)
+    try:
+        yield collector.messages
+    finally:
+        logger.handlers = handlers
+        logger.setLevel(level)

@@ -505,7 +505,7 @@ def test_weights_that_are_not_finite_end_the_run_without_a_checkpoint(
     recipe: Recipe, pairs: Path, tmp_path: Path
 ) -> None:
     # A recipe from a file cannot have this learning rate
-    changes = {"learning_rate": math.inf, "total_pairs": 4 * BATCH, "warmup": 0.0}
+    changes = {"learning_rate": math.inf, "total_pairs": 4 * BATCH, "warmup": 0.0, "loss": "mse"}
     diverging = recipe.model_copy(update=changes | {"checkpoint_every_s": 1e6})
     with pytest.raises(Failure, match=r"after 8 pairs, .* contain NaN or infinity .*no checkpoint"):
         distill(diverging, pairs, tmp_path)

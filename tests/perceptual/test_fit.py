@@ -433,12 +433,12 @@ def test_other_settings_are_refused_in_an_existing_folder(images: Path, tmp_path
     with pytest.raises(UserError, match="was made with size = 16, but this command has 32"):
         run(images, tmp_path / "out", epochs=1, size=32)
     with pytest.raises(
-        UserError, match=r"out/work was made with epochs = 1, but this command has 2\. .* delete"
+        UserError, match=r"out/work was made with epochs = 1, but this command has 2\. .* move"
     ):
         run(images, tmp_path / "out", epochs=2)
 
 
-def test_other_images_are_refused_until_the_reported_folder_is_deleted(
+def test_other_images_are_refused_until_the_reported_folder_is_moved_away(
     images: Path, tmp_path: Path
 ) -> None:
     out, others = tmp_path / "out", Path(shutil.copytree(images, tmp_path / "others"))
@@ -453,7 +453,9 @@ def test_other_images_are_refused_until_the_reported_folder_is_deleted(
 
     for path in sorted((others / "red").iterdir())[10:]:
         path.unlink()
-    with pytest.raises(UserError, match=r"out/work was made with images = '.*delete that folder"):
+    with pytest.raises(
+        UserError, match=r"out/work was made with images = '.*move that folder away"
+    ):
         run(others, out, epochs=1)
 
     before = (out / "model.safetensors").read_bytes()

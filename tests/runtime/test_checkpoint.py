@@ -99,7 +99,7 @@ def test_a_damaged_checkpoint_is_a_failure(tmp_path: Path) -> None:
         content[:9] + b"?" * 50,
     ):
         path.write_bytes(damaged)
-        with pytest.raises(Failure, match=r"c\.safetensors is damaged.*delete it"):
+        with pytest.raises(Failure, match=r"c\.safetensors is damaged.*move it away"):
             checkpoint.load(path)
     with pytest.raises(UserError, match="no such file"):
         checkpoint.load(tmp_path / "none")

@@ -29,7 +29,7 @@ SHARD_FOLDERS = "parts-[0-9]*"
 def read_meta(path: Path) -> dict[str, Any]:
     """The header of a checkpoint. Raises Failure if it is damaged."""
     meta = checkpoint.meta(path)
-    checkpoint.check_counts(path, meta, "pairs_seen", "num_updates")
+    checkpoint.check_counts(path, meta, "pairs_seen")
     return meta
 
 

@@ -365,11 +365,13 @@ def initial_weights(recipe: Recipe, teacher: Teacher) -> dict[str, Tensor]:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """A run's recipe.json: `recipe` and `pairs`. Raises UserError if it is anything else."""
+    """A run's recipe.json: `recipe` and `pairs`. Raises UserError if these are no settings."""
     path = folder / "recipe.json"
     described = read_json(path)
-    if not isinstance(described, dict) or not all(
-        isinstance(described.get(key), dict) for key in ("recipe", "pairs")
+    if not (
+        isinstance(described, dict)
+        and isinstance(described.get("recipe"), dict)
+        and isinstance(described.setdefault("pairs", {}), dict)
     ):
         raise UserError(
             f"{path} does not describe a run: it needs the settings `recipe` and `pairs`. Restore "
@@ -399,12 +401,12 @@ def load_student(run: Path) -> tuple[Teacher, dict[str, Tensor], dict[str, Any]]
     folder, file = checkpoints.find(run)
     described = read_description(folder)
     tensors, meta = checkpoint.load(file)
-    checkpoint.check_counts(file, meta, "pairs_seen")
     average = checkpoint.unpack("ema", tensors)
     checkpoint.check_finite(average, f"{file} is of a diverged run or damaged; use another one.")
 
     # Settings that are newer than the run have their defaults
     recipe = parse_recipe(described["recipe"], str(folder / "recipe.json"))
+    checkpoint.check_counts(file, meta, "pairs_seen")
     teacher = load_recipe_teacher(recipe)
     revision = described["pairs"].get("revision")
     if teacher.revision != revision:

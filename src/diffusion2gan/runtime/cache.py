@@ -186,7 +186,7 @@ def ensure_settings(path: Path, spec: dict[str, Any]) -> None:
             raise UserError(
                 f"{path.parent} was made with {key} = {existing.get(key)!r}, but this command has "
                 f"{value!r}. To continue it, use the same setting; to start anew, choose another "
-                "--out."
+                "--out, or move that folder away."
             )
 
 

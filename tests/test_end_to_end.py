@@ -83,7 +83,7 @@ def test_a_tiny_teacher_becomes_a_student_and_a_report(tiny_teacher: Path, tmp_p
     options = ["--prompt", PROMPTS[0], "--per-prompt", 2, "--seed", 3]
     out = run("generate", student, *options, "--out", image_file)
     assert "1 step" in out
-    assert re.search(r"[\d.]+ seconds per picture", out)
+    assert re.search(r"[\d.]+ seconds per image", out)
     sheet_pixels = read_pixels(image_file)
     assert sheet_pixels.shape == (64, 130, 3)
     first, second = sheet_pixels[:, :64], sheet_pixels[:, 66:]

@@ -36,5 +36,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, although they are not imported yet."""
+    """Also lists the public names that are not imported yet."""
     return sorted({*globals(), *__all__})

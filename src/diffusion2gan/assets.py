@@ -25,8 +25,8 @@ def folder(name: str) -> Path:
 
 
 def pairs_world(seed: int) -> int:
-    """The world whose captions a set of pairs with this seed uses.
+    """The pocket world (a seed of scenes) whose captions a set of pairs with this seed uses.
 
-    The worlds of training and of the evaluation are others.
+    The pocket models' training and the evaluation use other worlds.
     """
     return 100 + seed

@@ -29,8 +29,8 @@ REPORT_SEED = 255
 def demo(out: Path, *, count: int, num_prompts: int, settings: list[str]) -> dict[str, Any]:
     """Makes pairs, distills, exports, evaluates on `count` captions and writes a report.
 
-    `settings` override the recipe `pocket-demo`, as `key=value`. Returns what it writes to
-    `out/metrics.json`. If it is interrupted, a second call continues where it stopped.
+    `settings` (`key=value`) override the recipe `pocket-demo`. Returns the contents of
+    `out/metrics.json`. An interrupted demo continues when it is called again.
     """
     # 1. Pairs: the shipped set, completed by the teacher
     print_stage(1, "pairs: complete the shipped set with the 50-step teacher")

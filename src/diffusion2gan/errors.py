@@ -1,4 +1,6 @@
-"""The package's errors. Each message is one paragraph: what is wrong, where, values, remedy.
+"""The package's errors.
+
+Each message is one paragraph: what is wrong, where, the values, the remedy.
 
 `UserError` can be corrected by the user (exit code 2); `Failure` cannot (exit code 1).
 """

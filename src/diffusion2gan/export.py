@@ -85,7 +85,7 @@ def export(run: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
     earlier export. Raises UserError if `out` contains anything else, or another process is writing
     to it.
     """
-    # 1. Do not replace anything but an export
+    # 1. Only an earlier export may be replaced
     is_export = (out / "diffusion2gan.json").is_file()
     in_use = out.is_file() or (out.is_dir() and any(out.iterdir()))
     if in_use and not is_export:

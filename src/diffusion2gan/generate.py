@@ -32,12 +32,14 @@ def generate(
     if out.suffix.lower() not in SUFFIXES:
         raise UserError(f"--out {out}: the file's name must end with one of {', '.join(SUFFIXES)}")
     if not prompts or any(not prompt.strip() for prompt in prompts):
-        raise UserError("a prompt is empty; give each --prompt some words")
+        raise UserError("a prompt is empty; give each --prompt a text")
     warn_truncated(system.tokenizer, prompts, system.num_tokens)
 
+    # Noise, the same for every row
     noise = noise_from_seeds([seed + i for i in range(per_prompt)], system.latent_shape)
     system.generate(prompts[:1], noise[:1])  # warm up
 
+    # Generate one row per rank at a time
     num_images = len(prompts) * per_prompt
     rows: list[torch.Tensor] = []
     with connect_ranks(torch.device("cpu")) as group, Bar("generate", num_images) as bar:
@@ -50,12 +52,15 @@ def generate(
             else:
                 row = np.zeros((per_prompt, *system.image_size, 3), np.uint8)
 
+            # Collect the rows of this round, without the blank ones
             gathered = group.all_gather(torch.from_numpy(row))
             rows += gathered[: len(prompts) - first]
             bar.reach(len(rows) * per_prompt)
         seconds = (time.perf_counter() - start) / num_images
 
+    # Write the grid
     if group.ranks.is_main:
-        sheet = contact_sheet(from_uint8(torch.cat(rows).numpy()), columns=per_prompt)
+        images = from_uint8(torch.cat(rows).numpy())
+        sheet = contact_sheet(images, columns=per_prompt)
         write_image(out, sheet.save)
     return seconds

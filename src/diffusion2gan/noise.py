@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion2gan.errors import UserError
 
-# torch's CPU generator uses 32 bits of a seed: 256 sets of 16.7 M pairs never share a noise.
+# torch's CPU generator uses 32 bits of a seed: 256 sets of 16.7 M pairs never share noise.
 NUM_SET_SEEDS = 256
 PAIRS_PER_SEED = 2**24
 
@@ -22,7 +22,7 @@ def pair_seed(set_seed: int, index: int) -> int:
     if not 0 <= set_seed < NUM_SET_SEEDS:
         raise UserError(
             f"--seed {set_seed}: the seed of a set must be 0 to {NUM_SET_SEEDS - 1}, so that sets "
-            "never share a noise"
+            "never share noise"
         )
     if not 0 <= index < PAIRS_PER_SEED:
         raise UserError(

@@ -107,7 +107,7 @@ class Recipe(BaseModel):
     gradient_accumulation_steps: int = Field(
         1,
         ge=1,
-        description="Micro-batches per update: more of them need less memory, and the update stays "
+        description="Micro-batches per update: more micro-batches need less memory; the update is "
         "the same.",
     )
 
@@ -309,7 +309,7 @@ def load_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
     Raises UserError if the name, the file, a setting (the message names the nearest) or a value is
     not valid.
     """
-    # File
+    # Read the file
     path = SHIPPED / f"{name}.toml"
     if not _is_file(path):
         path = Path(name)
@@ -323,7 +323,7 @@ def load_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from error
 
-    # Settings of the command line
+    # Apply the settings of the command line
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -372,7 +372,7 @@ def check_names(names: Iterable[str], source: str) -> None:
 
 @dataclass(frozen=True)
 class RecipeSummary:
-    """What `diffusion2gan recipe list` prints about a recipe."""
+    """The information about a recipe that `diffusion2gan recipe list` prints."""
 
     description: str
     teacher: str

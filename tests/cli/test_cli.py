@@ -132,9 +132,9 @@ def unsupported_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             ["pairs", "info", "nowhere"],
-            ["nowhere holds no pairs", "diffusion2gan pairs --out nowhere"],
+            ["nowhere contains no pairs", "diffusion2gan pairs --out nowhere"],
         ),
-        (["pairs", "verify", "nowhere"], ["nowhere holds no pairs"]),
+        (["pairs", "verify", "nowhere"], ["nowhere contains no pairs"]),
         (["export", "nowhere", "--out", "y"], ["nowhere contains no run", "diffusion2gan distill"]),
         (["serve"], ["name a student", "--vote A B: one of the two"]),
         (["serve", "pocket-student", "--vote", "a", "b"], ["one of the two"]),
@@ -341,18 +341,18 @@ def test_a_complete_set_is_not_written_again(copied_pairs: Path, tiny_teacher: P
 @pytest.mark.parametrize(
     ("more", "difference"),
     [
-        (("--num-inference-steps", 3), "num_inference_steps: 2 there, 3 requested"),
-        (("--solver", "ddim"), "solver: 'dpm++' there, 'ddim' requested"),
-        (("--seed", 1), "seed: 0 there, 1 requested"),
-        (("--count", 13), "count: 12 there, 13 requested"),
-        (("--keep-noise",), "keep_noise: False there, True requested"),
+        (("--num-inference-steps", 3), "num_inference_steps: 2 in the folder, 3 requested"),
+        (("--solver", "ddim"), "solver: 'dpm++' in the folder, 'ddim' requested"),
+        (("--seed", 1), "seed: 0 in the folder, 1 requested"),
+        (("--count", 13), "count: 12 in the folder, 13 requested"),
+        (("--keep-noise",), "keep_noise: False in the folder, True requested"),
     ],
 )
 def test_pairs_with_other_settings_are_refused(
     shared_pairs: Path, tiny_teacher: Path, more: tuple[object, ...], difference: str
 ) -> None:
     result = run(*pairs_command(tiny_teacher, shared_pairs, *more))
-    assert_refused(result, 2, "already holds other pairs", difference, "--out")
+    assert_refused(result, 2, "already contains other pairs", difference, "--out")
 
 
 def test_a_truncated_shard_is_refused_and_made_again_once_deleted(
@@ -419,7 +419,7 @@ def test_pairs_of_another_teacher_are_refused(
     result = run(*distill_command(other, shared_pairs, tmp_path / "run"))
     assert_refused(result, 2, "were made by teacher", sha256(other)[:16], sha256(tiny_teacher)[:16])
     result = run(*pairs_command(other, shared_pairs))
-    assert_refused(result, 2, "already holds other pairs", "revision")
+    assert_refused(result, 2, "already contains other pairs", "revision")
     assert not (tmp_path / "run").exists()
 
 

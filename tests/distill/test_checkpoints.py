@@ -119,7 +119,7 @@ def test_going_back_to_an_earlier_one_gives_the_same_run(
     # The newest is missing: refused, with the command that goes back
     (run_copy / CHECKPOINT).unlink()
     with pytest.raises(
-        UserError, match=r"has lost checkpoint.safetensors.*mv .*checkpoint-000000012.safetensors"
+        UserError, match=r"lacks checkpoint.safetensors.*mv .*checkpoint-000000012.safetensors"
     ):
         distill(recipe, pairs, run_copy)
 

@@ -210,7 +210,7 @@ def test_hanging_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("DIFFUSION2GAN_RANK_TIMEOUT_S", "3")
     out, _ = wait_for_success(torchrun(2, tmp_path / "hang.py"))
     assert "REPORTED step 2: rank 1 did not take part" in out
-    assert "the same command continues" in out
+    assert "run the same command to continue" in out
 
 
 FOLDER_PER_RANK = """

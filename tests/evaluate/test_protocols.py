@@ -287,7 +287,7 @@ def test_image_folder_refuses_missing_double_unnamed_and_damaged_images(tmp_path
 
 def test_pocket_protocol_measures_an_image_folder_and_refuses_other_sizes(tmp_path: Path) -> None:
     wide = open_system(f"gigagan={save_images(tmp_path / 'wide', 4, 2)}")
-    message = "makes 40×48 images; the pocket protocol measures 64×64 ones"
+    message = "generates 40×48 images; the pocket protocol measures 64×64 images"
     with pytest.raises(UserError, match=message):
         collect_pocket_images(ImageSet(wide, CAPTIONS[:4], 0, tmp_path))
 

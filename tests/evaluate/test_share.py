@@ -165,7 +165,7 @@ def test_two_ranks_generate_the_same_grid_as_one_process(
         timeout_s=300,
     )
     assert completed.returncode == 0, completed.stderr
-    assert completed.stdout.count(": 6 pictures, 1 step") == 1
+    assert completed.stdout.count(": 6 images, 1 step") == 1
     assert completed.stderr.count("generate: 6/6") == 1
 
     # The same grid, with three different rows

@@ -77,7 +77,7 @@ def test_pairs_that_share_a_noise_or_latents_are_reported(tmp_path: Path) -> Non
     )
     found = verify(tmp_path)
     assert any("stored noise that does not match its seed" in line for line in found)
-    assert any("3 noises are also those of another pair" in line for line in found)
+    assert any("3 noises also belong to another pair" in line for line in found)
     twice = noise_from_seeds([pair_seed(3, 0)] * 4, spec.latent_shape)
     store.write_shard(
         tmp_path,
@@ -86,7 +86,7 @@ def test_pairs_that_share_a_noise_or_latents_are_reported(tmp_path: Path) -> Non
         Pairs([4, 5, 6, 7], seeds, list("abcd"), -twice),
         noise_from_seeds(seeds, spec.latent_shape),
     )
-    assert [line for line in verify(tmp_path) if "4 latents are also those of another pair" in line]
+    assert [line for line in verify(tmp_path) if "4 latents also belong to another pair" in line]
 
 
 def test_a_duplicated_shard_is_reported(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_a_duplicated_shard_is_reported(tmp_path: Path) -> None:
     write(tmp_path, 0, spec)
     shutil.copy(shard_path(tmp_path, 0), shard_path(tmp_path, 1))
     found = "\n".join(verify(tmp_path))
-    assert "its pairs are not 4…7" in found and "4 seeds are" in found and "4 noises are" in found
+    assert "its pairs are not 4…7" in found and "4 seeds also" in found and "4 noises also" in found
 
 
 def test_digests_depend_on_the_contents_of_each_row() -> None:

@@ -55,7 +55,7 @@ def test_merge_refuses_different_sets_and_damaged_or_misnamed_shards(tmp_path: P
     with pytest.raises(Failure, match=r"c/pairs-00002\.parquet is damaged"):
         merge([a, c], tmp_path / "out")
     path.write_bytes(shard_path(c, 1).read_bytes())
-    with pytest.raises(Failure, match="other pairs than its name says"):
+    with pytest.raises(Failure, match="other pairs than its name indicates"):
         merge([a, c], tmp_path / "out")
     assert store.present_shards(tmp_path / "out", SPEC) == [0, 1]
 
@@ -88,11 +88,11 @@ def test_webdataset_reads_an_export(tmp_path: Path) -> None:
 def test_damaged_and_foreign_exports_are_refused(tmp_path: Path) -> None:
     made = write(tmp_path / "made", range(3))
     export_webdataset(made, tmp_path / "tars")
-    with pytest.raises(UserError, match="holds an export of another set"):
+    with pytest.raises(UserError, match="contains an export of another set"):
         export_webdataset(
             write(tmp_path / "b", range(1), dataclasses.replace(SPEC, seed=4)), tmp_path / "tars"
         )
-    with pytest.raises(UserError, match="is no export of pairs"):
+    with pytest.raises(UserError, match="is not an export of pairs"):
         import_webdataset(tmp_path, tmp_path / "back")
     tar = tmp_path / "tars" / tar_name(1)
     content = tar.read_bytes()
@@ -105,6 +105,6 @@ def test_damaged_and_foreign_exports_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Failure, match=r"pairs-00001\.tar"):
         import_webdataset(tmp_path / "tars", tmp_path / "back")
     tar.write_bytes((tmp_path / "tars" / tar_name(0)).read_bytes())
-    with pytest.raises(Failure, match="other pairs than its name says"):
+    with pytest.raises(Failure, match="other pairs than its name indicates"):
         import_webdataset(tmp_path / "tars", tmp_path / "back")
     assert read_shard(tmp_path / "back", 0).index == [0, 1, 2, 3]

@@ -149,7 +149,7 @@ def test_only_missing_shards_are_made_after_an_interruption(
 def test_continuing_a_set_with_another_guidance_scale_is_refused(
     teacher: Teacher, made: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"guidance_scale: 3\.0 there, 1\.0 requested"):
+    with pytest.raises(UserError, match=r"guidance_scale: 3\.0 in the folder, 1\.0 requested"):
         make_pairs(teacher, prompts_of, spec_of(teacher, guidance_scale=1.0), made)
 
 
@@ -223,7 +223,7 @@ def test_solver_is_recorded_and_sets_of_different_solvers_do_not_mix(
     )
 
     # Neither continued nor merged with another solver
-    with pytest.raises(UserError, match=r"solver: 'ddim' there, 'dpm\+\+' requested"):
+    with pytest.raises(UserError, match=r"solver: 'ddim' in the folder, 'dpm\+\+' requested"):
         make_pairs(teacher, prompts_of, spec, made)
     with pytest.raises(UserError, match=r"solver: 'ddim' and 'dpm\+\+'"):
         merge([made, tmp_path / "a"], tmp_path / "merged")

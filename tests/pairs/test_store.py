@@ -138,7 +138,7 @@ def test_verify_finds_wrong_order_bad_numbers_duplicates_and_missing_shards(tmp_
     with pytest.raises(Failure, match="not finite"):
         PairReader(tmp_path, 0).first(8)
     store.write_shard(tmp_path, 1, SPEC, some_pairs(SPEC, range(0, 4)))
-    assert any("also those of another pair" in problem for problem in verify(tmp_path))
+    assert any("also belong to another pair" in problem for problem in verify(tmp_path))
     shard_path(tmp_path, 1).unlink()
     assert ["is missing" in problem for problem in verify(tmp_path)] == [True]
 
@@ -157,13 +157,14 @@ def test_continuing_a_set_with_other_settings_is_refused(tmp_path: Path) -> None
     assert store.open_set(tmp_path) == SPEC
     with pytest.raises(
         UserError,
-        match=r"guidance_scale: 3\.0 there, 8\.0 requested; shard_size: 4 there, 5 requested",
+        match=r"guidance_scale: 3\.0 in the folder, 8\.0 requested; "
+        r"shard_size: 4 in the folder, 5 requested",
     ):
         store.start_set(tmp_path, dataclasses.replace(SPEC, guidance_scale=8.0, shard_size=5))
 
 
 def test_a_folder_without_a_valid_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no pairs \(pairs\.json is missing\)"):
+    with pytest.raises(UserError, match=r"contains no pairs \(pairs\.json is missing\)"):
         store.open_set(tmp_path)
     for content in ("{}", "[]", "3", '{"latent_shape": 4}', '{"latent_shape": [4, 2, 3]}', "{"):
         (tmp_path / "pairs.json").write_text(content)

@@ -134,7 +134,7 @@ def test_a_set_in_an_object_store_reads_like_a_local_one(bucket: Remote, tmp_pat
     for _ in range(8):
         a, b = next(remote), next(local)
         assert a.index == b.index and a.latents.equal(b.latents)
-    with pytest.raises(UserError, match=r"already holds other pairs"):
+    with pytest.raises(UserError, match=r"already contains other pairs"):
         store.start_set(bucket, PairsSpec("t", "r", "p", 11, 3, 5, 3.0, (4, 2, 3), 4))
 
 

@@ -97,7 +97,7 @@ def test_a_port_in_use_is_refused_with_the_remedy() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(
-            UserError, match=f"--port {port}: cannot listen there .*name another with --port"
+            UserError, match=f"--port {port}: cannot listen on it .*name another with --port"
         ):
             app.check_port("127.0.0.1", port)
     assert app.check_port("127.0.0.1", 0) > 0

@@ -47,8 +47,8 @@ class DiffusionDiscriminator(nn.Module):
       on the last features.
 
     The added convolutions are initialised to zero: the features are then the teacher's, and do not
-    depend on the noise. `timestep` is the one that the UNet is given; the latents are clean, so the
-    smallest is the natural choice.
+    depend on the noise. `timestep` is the UNet's timestep input; the latents are clean, so the
+    smallest timestep is the natural choice.
 
     Raises UserError if the UNet has no cross-attention, or decoder blocks of an unknown kind.
     """
@@ -81,7 +81,7 @@ class DiffusionDiscriminator(nn.Module):
         latent_channels = self.unet.config.in_channels
         first_channels, *lower_channels = down_channels(self.unet)
         self.noise_in = zero_conv(latent_channels, first_channels) if noise_input else None
-        self.latents_in = nn.ModuleList()
+        self.latents_in = nn.ModuleList()  # one per lower down block
         if multi_scale_input:
             for channels in lower_channels:
                 self.latents_in.append(zero_conv(latent_channels, channels))
@@ -128,7 +128,10 @@ class DiffusionDiscriminator(nn.Module):
         emb, text = self._conditions(cond, latents)
 
         # Input: latents, plus the noise
-        x = unet.conv_in(2 * latents - 1 if unet.config.center_input_sample else latents)
+        centred = latents
+        if unet.config.center_input_sample:
+            centred = 2 * latents - 1
+        x = unet.conv_in(centred)
         if self.noise_in is not None:
             x = x + self.noise_in(noise)
 
@@ -274,7 +277,7 @@ def take_upsamplers(unet: Any) -> nn.ModuleList:
 
 
 def run_block(block: Any, x: Tensor, emb: Tensor, text: Tensor, **skips: tuple[Tensor, ...]) -> Any:
-    """A block of the UNet, which takes the text if it has cross-attention."""
+    """Runs a block of the UNet; blocks with cross-attention also get the text."""
     if getattr(block, "has_cross_attention", False):
         return block(x, temb=emb, encoder_hidden_states=text, **skips)
     return block(x, temb=emb, **skips)
@@ -290,7 +293,7 @@ def decoder_channels(unet: Any) -> list[tuple[int, int, int]]:
     before = unet.down_blocks[-1].resnets[-1].out_channels
     scales = []
     for block in unet.up_blocks:
-        # The first layer's input is the two of them, concatenated
+        # The first layer's input is `before` and `skip`, concatenated
         skip = block.resnets[0].in_channels - before
         merged = block.resnets[-1].out_channels
         scales.append((before, skip, merged))

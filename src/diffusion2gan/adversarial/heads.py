@@ -33,10 +33,10 @@ def conv(
 
 
 def set_spectral_norm_update(network: nn.Module, enabled: bool) -> None:
-    """Whether a forward pass takes a power iteration that updates the spectral norms' estimates.
+    """Turns on or off the power iteration by which a forward pass updates the spectral norms.
 
-    torch does so on every pass in train mode. One pass per update is enough, and then an update in
-    micro-batches or on several ranks is the same as one of the full batch.
+    torch runs it on every pass in train mode. One pass per optimiser update is enough; then an
+    update in micro-batches or on several ranks equals one of the full batch.
     """
     for module in network.modules():
         if isinstance(module, ParametrizationList):

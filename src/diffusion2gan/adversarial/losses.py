@@ -25,7 +25,8 @@ def discriminator_loss(real: Logits, fake: Logits) -> Tensor:
 
     Goodfellow et al. 2014, eq. 1, with logits.
     """
-    return mean_softplus([-logits for logits in real]) + mean_softplus(fake)
+    negated = [-logits for logits in real]
+    return mean_softplus(negated) + mean_softplus(fake)
 
 
 def student_loss(fake: Logits) -> Tensor:
@@ -37,8 +38,9 @@ def student_loss(fake: Logits) -> Tensor:
 
 
 def mean_softplus(logits: Logits) -> Tensor:
-    """Every head has the same weight, whatever the size of its map. In float32."""
-    return torch.stack([F.softplus(head.float()).mean() for head in logits]).mean()
+    """mean softplus(D): all heads have the same weight, regardless of map size. In float32."""
+    heads = [F.softplus(head.float()).mean() for head in logits]
+    return torch.stack(heads).mean()
 
 
 def r1_penalty(
@@ -57,8 +59,10 @@ def r1_penalty(
     x = latents.detach().clone().requires_grad_(True)
     with exact_derivatives(x.device.type):
         head_sums = [logits.sum() for logits in discriminator(noise, cond, x)]
-        (gradient,) = torch.autograd.grad(torch.stack(head_sums).sum(), x, create_graph=True)
-    return gradient.square().sum((1, 2, 3)).mean()
+        total = torch.stack(head_sums).sum()
+        (gradient,) = torch.autograd.grad(total, x, create_graph=True)
+    squared_norms = gradient.square().sum((1, 2, 3))
+    return squared_norms.mean()
 
 
 @contextmanager
@@ -74,28 +78,36 @@ def exact_derivatives(device_type: str) -> Iterator[None]:
 def mix_and_match(
     fake: Tensor, real: Tensor, prompts: Sequence[str], share: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Replaces a `share` of the fakes by the real latents of other pairs; noise and prompt stay.
+    """Replaces a `share` of the fakes by real latents of other pairs; noise and prompt are kept.
 
     fake, real [B, C, h, w]. Returns the new fakes and which ones were replaced, [B] bool. Their
-    number is share·B, rounded up or down at random so that it is right on average. The donor of a
-    row is any pair with another prompt, so that latents labelled fake never fit their prompt; a row
-    without one is not replaced.
+    number is share·B, randomly rounded up or down so that its mean is share·B. The donor of a row
+    is any pair with a different prompt, so that latents labelled fake never match their prompt; a
+    row without a donor is not replaced.
     """
-    # can_donate[i, j]: pair j may replace the fake of row i
-    can_donate = torch.tensor([[theirs != ours for theirs in prompts] for ours in prompts])
+    # can_donate[i, j]: the real latents of pair j may replace the fake of row i
+    prompt_ids = {prompt: number for number, prompt in enumerate(prompts)}
+    ids = torch.tensor([prompt_ids[prompt] for prompt in prompts])
+    can_donate = ids[:, None] != ids[None, :]
     replaceable = can_donate.any(1).nonzero().flatten()
 
-    # Rows
-    count = int(share * len(prompts) + torch.rand((), generator=generator).item())
+    # Choose the rows to replace
+    batch_size = len(prompts)
+    rounding = torch.rand((), generator=generator).item()
+    count = int(share * batch_size + rounding)
     order = torch.randperm(len(replaceable), generator=generator)
     rows = replaceable[order][:count]
-    is_mixed = torch.zeros(len(prompts), dtype=torch.bool)
+    is_mixed = torch.zeros(batch_size, dtype=torch.bool)
     is_mixed[rows] = True
     if len(rows) == 0:
         return fake, is_mixed
 
-    # Donors
-    donors = torch.multinomial(can_donate[rows].float(), 1, generator=generator).flatten()
+    # Draw a donor for each of them
+    weights = can_donate[rows].float()
+    donors = torch.multinomial(weights, 1, generator=generator).flatten()
+
+    # Replace
+    donated = real[donors.to(real.device)]
     mixed = fake.clone()
-    mixed[rows.to(fake.device)] = real[donors.to(real.device)].to(fake.dtype)
+    mixed[rows.to(fake.device)] = donated.to(fake.dtype)
     return mixed, is_mixed

@@ -1,4 +1,4 @@
-"""The conditional discriminator of transformer families: the teacher's blocks, heads in between."""
+"""The conditional discriminator of transformer families: the teacher's blocks with added heads."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class TransformerDiscriminator(nn.Module):
 
     - Weights: a copy of the teacher's, all trainable.
     - Prompt: by the transformer's text inputs.
-    - Noise: by its own patch embedding, added to the latents' tokens. It is initialised to zero, so
-      that the features are then the teacher's.
+    - Noise: by a separate patch embedding, added to the latents' tokens. It is initialised to zero,
+      so that the features are then the teacher's.
     - Outputs: two heads at each depth, one on the grid of tokens and one at half its resolution;
       without `multi_scale_output`, one head on the last tokens.
     - Latents at lower resolutions, as for a UNet, do not apply: the tokens have a single grid.
 
-    `timestep` is the one that the network is given; the latents are clean, which is 0.
+    `timestep` is the network's timestep input; the latents are clean, which corresponds to 0.
     """
 
     def __init__(
@@ -153,10 +153,10 @@ def num_groups(channels: int) -> int:
 
 
 def remove_output_layers(network: Any, width: int) -> None:
-    """Replaces the output layers, which the heads stand in for: the network then returns zeros."""
+    """Replaces the output layers, which are not needed with heads; the network returns zeros."""
     network.norm_out = FirstInput()
     network.proj_out = Zeros(width)
-    if hasattr(network, "scale_shift_table"):  # of Sana's output norm
+    if hasattr(network, "scale_shift_table"):  # part of Sana's output norm
         network.scale_shift_table = None
 
 

@@ -1,4 +1,4 @@
-"""The command line: one module per command group, put together in `application`.
+"""The command line: one module per command group, combined in `application`.
 
 A command parses its options and calls one function. Heavy libraries (torch, diffusers, …) are
 imported inside the commands, so `--help` and shell completion stay fast.

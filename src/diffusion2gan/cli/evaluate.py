@@ -27,7 +27,7 @@ def evaluate(
         typer.Option(min=2, help="Protocol pocket: number of held-out captions (default 1000)."),
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=127, help="Of the noises, and of the pocket captions.")
+        int, typer.Option(min=0, max=127, help="Seed of the noise and of the pocket captions.")
     ] = 0,
     num_inference_steps: Annotated[
         int | None, typer.Option(min=1, help="Sampling steps, if not the system's default.")
@@ -39,14 +39,14 @@ def evaluate(
         Path | None,
         typer.Option(
             callback=local_path,
-            help="The folder that images and features are kept in; beside --out if not given.",
+            help="The folder in which images and features are kept; by default beside --out.",
         ),
     ] = None,
     num_noises: Annotated[
         int, typer.Option(min=1, help="Images per caption; above 1, diversity is measured too.")
     ] = 1,
     num_resamples: Annotated[
-        int, typer.Option(min=0, help="Resamples of the 95 % intervals; 0 leaves them out.")
+        int, typer.Option(min=0, help="Resamples for the 95 % intervals; 0: no intervals.")
     ] = 1000,
     protocol: Annotated[str, typer.Option(help="pocket, coco2014-30k or coco2017-5k.")] = "pocket",
     captions: Annotated[
@@ -57,7 +57,7 @@ def evaluate(
         ),
     ] = None,
     captions_sha256: Annotated[
-        str | None, typer.Option(help="COCO: refuse captions with another sha256.")
+        str | None, typer.Option(help="COCO: the expected sha256 of the captions; checked.")
     ] = None,
     reference: Annotated[
         Path | None, typer.Option(callback=local_path, help="COCO: the folder of real images.")
@@ -75,7 +75,7 @@ def evaluate(
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="COCO: the system whose images of the same noises to compare with."),
+        typer.Option(help="COCO: the system to compare with, image by image, at the same noise."),
     ] = None,
     device: DeviceOption = "cpu",
     precision: PrecisionOption = "float32",

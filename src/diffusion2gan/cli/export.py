@@ -36,12 +36,18 @@ def generate(
     ],
     prompt: Annotated[list[str], typer.Option(help="A prompt; repeat it for more rows.")],
     out: Annotated[Path, typer.Option(callback=local_path, help="The image file to write.")],
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the first image of each row.")
+    ] = 0,
     per_prompt: Annotated[
         int, typer.Option(min=1, help="Images per prompt, from seeds seed, seed+1, …")
     ] = 4,
-    num_inference_steps: Annotated[int | None, typer.Option(min=1)] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0.0)] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps, if not the system's default.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0.0, help="Guidance, if not the system's default.")
+    ] = None,
     device: DeviceOption = "cpu",
     precision: PrecisionOption = "float32",
 ) -> None:
@@ -56,6 +62,4 @@ def generate(
     seconds = job.generate(system, prompt, seed, per_prompt, out)
     if get_ranks().is_main:
         num_images = len(prompt) * per_prompt
-        typer.echo(
-            f"{out}: {num_images} pictures, {system.note}, {seconds:.4f} seconds per picture"
-        )
+        typer.echo(f"{out}: {num_images} images, {system.note}, {seconds:.4f} seconds per image")

@@ -209,7 +209,7 @@ def pairs_verify(
     vae: VaeOption = None,
     resolution: ResolutionOption = None,
 ) -> None:
-    """Read every shard: checksums, order, seeds, finite numbers, no noise and no latents twice."""
+    """Read every shard: checksums, order, seeds, finite numbers, no duplicate noise or latents."""
     from diffusion2gan.pairs import check, store
     from diffusion2gan.runtime.distributed import resolve_device
     from diffusion2gan.runtime.storage import parse_location
@@ -247,7 +247,7 @@ def pairs_verify(
 
 @pairs_app.command("merge")
 def pairs_merge(
-    folders: Annotated[list[str], typer.Argument(help="Folders that hold shards of one set.")],
+    folders: Annotated[list[str], typer.Argument(help="Folders with shards of one set.")],
     out: Annotated[str, typer.Option(help="The folder of the merged set.")],
 ) -> None:
     """Copy shards of one set, made in several folders, into one folder."""
@@ -263,7 +263,9 @@ def pairs_merge(
 def pairs_export(
     folder: SetArgument,
     out: Annotated[Path, typer.Option(callback=local_path, help="The folder to write.")],
-    format_: Annotated[str, typer.Option("--format", help="webdataset")] = "webdataset",
+    format_: Annotated[
+        str, typer.Option("--format", help="The format to write: webdataset.")
+    ] = "webdataset",
 ) -> None:
     """Write a set in another format: tar shards for WebDataset; run again to continue."""
     from diffusion2gan.pairs import exchange

@@ -56,7 +56,7 @@ def recipe_show(
         if get_origin(field.annotation) is Literal:
             description += f" (one of {', '.join(get_args(field.annotation))})"
         if description:
-            typer.echo(textwrap.indent(textwrap.fill(description.strip(), 90), " " * 6))
+            typer.echo(textwrap.indent(textwrap.fill(description.strip(), 74), " " * 6))
 
 
 def _format(value: Any) -> str:

@@ -38,9 +38,7 @@ def compare(
     """
     # Check everything that needs no model first
     if out.exists() and not out.is_dir():
-        raise UserError(
-            f"--out {out} is a file; give the name of a folder, in which the report is written"
-        )
+        raise UserError(f"--out {out} is a file; give the name of a folder for the report")
     if len(prompts) > MAX_PROMPTS:
         raise UserError(
             f"there are {len(prompts)} prompts, but a report has at most {MAX_PROMPTS}; "
@@ -64,7 +62,7 @@ def compare(
 
 
 def describe_noise(systems: Mapping[str, System | ImageFolder], seed: int) -> str:
-    """Which systems share their noise, and where it comes from, for the foot of the report."""
+    """Which systems share their noise, and its seed, for the foot of the report."""
     shapes = {system.latent_shape for system in systems.values() if isinstance(system, System)}
     if len(shapes) < 2:
         shared_by = "the same for every system in a row"
@@ -74,7 +72,7 @@ def describe_noise(systems: Mapping[str, System | ImageFolder], seed: int) -> st
 
 
 def describe_system(system: System | ImageFolder) -> str:
-    """What the images of a system depend on, for the foot of the report."""
+    """The settings that a system's images depend on, for the foot of the report."""
     if isinstance(system, ImageFolder):
         formats = "+".join(system.formats)
         return f"{len(system.files)} {formats} images, used as they are; content hash {system.key}"

@@ -22,11 +22,11 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 GAP = 8  # between cells
 MIN_SIDE = 128  # smaller images are enlarged
 MAX_SIDE = 512  # larger images are reduced
-MANY_ROWS_SIDE = 256  # the same, if the rows do not fit on one sheet
-# Of a sheet. Further rows are left out of the PNG and start a new page of the PDF.
+MANY_ROWS_SIDE = 256  # used instead of MAX_SIDE if the rows do not fit on one sheet
+# The size of a sheet. Further rows are left out of the PNG and start a new page of the PDF.
 MAX_PIXELS = 48_000_000
 
-MAX_PROMPT_LENGTH = 500  # characters; more never fit into a cell
+MAX_PROMPT_LENGTH = 500  # characters; longer prompts never fit into a cell
 DPI = 200
 INK, FAINT, PAPER, BLANK = "#1c1c1a", "#6b6b66", "#ffffff", "#efefec"
 
@@ -57,7 +57,7 @@ def write_grid(folder: Path, columns: Sequence[Column], prompts: Sequence[str]) 
     first_page = draw_page(0)
     write_image(folder / "grid.png", first_page.save)
 
-    # PDF: each further page is drawn when it is written, so that one is in memory at a time
+    # PDF: each further page is drawn when it is written, so that only one is in memory at a time
     def further_pages() -> Iterator[Image.Image]:
         for start in range(rows, len(prompts), rows):
             yield draw_page(start)
@@ -129,11 +129,15 @@ def compute_layout(
 ) -> Layout:
     """The layout of a grid: text of about 1/18 of a cell, and a header that fits every name."""
     # Every cell has the size of the largest image
-    sizes = []
+    widths = []
+    heights = []
     for column in columns:
-        sizes += [image.size for image in column.images if image is not None]
-    width = max((size[0] for size in sizes), default=min_side)
-    height = max((size[1] for size in sizes), default=min_side)
+        for image in column.images:
+            if image is not None:
+                widths.append(image.width)
+                heights.append(image.height)
+    width = max(widths, default=min_side)
+    height = max(heights, default=min_side)
     cell = _scale_cell(width, height, min_side, max_side)
 
     # Text, and the lines of the longest heading
@@ -206,9 +210,13 @@ def _draw_heading(
     name, note = _heading_lines(column, font, layout.cell[0])
     line = line_height(layout.text)
     x, y = layout.corner(0, index)
+
+    # The note ends just above the image, the name just above the note
     bottom = y - GAP // 2
-    _draw_lines(draw, (x, bottom - (len(name) + len(note)) * line), name, font, INK)
-    _draw_lines(draw, (x, bottom - len(note) * line), note, font, FAINT)
+    note_top = bottom - len(note) * line
+    name_top = note_top - len(name) * line
+    _draw_lines(draw, (x, name_top), name, font, INK)
+    _draw_lines(draw, (x, note_top), note, font, FAINT)
 
 
 def _heading_lines(column: Column, font: Font, width: int) -> tuple[list[str], list[str]]:

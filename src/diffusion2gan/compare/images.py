@@ -52,7 +52,8 @@ def generate_images(
                 batch = prompts[start : start + BATCH_SIZE]
                 indices = range(start, start + len(batch))
                 if isinstance(system, ImageFolder):
-                    images[name] += [Image.fromarray(pixels) for pixels in system.read(indices)]
+                    arrays = system.read(indices)
+                    images[name] += [Image.fromarray(pixels) for pixels in arrays]
                 else:
                     images[name] += _generate_batch(system, batch, indices, seed, cache)
                 bar.advance(len(batch))
@@ -75,7 +76,7 @@ def _generate_batch(
 
 
 def short_digest(texts: Sequence[str]) -> str:
-    """16 hex digits that identify a list of texts, for file names."""
+    """A digest of a list of texts: 16 hex digits, for file names."""
     joined = "\0".join(texts).encode("utf-8", "surrogatepass")
     return hashlib.sha256(joined).hexdigest()[:16]
 

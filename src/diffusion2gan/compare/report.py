@@ -52,9 +52,9 @@ def write_report(
 
     Each file is written atomically.
 
-    `details`: lines for the foot of the page that say where the images come from (seed, guidance…).
-    Raises UserError, before it writes anything, if there is nothing to show or a column has not one
-    image per prompt.
+    `details`: lines for the foot of the page about the origin of the images (seed, guidance, …).
+    Raises UserError, before anything is written, if there is nothing to show or a column does not
+    have one image per prompt.
     """
     folder = Path(folder)
     page = render(columns, prompts, details)
@@ -85,7 +85,7 @@ def render(columns: Sequence[Column], prompts: Sequence[str], details: Mapping[s
     """
     check_columns(columns, prompts)
 
-    # Page size: the more pixels, the smaller the files
+    # Limit the page's size: with more pixels in total, images are compressed more
     embedding = choose_embedding(columns)
     notes = dict(details)
     if embedding.note:
@@ -164,12 +164,12 @@ def _template_row(
 
 
 def choose_embedding(columns: Sequence[Column]) -> Embedding:
-    """Exact images while the page stays light, and smaller files once it would open slowly."""
+    """Exact images if the page is then small enough to open quickly, compressed ones otherwise."""
     num_pixels = 0
     for column in columns:
-        num_pixels += sum(
-            image.width * image.height for image in column.images if image is not None
-        )
+        for image in column.images:
+            if image is not None:
+                num_pixels += image.width * image.height
     if num_pixels <= 24e6:
         return EXACT
     if num_pixels <= 400e6:

@@ -6,6 +6,7 @@ They are laid out as cells for the page and as a Markdown table for `report.md`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -21,8 +22,8 @@ ARROW = {"lower": "↓", "higher": "↑"}
 class Column:
     """One system of a comparison.
 
-    `images`: one image per prompt, None if it is missing; `metrics`: what `evaluate` wrote, may be
-    empty; `note`: a few words such as "50 steps".
+    `images`: one image per prompt, None if it is missing; `metrics`: the metrics from `evaluate`,
+    possibly empty; `note`: a few words such as "50 steps".
     """
 
     name: str
@@ -72,8 +73,8 @@ SHOWN_KEYS = {"intervals", "protocol", *(metric.key for metric in METRICS)}
 class Cell(NamedTuple):
     """One number of the table.
 
-    `best`: it is the best of its row; `interval`: its interval as text, empty if there is none;
-    `tied`: it is not the best, but its interval overlaps that of the best.
+    `best`: the number is the best of its row; `interval`: its interval as text, empty if there is
+    none; `tied`: the number is not the best, but its interval overlaps that of the best.
     """
 
     text: str
@@ -88,7 +89,7 @@ class Cell(NamedTuple):
 def get_number(column: Column, key: str) -> float | None:
     """A number of a column, or None if it has none.
 
-    A same-noise distance of 0 is left out: it is the teacher's distance to itself, no achievement.
+    A same-noise distance of 0 is left out: it is the teacher's distance to itself.
     """
     value = column.metrics.get(key)
     if isinstance(value, bool) or not isinstance(value, float | int):
@@ -152,7 +153,10 @@ def _build_cells(metric: Metric, columns: Sequence[Column]) -> list[Cell]:
             cells.append(Cell(text, is_best))
             continue
         low, high = interval
-        overlaps = any(low <= other[1] and other[0] <= high for other in best_intervals)
+        overlaps = False
+        for best_low, best_high in best_intervals:
+            if low <= best_high and best_low <= high:
+                overlaps = True
         interval_text = f"{metric.text(low)} to {metric.text(high)}"
         cells.append(Cell(text, is_best, interval_text, tied=overlaps and not is_best))
     return cells
@@ -327,6 +331,6 @@ def _markdown_cell(cell: Cell) -> str:
 
 
 def _escape(text: str) -> str:
-    """Puts `text` on one line and escapes what Markdown or HTML would interpret."""
+    """Puts `text` on one line and escapes characters that Markdown or HTML would interpret."""
     one_line = " ".join(text.split())
-    return "".join("\\" + char if char in r"\`*_[]<>|#&!" else char for char in one_line)
+    return re.sub(r"[\\`*_\[\]<>|#&!]", r"\\\g<0>", one_line)

@@ -24,7 +24,7 @@ MIB = 2**20
 
 def dry_run(recipe: Recipe, pairs: Location, price_per_gpu_hour: float | None = None) -> Cost:
     """Estimates the cost of a run (`estimate_cost`) by taking a few steps of it; writes nothing."""
-    # Teacher and pairs, checked as `distill` does
+    # Teacher and pairs, with the same checks as in `distill`
     teacher = load_recipe_teacher(recipe, resolve_device(recipe.device))
     reader = PairReader(pairs, recipe.seed)
     check_pairs(reader.spec, teacher, pairs)
@@ -76,6 +76,7 @@ def estimate_cost(
     checkpoint_size = 2 * num_bytes(trained) + adam_bytes(recipe, trained)
     checkpoint_size += num_bytes(run.discriminator) + adam_bytes(recipe, run.discriminator)
 
+    # Report
     cost: Cost = {
         "student_parameters": num_trainable(trained),
         "discriminator_parameters": num_trainable(run.discriminator),
@@ -108,7 +109,7 @@ def memory_bytes(run: Run) -> dict[str, int]:
     student = num_bytes(trained)
     discriminator = num_bytes(run.discriminator)
 
-    # What is offloaded on a GPU stays in memory on a CPU
+    # Models that are offloaded from a GPU stay in memory if the device is the CPU
     is_cpu = teacher.device.type == "cpu"
     teacher_weights = 0
     if recipe.needs_teacher or is_cpu:

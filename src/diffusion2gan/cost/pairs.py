@@ -54,6 +54,7 @@ def estimate_pairs_cost(
     if spec.keep_noise:
         pair_bytes += latent_bytes
 
+    # Report
     cost: dict[str, float | int] = {
         "network_parameters": sum(p.numel() for p in teacher.network.parameters()),
         "weights_mib": round(weight_bytes / MIB, 1),

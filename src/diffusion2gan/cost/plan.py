@@ -70,9 +70,9 @@ class Assumed:
     """Inputs that are neither measured on these GPUs nor on a data sheet.
 
     utilisation: the share of the peak that UNets reach.
-    loss_share: the time of the perceptual distance as a share of the rest of a step's compute.
+    loss_share: the compute time of the perceptual distance, relative to all else in a step.
     solver_steps: ODE steps per pair, the paper's. `pairs` takes 20 by default.
-    reads_per_core: pairs/s of SD 1.5's size that one core reads; processor time, from
+    reads_per_core: pairs/s of SD 1.5's size that one core reads, by processor time, from
         docs/results/pair_store.json.
     """
 
@@ -108,8 +108,8 @@ def plan(
     """The figures of making `num_pairs` pairs ("pairs") and of training `recipe` ("distill").
 
     Throughput, disk, memory, compute and communication per step, hours and money. The batch of a
-    GPU is split into `gradient_accumulation_steps` micro-batches; by default, whatever the recipe
-    has, into the fewest that fit in memory. Raises UserError for an unknown model or GPU, a LoRA
+    GPU is split into `gradient_accumulation_steps` micro-batches; by default (not the recipe's
+    value) into the fewest that fit in memory. Raises UserError for an unknown model or GPU, a LoRA
     recipe, or a batch that cannot be split evenly.
     """
     if model not in MODELS:
@@ -206,8 +206,8 @@ def forwards_per_pair(adversarial: bool) -> float:
 def _plan_training(model: Model, gpu: Gpu, num_gpus: int, recipe: Recipe) -> dict[str, Any]:
     """Compute, then one all-reduce of float32 gradients per network, not overlapped with it.
 
-    With strategy=fsdp the weights of each network are also gathered once per step: half as much
-    again.
+    With strategy=fsdp the weights of each network are also gathered once per step, which adds half
+    of the traffic of the all-reduce.
     """
     batch = recipe.batch_size
     adversarial = recipe.adversarial_weight > 0

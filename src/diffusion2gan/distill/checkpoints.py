@@ -1,8 +1,8 @@
 """The checkpoints in a run's folder: the newest, some earlier ones, the best.
 
-Each is one file, complete by itself. If the state is sharded over ranks, the file names a folder
-beside it, `parts-…`, with the shards of each rank (`runtime/sharded_checkpoint`). Such a folder
-belongs to the run once a checkpoint names it, and is removed when none does any more.
+Each is one self-contained file. If the state is sharded over ranks, the file names a folder beside
+it, `parts-…`, with the shards of each rank (`runtime/sharded_checkpoint`). Such a folder belongs to
+the run once a checkpoint names it, and is removed when no checkpoint names it any more.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def write(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], recipe: Recipe) -> None:
-    """Writes the newest checkpoint, atomically, and keeps earlier ones as the recipe says."""
+    """Writes the newest checkpoint atomically; keeps earlier ones as the recipe specifies."""
     checkpoint.save(folder / CHECKPOINT, tensors, meta)
     keep(folder, recipe)
 
 
 def unfinished_shards(folder: Path, pairs_seen: int) -> Path:
-    """Where ranks write their shards.
+    """The folder to which ranks write their shards.
 
-    The name is that of a temporary file of CHECKPOINT, so that the next process that locks
-    CHECKPOINT removes what a killed one left behind.
+    It is named like a temporary file of CHECKPOINT, so that the next process that locks CHECKPOINT
+    removes the folder if the writer was killed.
     """
     return folder / f".{CHECKPOINT}.{pairs_seen:09d}.tmp"
 
@@ -55,7 +55,7 @@ def write_sharded(
 
     `files`: the names and sizes in bytes of the shard files.
     """
-    # A resumed run may save at the same progress again, while the folder of before is still named
+    # A resumed run may save again at the same progress, while the earlier folder is still in use
     pairs_seen = meta["pairs_seen"]
     number = 0
     while (folder / f"parts-{pairs_seen:09d}-{number}").exists():
@@ -86,8 +86,8 @@ def keep(folder: Path, recipe: Recipe) -> None:
         if average_loss(meta) < best_loss:
             link(newest, best)
 
-    # 3. Remove old ones. Those with more pairs than the newest are kept: the run was set back to
-    # an earlier checkpoint, and will overwrite them.
+    # 3. Remove old ones. Those with more pairs than the newest are kept: the user has restored an
+    # earlier checkpoint, and the run will overwrite them.
     num_kept = recipe.keep_checkpoints if recipe.keep_checkpoints > 1 else 0
     numbered = []
     for path in sorted(folder.glob(NUMBERED)):
@@ -120,7 +120,7 @@ def pairs_seen_from_name(path: Path) -> int:
 
 
 def link(newest: Path, path: Path) -> None:
-    """Makes `path` another name of `newest`, atomically; a copy if the disk has no hard links."""
+    """Hard-links `path` to `newest`, atomically; copies it if the disk has no hard links."""
     if path.exists() and path.samefile(newest):
         return
     with atomic_write(path) as temporary:
@@ -175,6 +175,6 @@ def check_missing_files(folder: Path) -> None:
         numbered = sorted(folder.glob(NUMBERED))
         last = numbered[-1] if numbered else folder / BEST
         raise UserError(
-            f"{folder} has lost {CHECKPOINT}, its newest checkpoint. To resume from an earlier "
+            f"{folder} lacks {CHECKPOINT}, its newest checkpoint. To resume from an earlier "
             f"one: mv {last} {folder / CHECKPOINT}; to start a new run, choose another --out."
         )

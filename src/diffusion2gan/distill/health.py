@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 AVERAGE_STEPS = 100  # number of steps that a running average covers
-MIN_VALUES = (
-    2 * AVERAGE_STEPS
-)  # values before a quantity may warn: the first ones have faded by then
+# Values before a quantity may cause a warning: by then the first ones have little weight
+MIN_VALUES = 2 * AVERAGE_STEPS
 MAX_SKIPPED_IN_A_ROW = 10
 
 D_TOO_STRONG = "the discriminator is too strong"
@@ -125,7 +124,7 @@ def find_warnings(average: dict[str, float], lowest_loss: float) -> set[str]:
     if average.get("loss", 0.0) > 2 * lowest_loss:
         found.add(DIVERGES)
 
-    # Either
+    # Either network
     if average.get("skipped", 0.0) > 0.05:
         found.add(SKIPS)
     return found
@@ -179,7 +178,7 @@ class Health:
         self.average[key] = previous + (value - previous) / min(count, AVERAGE_STEPS)
 
     def status(self) -> str:
-        """The end of the progress bar's line: running averages and active warnings."""
+        """The last part of the progress bar's line: running averages and active warnings."""
         average = self.average
         items = [f"loss {average.get('loss', math.nan):.4f}"]
         if "accuracy_real" in average:
@@ -193,7 +192,7 @@ class Health:
         return " · ".join([*items, *self.active_warnings])
 
     def state(self) -> dict[str, Any]:
-        """As JSON (which has no infinity); every number is read back exactly."""
+        """As a JSON value (which has no infinity), from which every number is restored exactly."""
         state = asdict(self)
         if math.isinf(self.lowest_loss):
             state["lowest_loss"] = None

@@ -32,7 +32,7 @@ def student_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
 
 
 def discriminator_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
-    """Adam without momentum, in as many bits as the student's. Errors as `student_optimizer`'s."""
+    """Adam without momentum, in 8 bits if the student's is. Raises as `student_optimizer` does."""
     options: dict[str, Any] = {
         "lr": recipe.discriminator_learning_rate,
         "betas": DISCRIMINATOR_BETAS,
@@ -46,7 +46,7 @@ def discriminator_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
 def import_8bit_optimizers() -> Any:
     """bitsandbytes' optimisers (Dettmers et al. 2022).
 
-    Averages are in blocks of 256 at 8 bits; tensors with fewer than 4 096 elements stay in float32.
+    Averages are 8-bit, in blocks of 256; tensors with fewer than 4 096 elements stay in float32.
     Raises UserError if it is not installed, or cannot be loaded on this machine.
     """
     try:

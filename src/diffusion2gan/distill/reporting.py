@@ -1,4 +1,4 @@
-"""What a run reports: log.jsonl, warnings, and the failure after ten skipped steps in a row."""
+"""The reports of a run: log.jsonl, warnings, and the failure after ten skipped steps in a row."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def log_step(run: Run, entry: dict[str, Any], out: Path) -> None:
 
 
 def non_finite_gradients(entry: dict[str, Any]) -> list[str]:
-    """Whose gradients were not finite in this step."""
+    """The networks whose gradients were not finite in this step, as possessives."""
     found = []
     if not math.isfinite(entry["grad_norm"]):
         found.append("the student's")

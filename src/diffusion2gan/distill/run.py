@@ -49,7 +49,7 @@ WEIGHTS = ("student", "ema", "discriminator")
 
 
 class Run:
-    """Everything that a run carries from step to step.
+    """The state of a run that is carried from step to step.
 
     Without an adversarial weight there is no discriminator. With strategy=fsdp on several ranks the
     discriminator and the student are sharded over the ranks, with their optimisers and the average;
@@ -80,8 +80,8 @@ class Run:
                 fsdp.shard(self.discriminator, teacher.device)
             self.discriminator_optimizer = discriminator_optimizer(recipe, self.discriminator)
 
-        # Checkpoints are written in a thread, while training continues; sharded ones exchange
-        # messages between the ranks meanwhile, over a group that nothing else uses.
+        # Checkpoints are written in a thread while training continues. Writing a sharded one needs
+        # communication between the ranks, over a process group that nothing else uses.
         self._background = Background()
         self._background_group = self.group.new_gloo_group() if self.is_sharded else None
 
@@ -103,7 +103,7 @@ class Run:
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """The student has its averaged weights inside the block, and its own again after it."""
+        """Gives the student its averaged weights inside the block; restores its weights after."""
         trained = self.student.trained
         weights = {key: value.detach().clone() for key, value in trained.state_dict().items()}
         trained.load_state_dict(self.ema.shadow)
@@ -133,7 +133,7 @@ class Run:
             self._save_shards(folder, tensors, meta)
             return
 
-        # A copy, because training goes on while it is written
+        # A copy, because training continues while it is written
         copies = {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
         self._background.start(lambda: checkpoints.write(folder, copies, meta, self.recipe))
 
@@ -175,7 +175,7 @@ class Run:
         return tensors
 
     def _save_shards(self, folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-        """Every rank writes its shards; the first one then writes the file that names them."""
+        """Every rank writes its shards; rank 0 then writes the file that names them."""
         assert self._background_group is not None
         shards_folder = checkpoints.unfinished_shards(folder, self.pairs_seen)
         write_shards = sharded_checkpoint.prepare_write(
@@ -236,7 +236,7 @@ def open_run(run: Run, out: Path, spec: PairsSpec, allow_change: Sequence[str] =
                 "a run; start a new run to change other settings."
             )
 
-    # What is in the folder
+    # Contents of the folder
     checkpoints.check_missing_files(out)
     recipe_file = out / "recipe.json"
     checkpoint_file = out / CHECKPOINT
@@ -404,7 +404,7 @@ def load_student(run: Path) -> tuple[Teacher, dict[str, Tensor], dict[str, Any]]
     average = checkpoint.unpack("ema", tensors)
     checkpoint.check_finite(average, f"{file} is of a diverged run or damaged; use another one.")
 
-    # Settings that are newer than the run have their defaults
+    # Settings that did not exist when the run was made get their defaults
     recipe = parse_recipe(described["recipe"], str(folder / "recipe.json"))
     checkpoint.check_counts(file, meta, "pairs_seen")
     teacher = load_recipe_teacher(recipe)
@@ -412,7 +412,7 @@ def load_student(run: Path) -> tuple[Teacher, dict[str, Tensor], dict[str, Any]]
     if teacher.revision != revision:
         raise UserError(
             f"the run in {folder} was distilled from weights {revision}, but its teacher "
-            f"{recipe.teacher!r} now has weights {teacher.revision}; put the old weights back."
+            f"{recipe.teacher!r} now has weights {teacher.revision}; restore the old weights."
         )
 
     described["recipe"] = recipe.model_dump()

@@ -20,7 +20,7 @@ NUM_SAMPLES = 16
 def write_samples(run: Run, out: Path, reader: PairReader) -> None:
     """Writes out/samples/PAIRS_SEEN.png: two rows of the averaged student, two of the teacher.
 
-    With a sharded network all ranks must call this; the first one decodes and writes.
+    With a sharded network all ranks must call this; rank 0 decodes and writes.
     """
     is_main = run.group.ranks.is_main
     if not (is_main or run.is_sharded):

@@ -48,8 +48,8 @@ def step(
 ) -> tuple[dict[str, Any], Flags]:
     """Updates the discriminator, then the student, on one global batch of pairs.
 
-    `get_flags` returns what this rank requests at the end of the step. Returns the step's log
-    entry, and what any rank requested.
+    `get_flags` is called at the end of the step and returns this rank's requests. Returns the
+    step's log entry, and the requests of all ranks together.
     """
     batches = micro_batches(run, pairs)
 
@@ -72,6 +72,7 @@ def discriminator_step(run: Run, batches: Sequence[MicroBatch]) -> dict[str, Any
     optimizer = run.discriminator_optimizer
     assert discriminator is not None and optimizer is not None
 
+    # Prepare the random numbers and the networks
     seed = step_seed(recipe.seed, run.pairs_seen, DISCRIMINATOR)
     generator = torch.Generator("cpu").manual_seed(seed)
     run.group.unshard(run.student.trained, discriminator)
@@ -88,18 +89,21 @@ def discriminator_step(run: Run, batches: Sequence[MicroBatch]) -> dict[str, Any
         # Spectral norms take one power iteration per update, whatever the number of micro-batches
         set_spectral_norm_update(discriminator, batch is batches[0])
 
+        # Forward
         latents = torch.cat([batch.latents, fake[batch.rows]])  # [2b, C, h, w]
         noise = torch.cat([batch.noise, batch.noise])
         cond = Conditioning.concat(batch.cond, batch.cond)
         with run.autocast():
             logits = discriminator(noise, cond, latents)
 
+        # Loss and backward
         halves = [head.chunk(2) for head in logits]
         on_real = [real for real, _ in halves]
         on_fake = [fake for _, fake in halves]
         loss = discriminator_loss(on_real, on_fake) * batch.weight
         loss.backward()
 
+        # For the log
         gan_loss += loss.detach().cpu()
         real_logits.append(on_real)
         fake_logits.append(on_fake)
@@ -115,16 +119,16 @@ def discriminator_step(run: Run, batches: Sequence[MicroBatch]) -> dict[str, Any
     real = scatter_heads(batches, real_logits)
     fakes = scatter_heads(batches, fake_logits)
     (gan_loss, r1, *heads), _ = run.group.sum(discriminator, [gan_loss, r1, *real, *fakes])
-    real, fakes = heads[: len(real)], heads[len(real) :]
+    num_heads = len(real)
+    real = heads[:num_heads]
+    fakes = heads[num_heads:]
 
     # 5. Update: D's learning rate follows the student's schedule
-    rate = (
-        learning_rate(recipe, run.pairs_seen)
-        * recipe.discriminator_learning_rate
-        / recipe.learning_rate
-    )
+    student_rate = learning_rate(recipe, run.pairs_seen)
+    rate = student_rate * recipe.discriminator_learning_rate / recipe.learning_rate
     grad_norm = clip_and_step(optimizer, discriminator.parameters(), rate, recipe.max_grad_norm)
 
+    # 6. Log entry
     entry = {"d_loss": float(gan_loss), "d_grad_norm": grad_norm}
     if with_r1:
         entry["r1"] = float(r1)
@@ -140,13 +144,14 @@ def student_step(
     """One update of the student and of its average on distance + λ·softplus(−D), with D frozen.
 
     λ is zero until D has been trained on `discriminator_warmup` pairs. Returns the step's log
-    entry, and what any rank requested.
+    entry, and the requests of all ranks together.
     """
     recipe = run.recipe
     rate = learning_rate(recipe, run.pairs_seen)
     gan_weight = adversarial_weight(recipe, run.pairs_seen)
     discriminator = run.discriminator if gan_weight > 0 else None
 
+    # Prepare the networks
     run.group.unshard(run.student.trained, discriminator)
     run.optimizer.zero_grad(set_to_none=True)
 
@@ -156,15 +161,18 @@ def student_step(
     outputs = []
     with frozen(discriminator):
         for batch in batches:
+            # Forward
             with run.autocast():
                 latents = run.student(batch.noise, batch.cond)  # [b, C, h, w]
 
-            # The same seed for every micro-batch: `BatchRows` selects its transforms
-            generator = torch.Generator("cpu").manual_seed(step_seed(recipe.seed, run.pairs_seen))
+            # Regression. The same seed for every micro-batch: `BatchRows` selects its transforms
+            seed = step_seed(recipe.seed, run.pairs_seen)
+            generator = torch.Generator("cpu").manual_seed(seed)
             distances = distance(latents, batch.latents, generator, batch.batch_rows)  # [b]
             regression = distances.mean() * batch.weight
             loss = regression
 
+            # GAN
             if discriminator is not None:
                 with run.autocast():
                     logits = discriminator(batch.noise, batch.cond, latents)
@@ -172,6 +180,7 @@ def student_step(
                 loss = regression + gan_weight * adversarial
                 gan_loss += adversarial.detach().cpu()
 
+            # Backward
             loss.backward()
             regression_loss += regression.detach().cpu()
             outputs.append(latents)
@@ -187,6 +196,7 @@ def student_step(
     if math.isfinite(grad_norm):
         run.ema.update(run.student.trained)
 
+    # 4. Log entry
     entry = {"loss": float(regression_loss), "grad_norm": grad_norm}
     if discriminator is not None:
         entry["gan_loss"] = float(gan_loss)
@@ -198,7 +208,7 @@ def student_step(
 def make_fakes(
     run: Run, batches: Sequence[MicroBatch], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The student's latents [B, C, h, w], a share of them mismatched, and which ones, [B] bool.
+    """Returns (the student's latents [B, C, h, w] with a share mismatched, which ones [B] bool).
 
     The mismatched rows are drawn for the global batch; rows of other ranks are zero and not used.
     """
@@ -212,7 +222,7 @@ def make_fakes(
 
 
 def r1_step(run: Run, batches: Sequence[MicroBatch], generator: torch.Generator) -> Tensor:
-    """Adds the gradient of γ/2·‖∇_x ΣD‖² × `r1_every`, at one real sample of the batch, to D's.
+    """Adds the gradient of γ/2·‖∇_x ΣD‖² × `r1_every`, at one real sample, to D's gradients.
 
     Returns ‖∇_x ΣD‖² on the rank that has the sample, zero on the others.
     """
@@ -229,7 +239,8 @@ def r1_step(run: Run, batches: Sequence[MicroBatch], generator: torch.Generator)
 
             with exact_derivatives(latents.device.type):
                 penalty = r1_penalty(run.discriminator, noise, cond, latents)
-                (run.recipe.r1_weight / 2 * run.recipe.r1_every * penalty).backward()
+                loss = run.recipe.r1_weight / 2 * run.recipe.r1_every * penalty
+                loss.backward()
             return penalty.detach().cpu()
     return torch.zeros(())
 
@@ -277,8 +288,10 @@ def micro_batches(run: Run, pairs: Pairs) -> list[MicroBatch]:
     num_batches = run.recipe.gradient_accumulation_steps
     size = len(pairs) // (num_batches * ranks.world_size)
 
+    # Micro-batches are numbered over all ranks
+    first = ranks.rank * num_batches
     batches = []
-    for number in range(ranks.rank * num_batches, (ranks.rank + 1) * num_batches):
+    for number in range(first, first + num_batches):
         rows = slice(number * size, (number + 1) * size)
         noise = noise_from_seeds(pairs.seed[rows], teacher.latent_shape).to(teacher.device)
         latents = pairs.latents[rows].to(teacher.device)
@@ -316,7 +329,8 @@ def clip_and_step(
     """
     for param_group in optimizer.param_groups:
         param_group["lr"] = rate
-    grad_norm = float(fsdp.full_tensor(nn.utils.clip_grad_norm_(parameters, max_grad_norm)))
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    grad_norm = float(fsdp.full_tensor(norm))
     if math.isfinite(grad_norm):
         optimizer.step()
     return grad_norm
@@ -331,15 +345,17 @@ def adversarial_weight(recipe: Recipe, pairs_seen: int) -> float:
 
 def r1_is_due(recipe: Recipe, pairs_seen: int) -> bool:
     """Whether this step has the R1 penalty: every `r1_every`-th, counted from the run's start."""
-    return recipe.r1_weight > 0 and pairs_seen // recipe.batch_size % recipe.r1_every == 0
+    num_steps = pairs_seen // recipe.batch_size
+    return recipe.r1_weight > 0 and num_steps % recipe.r1_every == 0
 
 
 def step_seed(seed: int, pairs_seen: int, stream: int = STUDENT) -> int:
     """The seed of one of a step's random streams: 32 bits, all that torch's CPU generator uses.
 
-    It is mixed from all of its arguments, and differs from the seeds of the pairs' noise.
+    It is a hash of all arguments, and differs from the seeds of the pairs' noise.
     """
-    return int(np.random.SeedSequence([seed, pairs_seen]).generate_state(stream + 1)[stream])
+    sequence = np.random.SeedSequence([seed, pairs_seen])
+    return int(sequence.generate_state(stream + 1)[stream])
 
 
 def learning_rate(recipe: Recipe, pairs_seen: int) -> float:

@@ -26,9 +26,9 @@ class Student(nn.Module):
     computed in float32: ε at T multiplies errors by 14.6, so the output layer and everything after
     it stay in float32 under autocast too, without TF32 on a GPU (`full_float32`).
 
-    With `lora_rank`, the teacher's weights are the base, shared with it and frozen. Trained is only
-    a low-rank addition to the layers whose names end in one of `lora_targets` (Hu et al. 2022,
-    section 4.1), initialised to zero.
+    With `lora_rank`, the teacher's weights are shared and frozen, and only a low-rank addition to
+    the layers whose names end in one of `lora_targets` is trained (Hu et al. 2022, section 4.1). It
+    is initialised to zero.
     """
 
     network: Any
@@ -54,8 +54,8 @@ class Student(nn.Module):
         if gradient_checkpointing:
             self.network.enable_gradient_checkpointing()
 
-        # Its parameters are the network's. Written to __dict__, it is not registered as a
-        # submodule, and parameters() and state_dict() list them once.
+        # `trained` has the same parameters as `network`. Written to __dict__, it is not registered
+        # as a submodule, so that parameters() and state_dict() list them only once.
         self.__dict__["trained"] = self.network if lora_rank == 0 else lora_parameters(self.network)
 
     @classmethod
@@ -71,7 +71,7 @@ class Student(nn.Module):
         return self.teacher.denoise(noise, self.teacher.last_timestep, cond, self.network)
 
     def fused(self) -> dict[str, Tensor]:
-        """The weights of an ordinary network: the trained one's, or the teacher's plus the LoRA."""
+        """The weights of an ordinary network: those trained, or the teacher's plus the LoRA."""
         if self.trained is self.network:
             weights: dict[str, Tensor] = self.network.state_dict()
             return weights
@@ -121,7 +121,7 @@ def add_lora(network: Any, rank: int, targets: Sequence[str]) -> Any:
 
 
 def lora_parameters(network: nn.Module) -> nn.ParameterDict:
-    """The network's trainable parameters, by their names with / for the dots."""
+    """The network's trainable parameters, by name, with / instead of dots."""
     parameters = nn.ParameterDict()
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:

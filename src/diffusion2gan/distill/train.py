@@ -31,7 +31,7 @@ def distill(recipe: Recipe, pairs: Location, out: Path, allow_change: Sequence[s
     """Trains until `recipe.total_pairs`.
 
     Writes checkpoints, log.jsonl and sample sheets into `out`. Under torchrun all ranks train one
-    run, and the first one writes. SIGTERM saves the run and ends the process with exit code 0
+    run, and rank 0 writes. SIGTERM saves the run and ends the process with exit code 0
     (torchrun itself, if it receives the signal, ends with 1). `allow_change`: settings that may
     differ from those of the run in `out` (`open_run`).
     """
@@ -85,7 +85,7 @@ def train(run: Run, reader: PairReader, distance: Distance, out: Path) -> None:
             if pairs_before // recipe.sample_every != run.pairs_seen // recipe.sample_every:
                 write_samples(run, out, reader)
 
-            # Checkpoint: after skipped steps, the one from before them is kept
+            # Checkpoint: not right after skipped steps, so that the one from before them is kept
             if flags.stop or (flags.save and run.health.skipped_in_a_row == 0):
                 run.save(out)
                 control.checkpoint_written()
@@ -101,10 +101,10 @@ def train(run: Run, reader: PairReader, distance: Distance, out: Path) -> None:
 
 
 def free_memory(run: Run, folder: Location, spec: PairsSpec) -> None:
-    """Removes from the device what training does not use.
+    """Removes the models that training does not use from the device.
 
     These are the text encoders, if the prompts' embeddings are kept on disk, and the teacher's
-    network and VAE, if the recipe's loss does not need them.
+    network and VAE, if the recipe does not need them.
     """
     recipe = run.recipe
     teacher = run.teacher
@@ -126,8 +126,8 @@ def free_memory(run: Run, folder: Location, spec: PairsSpec) -> None:
 
 
 def exit_after_signal(number: int | None) -> NoReturn:
-    """Ends a saved run: after Ctrl-C as interrupted, after SIGTERM (on any rank) as successful."""
+    """Ends the process of a saved run: Ctrl-C counts as an interrupt, SIGTERM as success."""
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    console.print("stopped and saved; the same command continues")
+    console.print("stopped and saved; run the same command to continue")
     raise SystemExit(0)

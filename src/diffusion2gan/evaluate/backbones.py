@@ -38,7 +38,7 @@ INCEPTION_SIDE = 299
 REMEDY = (
     "install the extra: pip install 'diffusion2gan[eval]' with a torchvision made for this torch"
 )
-BICUBIC = 3  # Pillow's number of the filter, in preprocessor_config.json
+BICUBIC = 3  # Pillow's number for the filter, as written in preprocessor_config.json
 TEXT_BATCH = 64
 
 
@@ -105,7 +105,7 @@ def load_inception(
     digest = _check_inception_weights(weights, expected)
     module = import_torch_fidelity("feature_extractor_inceptionv3")
 
-    # torch-fidelity loads its file with pickle, so it gets one that is written here from tensors
+    # torch-fidelity loads its file with pickle, so give it a file that contains only these tensors
     state = torch.load(weights, map_location="cpu", weights_only=True)
     safe_file = io.BytesIO()
     torch.save(state, safe_file)
@@ -135,7 +135,7 @@ def import_torch_fidelity(module: str) -> Any:
 
 
 def _check_inception_weights(weights: Path, expected: str) -> str:
-    """The sha256 of the file. Raises UserError if it is missing or another one."""
+    """The sha256 of the file. Raises UserError if the file is missing or has another sha256."""
     if not weights.is_file():
         raise UserError(f"no weights file {weights}; download torch-fidelity's {INCEPTION_FILE}")
     digest = sha256(weights)
@@ -245,7 +245,8 @@ def load_preprocessing(folder: Path) -> Callable[[Images], Tensor]:
             cropped.append(resized[top : top + crop, left : left + crop])
 
         # Normalise
-        values = (np.stack(cropped).astype(np.float32) / 255 - mean) / std
+        scaled = np.stack(cropped).astype(np.float32) / 255
+        values = (scaled - mean) / std
         return from_numpy(values).permute(0, 3, 1, 2).contiguous()
 
     return preprocess

@@ -69,7 +69,7 @@ def evaluate_coco(settings: EvaluateSettings, protocol: Protocol) -> dict[str, A
     """
     if protocol.count is None:
         raise UserError(
-            f"--protocol {protocol.name} makes its captions itself; it is no COCO protocol"
+            f"--protocol {protocol.name} generates its captions itself; it is not a COCO protocol"
         )
     if settings.captions is None or settings.reference is None:
         raise UserError(f"--protocol {protocol.name} needs --captions FILE and --reference FOLDER")
@@ -84,7 +84,7 @@ def evaluate_coco(settings: EvaluateSettings, protocol: Protocol) -> dict[str, A
     )
     check_num_noises(system, settings.num_noises)
 
-    # Images; the teacher's from the same noises, and further noises for the diversity
+    # Images; the teacher's images from the same noise; images from further noise for the diversity
     batch_size = settings.batch_size or 1
     image_set = ImageSet(system, captions, settings.seed, settings.cache, batch_size=batch_size)
     image_sets = [image_set]
@@ -96,7 +96,7 @@ def evaluate_coco(settings: EvaluateSettings, protocol: Protocol) -> dict[str, A
     if not generate_on_all_ranks(image_sets):
         return {}
 
-    # Metrics, and what they were measured with
+    # Metrics, and the system's settings
     result = measure(
         image_set,
         protocol,
@@ -146,7 +146,7 @@ def measure(
     - DINOv2, or CLIP without it: `same_noise_distance` to the images of `teacher`, and with
       `num_noises` above 1 `diversity` on the first captions.
 
-    Fréchet distances of that many dimensions have no interval: one resample would take minutes.
+    These Fréchet distances have no interval: with so many dimensions one resample takes minutes.
     """
     captions, side = image_set.prompts, protocol.side
     folder = _feature_folder(image_set)
@@ -196,10 +196,11 @@ def measure(
         results.append(Metric("cmmd", value, interval=interval))
 
     if spaces.dinov2 is not None:
+        # Fréchet distance in DINOv2 features
         distance = _frechet_distance(*extract_both(spaces.dinov2))
         results.append(Metric("frechet_distance_dinov2", distance))
 
-    # What it was measured on and with
+    # The data, the protocol and the feature networks
     result: dict[str, Any] = {"system": image_set.system.name}
     result |= metrics_to_dict(results, num_resamples) | extra
     result |= {
@@ -236,7 +237,7 @@ def measure_similarity(
     if space is None:
         raise UserError(
             "--teacher and --num-noises compare generated images with one another and need a "
-            "feature network for it: name --dinov2 or --clip for it"
+            "feature network: give --dinov2 or --clip"
         )
     system = image_set.system
     folder = _feature_folder(image_set)

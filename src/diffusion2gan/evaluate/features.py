@@ -101,7 +101,7 @@ def probe_features(probe: models.Probe, images: Images) -> NDArray[np.float32]:
 def score_attributes(
     probe: models.Probe, images: Images, prompts: Sequence[str]
 ) -> dict[str, list[bool]]:
-    """Kind of attribute → whether the probe finds each stated attribute in the image.
+    """Whether the probe finds each stated attribute in the image, by kind of attribute.
 
     One entry per attribute that a prompt states:
 
@@ -125,27 +125,30 @@ def score_attributes_per_image(
     probe: models.Probe, images: Images, prompts: Sequence[str]
 ) -> list[dict[str, list[bool]]]:
     """`score_attributes` of each image."""
-    logits = models.split_logits(torch.cat([probe(batch) for batch in _batches(images)]))
+    # The probe's logits
+    outputs = [probe(batch) for batch in _batches(images)]
+    logits = models.split_logits(torch.cat(outputs))
     grounds = list(scenes.GROUNDS)
     colours = list(scenes.COLOURS)
     patterns = list(scenes.PATTERNS)
 
-    # [N, shape, value]
+    # Logits of combinations, [N, shape, colour or pattern]
     num_shapes = len(scenes.SHAPES)
     colour_logits = logits["shape_colour"].reshape(-1, num_shapes, len(colours))
     pattern_logits = logits["shape_pattern"].reshape(-1, num_shapes, len(patterns))
 
+    # Compare them with the attributes that each prompt states
     rows = []
     for i, prompt in enumerate(prompts):
         stated = scenes.parse_caption(prompt)
         answers: dict[str, list[bool]] = {kind: [] for kind in ATTRIBUTES}
 
         # Count and ground: the most likely class
-        count = int(logits["count"][i].argmax()) + 1
-        answers["count"].append(count == stated.count)
+        count_class = int(logits["count"][i].argmax())
+        answers["count"].append(count_class + 1 == stated.count)
         if stated.ground is not None:
-            ground = grounds[int(logits["ground"][i].argmax())]
-            answers["ground"].append(ground == stated.ground)
+            ground_class = int(logits["ground"][i].argmax())
+            answers["ground"].append(grounds[ground_class] == stated.ground)
 
         # Shape, colour and pattern of each object
         for k, name in enumerate(stated.shape):
@@ -157,11 +160,14 @@ def score_attributes_per_image(
             colour = stated.colour[k]
             if colour is not None:
                 likely = _top_k(colour_logits[i, shape], num_same_shape)
-                answers["colour"].append(is_present and colours.index(colour) in likely)
+                is_likely = colours.index(colour) in likely
+                answers["colour"].append(is_present and is_likely)
+
             pattern = stated.pattern[k]
             if pattern is not None:
                 likely = _top_k(pattern_logits[i, shape], num_same_shape)
-                answers["pattern"].append(is_present and patterns.index(pattern) in likely)
+                is_likely = patterns.index(pattern) in likely
+                answers["pattern"].append(is_present and is_likely)
         rows.append(answers)
     return rows
 

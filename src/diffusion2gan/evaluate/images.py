@@ -20,8 +20,10 @@ from diffusion2gan.runtime.distributed import connect_ranks, get_ranks
 from diffusion2gan.runtime.progress import Bar, console
 from diffusion2gan.runtime.stop import stop_signal
 
-NOISE_SET = 128  # + seed: noises that no set of pairs with a seed below 128 has
-NOISE_STRIDE = 2**18  # noise k of caption i is number i + k · NOISE_STRIDE of its set
+# The evaluation with seed s uses the noise of pair set NOISE_SET + s, so it shares no noise with
+# training pairs, whose sets usually have seeds below 128
+NOISE_SET = 128
+NOISE_STRIDE = 2**18  # noise k of caption i is that of pair i + k · NOISE_STRIDE
 MAX_NOISES = 64  # images per caption
 MAX_DIVERSITY = 256  # captions that get further noises
 CHUNK = 64  # images per file of the cache
@@ -33,7 +35,7 @@ Images = NDArray[np.uint8]
 class ImageSet:
     """One image of each prompt by `system`, each from the prompt's noise number `noise_index`.
 
-    `cache`: the folder that generated images are kept in. `batch_size`: images generated at once.
+    `cache`: the folder in which generated images are kept. `batch_size`: images generated at once.
     """
 
     system: System | ImageFolder
@@ -79,12 +81,12 @@ def iterate_images(
 
     Generated images are kept in the cache and not generated again. With `world_size` above 1 only
     every `world_size`-th list is yielded, starting with number `rank`. Raises UserError if a folder
-    lacks the image of a prompt, and KeyboardInterrupt between two lists if the process is to stop.
+    lacks the image of a prompt, and KeyboardInterrupt between two lists after a stop signal.
     """
     system, prompts = image_set.system, image_set.prompts
     starts = range(0, len(prompts), CHUNK)[rank::world_size]
 
-    # A folder is checked now, not after an hour of computing features
+    # Check a folder now, not after an hour of computing features
     if isinstance(system, ImageFolder):
         system.check(range(len(prompts)))
         if len(system.files) > len(prompts):
@@ -112,7 +114,8 @@ def _load_or_generate(
 ) -> Images:
     """[N, H, W, 3]: images of `prompts`, the first of which has index `start`.
 
-    Read from the cache; generated and written to it if they are not there, or of other prompts.
+    They are read from the cache. If it lacks them, or has images of other prompts, they are
+    generated and written to it.
     """
     indices = range(start, start + len(prompts))
     seeds = noise_seeds(image_set.seed, indices, image_set.noise_index)

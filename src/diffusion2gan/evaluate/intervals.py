@@ -1,4 +1,4 @@
-"""Bootstrap intervals: how much a number would change with other captions."""
+"""Bootstrap intervals: how much a metric would change with other captions."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def bootstrap(
 
     `statistic` is a function of the indices of the captions used, with repeats. Captions are drawn
     with replacement (Efron 1979), together with their images and references, `num_resamples`
-    times; the quantiles of the results are moved as described in `interval_around`. `point` is the
-    statistic of all captions, computed here if not given. The same `seed` draws the same captions.
+    times; the quantiles of the results are shifted as described in `interval_around`. `point` is
+    the statistic of all captions, computed if not given. The same `seed` draws the same captions.
     """
     rng = np.random.default_rng(seed)
     if point is None:
@@ -50,16 +50,16 @@ def bootstrap(
 def interval_around(
     point: float, outcomes: Sequence[float] | NDArray[np.floating], level: float = LEVEL
 ) -> Interval:
-    """The quantiles of `outcomes`, the resamples' statistics, moved so that their mean is `point`.
+    """The quantiles of `outcomes`, the resamples' statistics, shifted to have the mean `point`.
 
-    `point` is the statistic of all captions. The move matters for Fréchet distances: a resample
-    has only 63 % different images, so its covariance is less well estimated and its distance
-    larger, and plain quantiles can exclude the number they belong to. The interval describes what
-    this many images give on average: the bias of a small number of images is in the number, not in
-    the interval.
+    `point` is the statistic of all captions. The shift matters for Fréchet distances: a resample
+    has only 63 % distinct images, so its covariance is estimated less well and its distance is
+    larger, and plain quantiles can exclude `point` itself. The interval describes the variation
+    with this many images; the bias of a small number of images is in `point`, not in the interval.
     """
     values = np.asarray(outcomes, np.float64)
-    low, high = np.quantile(values - values.mean(), [(1 - level) / 2, (1 + level) / 2])
+    deviations = values - values.mean()
+    low, high = np.quantile(deviations, [(1 - level) / 2, (1 + level) / 2])
     return float(point + low), float(point + high)
 
 
@@ -75,7 +75,7 @@ def resample_counts(count: int, num_resamples: int, seed: int = 0) -> NDArray[np
 def bootstrap_kernel(
     distances: KernelDistances, a: Features, b: Features, *, paired: bool, num_resamples: int
 ) -> tuple[float, Interval | None]:
-    """A kernel distance of `a` and `b`, and its interval, from one pass over the kernel's table.
+    """A kernel distance of `a` and `b`, and its interval, from one pass over the kernel matrix.
 
     `paired`: row i of `a` and of `b` belong to the same caption and are drawn together; otherwise
     `b` is not resampled. Between equal distributions such a distance depends on pairs of captions
@@ -88,10 +88,12 @@ def bootstrap_kernel(
         num = 0
 
     # Row 0: all captions once, which gives the distance itself
-    counts_a = np.vstack([np.ones((1, len(a))), resample_counts(len(a), num)])
+    all_once = np.ones((1, len(a)))
+    counts_a = np.vstack([all_once, resample_counts(len(a), num)])
     counts_b = counts_a if paired else np.ones((1, len(b)))
     values = distances(a, b, counts_a, counts_b)
 
+    # The distance and its interval
     point = float(values[0])
     if num == 0:
         return point, None
@@ -116,6 +118,7 @@ def bootstrap_mean(
     denominators = np.asarray(weights, np.float64)
 
     def ratio(rows: Rows) -> float:
-        return float(values[rows].sum() / denominators[rows].sum())
+        numerator = values[rows].sum()
+        return float(numerator / denominators[rows].sum())
 
     return bootstrap(ratio, len(values), num_resamples=num_resamples, seed=seed, level=level)

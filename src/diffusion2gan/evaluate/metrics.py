@@ -1,6 +1,6 @@
 """Metrics as pure functions of feature arrays, computed in float64.
 
-In functions of two sets, `a` are the features of a system's images, `b` those of the reference.
+In functions of two sets, `a` has the features of a system's images, `b` those of the reference.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from diffusion2gan.errors import UserError
 Features = NDArray[np.floating]
 Distance = Callable[[Features, Features], Features]  # (a [B, …], b [B, …]) → [B]
 
-BLOCK = 1024  # rows per block of a table of all pairs, so that memory stays BLOCK × N
+BLOCK = 1024  # rows per block of a matrix of all pairs, so that its memory is BLOCK × N
 NEAREST_PRECISION = 3  # neighbours (k) of precision and recall: Kynkäänniemi et al. 2019
 NEAREST_DENSITY = 5  # neighbours (k) of density and coverage: Naeem et al. 2020
 
@@ -35,14 +35,20 @@ def frechet_distance(a: Features, b: Features) -> float:
     b = np.asarray(b, np.float64)
     _check_num_rows(len(a), len(b))
 
-    # Σ = rootᵀ root
+    # Covariances: Σ = rootᵀ root
     root_a = _covariance_root(a)
     root_b = _covariance_root(b)
     trace_of_root = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
-    traces = np.square(root_a).sum() + np.square(root_b).sum() - 2 * trace_of_root
+    trace_a = np.square(root_a).sum()
+    trace_b = np.square(root_b).sum()
+    traces = trace_a + trace_b - 2 * trace_of_root
+
+    # Means
+    shift = a.mean(0) - b.mean(0)
+    squared_shift = np.square(shift).sum()
 
     # Rounding can make the distance of two equal sets slightly negative
-    return float(max(0.0, np.square(a.mean(0) - b.mean(0)).sum() + traces))
+    return float(max(0.0, squared_shift + traces))
 
 
 def _covariance_root(x: Features) -> Features:
@@ -93,14 +99,19 @@ def frechet_distance_of_moments(a: Moments, b: Moments) -> float:
     """`frechet_distance` from moments. Raises UserError if a set has fewer than two rows."""
     _check_num_rows(a.count, b.count)
 
-    # Σ = root rootᵀ; the nuclear norm of `inner` is the sum of its singular values
+    # Covariances: Σ = root rootᵀ; the nuclear norm of `inner` is the sum of its singular values
     root_a = _symmetric_root(a.covariance())
     root_b = _symmetric_root(b.covariance())
     inner = root_a.T @ root_b
-    trace_of_root = np.sqrt(np.linalg.eigvalsh(inner.T @ inner).clip(0)).sum()
-    traces = np.square(root_a).sum() + np.square(root_b).sum() - 2 * trace_of_root
+    squared_singular_values = np.linalg.eigvalsh(inner.T @ inner).clip(0)
+    trace_of_root = np.sqrt(squared_singular_values).sum()
+    trace_a = np.square(root_a).sum()
+    trace_b = np.square(root_b).sum()
+    traces = trace_a + trace_b - 2 * trace_of_root
 
-    return float(max(0.0, np.square(a.mean - b.mean).sum() + traces))
+    # Means
+    squared_shift = np.square(a.mean - b.mean).sum()
+    return float(max(0.0, squared_shift + traces))
 
 
 def _symmetric_root(covariance: Features) -> Features:
@@ -134,7 +145,9 @@ def kernel_distance(a: Features, b: Features) -> float:
     random subsets of 1 000 rows: the same expectation, with more variance. May be slightly
     negative. Raises UserError if a set has fewer than two rows.
     """
-    return float(kernel_distances(a, b, np.ones((1, len(a))), np.ones((1, len(b))))[0])
+    counts_a = np.ones((1, len(a)))
+    counts_b = np.ones((1, len(b)))
+    return float(kernel_distances(a, b, counts_a, counts_b)[0])
 
 
 def kernel_distances(a: Features, b: Features, counts_a: Features, counts_b: Features) -> Features:
@@ -142,7 +155,7 @@ def kernel_distances(a: Features, b: Features, counts_a: Features, counts_b: Fea
 
     Resample r contains row i of `a` counts_a[r, i] times and row j of `b` counts_b[r, j] times,
     with `counts_a` [R, N] and `counts_b` [R, M]; one of them may have a single row, which then
-    applies to all resamples. The kernel's table is computed once, whatever R is. No image is
+    applies to all resamples. The kernel matrix is computed once, whatever R is. No image is
     compared with itself or with its repeats. Raises UserError if a set has fewer than two rows.
     """
     a = np.asarray(a, np.float64)
@@ -154,6 +167,7 @@ def kernel_distances(a: Features, b: Features, counts_a: Features, counts_b: Fea
             "--reference)"
         )
 
+    # Mean kernel values within each set and across the sets
     within_a = _mean_cubic_kernel_within(a, counts_a)
     within_b = _mean_cubic_kernel_within(b, counts_b)
     num_pairs = counts_a.sum(1) * counts_b.sum(1)
@@ -164,8 +178,12 @@ def kernel_distances(a: Features, b: Features, counts_a: Features, counts_b: Fea
 def _mean_cubic_kernel_within(x: Features, counts: Features) -> Features:
     """[R]: the mean kernel value of all pairs of different rows of `x` [N, D] in each resample."""
     total = _weighted_sum(_cubic_kernel(x, x), counts, counts)
-    diagonal = np.square(counts) @ (np.square(x).sum(1) / x.shape[1] + 1) ** 3
-    num_pairs = np.square(counts.sum(1)) - np.square(counts).sum(1)
+
+    # Without a row's pairs with itself and with its repeats
+    squared_counts = np.square(counts)
+    squared_norms = np.square(x).sum(1)
+    diagonal = squared_counts @ (squared_norms / x.shape[1] + 1) ** 3
+    num_pairs = np.square(counts.sum(1)) - squared_counts.sum(1)
 
     # num_pairs is 0 if a resample consists of repeats of one row
     return np.asarray((total - diagonal) / np.maximum(num_pairs, 1))
@@ -177,7 +195,9 @@ def cmmd(a: Features, b: Features) -> float:
     Jayasumana et al. 2024. `a` [N, D] and `b` [M, D] are CLIP embeddings, which are normalised to
     unit length here, as in the authors' code.
     """
-    return float(cmmds(a, b, np.ones((1, len(a))), np.ones((1, len(b))))[0])
+    counts_a = np.ones((1, len(a)))
+    counts_b = np.ones((1, len(b)))
+    return float(cmmds(a, b, counts_a, counts_b)[0])
 
 
 def cmmds(a: Features, b: Features, counts_a: Features, counts_b: Features) -> Features:
@@ -196,11 +216,12 @@ def _mean_gaussian_kernel(
 ) -> Features:
     """[R]: the mean kernel value of all pairs of a row of `a` and a row of `b` in each resample."""
     num_pairs = counts_a.sum(1) * counts_b.sum(1)
-    return np.asarray(_weighted_sum(_gaussian_kernel(a, b), counts_a, counts_b) / num_pairs)
+    total = _weighted_sum(_gaussian_kernel(a, b), counts_a, counts_b)
+    return np.asarray(total / num_pairs)
 
 
 def _weighted_sum(blocks: Iterator[Features], counts_a: Features, counts_b: Features) -> Features:
-    """[R]: Σ counts_a[r, i] · table[i, j] · counts_b[r, j], the table given in blocks of rows."""
+    """[R]: Σ counts_a[r, i] · matrix[i, j] · counts_b[r, j], the matrix given in blocks of rows."""
     total = np.zeros(len(counts_a))
     start = 0
     for block in blocks:
@@ -212,8 +233,10 @@ def _weighted_sum(blocks: Iterator[Features], counts_a: Features, counts_b: Feat
 
 def _cubic_kernel(a: Features, b: Features) -> Iterator[Features]:
     """[≤ BLOCK, M] kernel values (x·y/D + 1)³ of rows of `a` with all of `b`, block by block."""
+    dimension = a.shape[1]
     for start in range(0, len(a), BLOCK):
-        yield (a[start : start + BLOCK] @ b.T / a.shape[1] + 1) ** 3
+        rows = a[start : start + BLOCK]
+        yield (rows @ b.T / dimension + 1) ** 3
 
 
 def _gaussian_kernel(a: Features, b: Features, sigma: float = 10.0) -> Iterator[Features]:
@@ -224,14 +247,17 @@ def _gaussian_kernel(a: Features, b: Features, sigma: float = 10.0) -> Iterator[
 
 def _squared_distances(a: Features, b: Features) -> Iterator[Features]:
     """[≤ BLOCK, M] squared distances of the rows of `a` to all of `b`, block by block."""
-    norms = np.square(b).sum(1)
+    norms_b = np.square(b).sum(1)
     for start in range(0, len(a), BLOCK):
         rows = a[start : start + BLOCK]
-        yield np.maximum(np.square(rows).sum(1)[:, None] + norms - 2 * rows @ b.T, 0)
+        norms_a = np.square(rows).sum(1)[:, None]
+        squares = norms_a + norms_b - 2 * rows @ b.T
+        yield np.maximum(squares, 0)
 
 
 def _normalize_rows(x: Features) -> Features:
-    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12))
+    norms = np.linalg.norm(x, axis=-1, keepdims=True)
+    return np.asarray(x / np.maximum(norms, 1e-12))
 
 
 # ----------------------------------------------------------------- fidelity and variety separately
@@ -272,7 +298,7 @@ def manifold(a: Features, b: Features) -> Manifold:
             "images (--count, or a larger --reference)"
         )
 
-    # With small numbers, |x|² + |y|² − 2x·y loses no digits
+    # Centre the features: with small numbers |x|² + |y|² − 2x·y loses no digits
     centre = b.mean(0)
     a = a - centre
     b = b - centre
@@ -281,12 +307,13 @@ def manifold(a: Features, b: Features) -> Manifold:
     radii_a = _squared_radii(a, (NEAREST_PRECISION,))[:, 0]
     radii_b, wide_radii_b = _squared_radii(b, (NEAREST_PRECISION, NEAREST_DENSITY)).T
 
-    # One pass over the table of distances between the sets
+    # One pass over the matrix of distances between the sets
     precision = []
     density = []
     recall = np.zeros(len(b), bool)
     coverage = np.zeros(len(b), bool)
-    for start, squares in zip(range(0, len(a), BLOCK), _squared_distances(a, b), strict=True):
+    starts = range(0, len(a), BLOCK)
+    for start, squares in zip(starts, _squared_distances(a, b), strict=True):
         precision.append((squares <= radii_b).any(1))
         density.append((squares <= wide_radii_b).sum(1) / NEAREST_DENSITY)
         recall |= (squares <= radii_a[start : start + BLOCK, None]).any(0)
@@ -303,12 +330,16 @@ def manifold(a: Features, b: Features) -> Manifold:
 def _squared_radii(x: Features, ks: Sequence[int]) -> Features:
     """[N, len(ks)]: squared distance of a row to its k-th nearest other row, plus rounding."""
     radii = []
-    for start, squares in zip(range(0, len(x), BLOCK), _squared_distances(x, x), strict=True):
-        # A row itself comes before every other
+    starts = range(0, len(x), BLOCK)
+    for start, squares in zip(starts, _squared_distances(x, x), strict=True):
+        # Index 0 of the sorted distances is always the row itself
         rows = np.arange(len(squares))
         squares[rows, start + rows] = -1
-        radii.append(np.partition(squares, ks, axis=1)[:, list(ks)])
-    return np.concatenate(radii) + 1e-12 * np.square(x).sum(1).max()
+        partitioned = np.partition(squares, ks, axis=1)
+        radii.append(partitioned[:, list(ks)])
+
+    rounding = 1e-12 * np.square(x).sum(1).max()
+    return np.concatenate(radii) + rounding
 
 
 # ----------------------------------------------------------------------------- metrics per image
@@ -319,7 +350,8 @@ def cosine_similarity(a: Features, b: Features) -> Features:
     a = np.asarray(a, np.float64)
     b = np.asarray(b, np.float64)
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    return np.asarray((a * b).sum(-1) / np.maximum(norms, 1e-12))
+    products = (a * b).sum(-1)
+    return np.asarray(products / np.maximum(norms, 1e-12))
 
 
 def clip_score(image_embeds: Features, text_embeds: Features) -> float:
@@ -384,7 +416,7 @@ def accuracy(correct: Sequence[bool]) -> float:
 def check_features(features: Features, name: str) -> None:
     """Raises UserError if some of the features [N, …] are not finite.
 
-    `name` of the feature network, for the message, which counts the images and names the first.
+    `name`: the feature network, for the message, which counts the images and names the first.
     """
     finite = np.isfinite(features).reshape(len(features), -1).all(1)
     bad = np.flatnonzero(~finite)

@@ -48,7 +48,7 @@ HELD_OUT_WORLD = 1000  # + seed: captions and images that no training stage uses
 
 
 def evaluate_pocket(settings: EvaluateSettings) -> dict[str, Any]:
-    """All metrics of a system on held-out captions. An empty dict on all ranks but the first.
+    """All metrics of a system on held-out captions; an empty dict on other ranks than 0.
 
     Raises UserError if `count` or `seed` is out of range, or the images are not 64 × 64 pixels.
     """
@@ -69,13 +69,14 @@ def evaluate_pocket(settings: EvaluateSettings) -> dict[str, Any]:
     teacher = load_system("pocket-teacher", device=device, precision=precision)
     prompts = scenes.captions(range(count), HELD_OUT_WORLD + seed)
 
-    # Images from the same noises; further noises for the diversity
+    # Images from the same noise; images from further noise for the diversity
     image_set = ImageSet(system, prompts, seed, settings.cache)
     teacher_set = replace(image_set, system=teacher)
     diversity_sets = diversity_image_sets(image_set, settings.num_noises)
     if not generate_on_all_ranks([image_set, teacher_set, *diversity_sets[1:]]):
         return {}
 
+    # On rank 0 all images are now in the cache or generated
     images = collect_pocket_images(image_set)
     teacher_images = images
     if system.key != teacher.key:
@@ -84,7 +85,7 @@ def evaluate_pocket(settings: EvaluateSettings) -> dict[str, Any]:
     if settings.num_noises > 1:
         several = np.stack([collect_pocket_images(s) for s in diversity_sets], axis=1)
 
-    # Metrics, and what they were measured with
+    # Metrics, and the settings and weights that they were measured with
     result: dict[str, Any] = {"system": settings.system}
     result |= measure(
         images,
@@ -127,13 +128,15 @@ def measure(
     patches = probe_features(probe, np.ascontiguousarray(centre_crop(images, POCKET.patch)))
     patches_real = probe_features(probe, np.ascontiguousarray(centre_crop(real, POCKET.patch)))
 
+    # Checks
     metrics.check_features(features, "probe")
     metrics.check_features(clip_features.image_embeds, "CLIP")
     dimension = features.shape[1]
     warn_if_few_images(len(images), dimension, f"use --count {dimension + 1} or more")
 
     # Fréchet distances
-    embeds, embeds_real = clip_features.image_embeds, clip_real.image_embeds
+    embeds = clip_features.image_embeds
+    embeds_real = clip_real.image_embeds
     results = [
         _frechet_metric("frechet_distance", features, features_real, num_resamples),
         _frechet_metric("frechet_distance_clip", embeds, embeds_real, num_resamples),
@@ -142,7 +145,8 @@ def measure(
 
     # CLIP score
     score = metrics.clip_score(embeds, text_embeds)
-    results.append(Metric("clip_score", score, metrics.cosine_similarity(embeds, text_embeds)))
+    per_caption = metrics.cosine_similarity(embeds, text_embeds)
+    results.append(Metric("clip_score", score, per_caption))
 
     # Attributes
     answers = score_attributes_per_image(probe, images, prompts)
@@ -213,7 +217,9 @@ def _attribute_accuracy(
 
     In the interval, a caption's weight is the number of attributes it states.
     """
+    # Collect the answers by kind and by caption
     by_kind: dict[str, list[bool]] = {kind: [] for kind in ATTRIBUTES}
+    all_answers: list[bool] = []
     num_correct = np.zeros(len(answers))
     num_stated = np.zeros(len(answers))
     for i, row in enumerate(answers):
@@ -222,7 +228,10 @@ def _attribute_accuracy(
             num_correct[i] += sum(correct)
             num_stated[i] += len(correct)
 
-    value = metrics.accuracy([answer for kind in by_kind.values() for answer in kind])
+    # Accuracies
+    for kind_answers in by_kind.values():
+        all_answers.extend(kind_answers)
+    value = metrics.accuracy(all_answers)
     accuracy_by_kind = {kind: metrics.accuracy(correct) for kind, correct in by_kind.items()}
     return Metric("attribute_accuracy", value, num_correct, num_stated), accuracy_by_kind
 
@@ -239,14 +248,14 @@ def real_images(count: int, seed: int) -> Images:
 def collect_pocket_images(image_set: ImageSet) -> Images:
     """[N, 64, 64, 3]: one image per prompt.
 
-    Raises UserError if an image has another size: this protocol resizes nothing.
+    Raises UserError if an image has another size: this protocol does not resize.
     """
     images = collect_images(image_set)
     for image in images:
         height, width = image.shape[:2]
         if (height, width) != (POCKET.side, POCKET.side):
             raise UserError(
-                f"{image_set.system.name} makes {width}×{height} images; the pocket protocol "
-                f"measures {POCKET.side}×{POCKET.side} ones and resizes nothing"
+                f"{image_set.system.name} generates {width}×{height} images; the pocket protocol "
+                f"measures {POCKET.side}×{POCKET.side} images and does not resize"
             )
     return np.stack(images)

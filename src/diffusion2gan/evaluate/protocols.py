@@ -1,6 +1,6 @@
-"""Evaluation protocols: everything a number depends on besides the system.
+"""Evaluation protocols: all settings, besides the system, that a metric depends on.
 
-Numbers of two protocols are never shown in one table.
+Metrics of different protocols are never shown in one table.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from diffusion2gan.runtime.files import read_json
 
 @dataclass(frozen=True)
 class Protocol:
-    """The pinned choices of a protocol. Its fields are written to metrics.json and hashed.
+    """The fixed settings of a protocol. They are written to metrics.json and hashed.
 
     `count`: number of captions (None: the user's choice). `side`: the images' side in pixels,
     reached by `resize`. `reference`: the images compared with. `feature_resize`: how an image is
@@ -125,7 +125,7 @@ def captions_digest(captions: Sequence[str]) -> str:
 
 
 def _read_annotations(path: Path) -> list[str]:
-    """One caption per image of COCO's annotations. Raises UserError if it has another form."""
+    """One caption per image of COCO's annotations. Raises UserError if the format is another."""
     annotations = read_json(path)
     try:
         rows = []
@@ -133,7 +133,7 @@ def _read_annotations(path: Path) -> list[str]:
             rows.append((int(row["image_id"]), int(row["id"]), str(row["caption"])))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path} does not have the form of COCO's caption annotations: {error!r}"
+            f"{path} does not have the format of COCO's caption annotations: {error!r}"
         ) from error
 
     # The caption with the lowest id comes first and is kept

@@ -15,9 +15,10 @@ from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pipelines.image_folder import ImageFolder
 from diffusion2gan.pipelines.system import System
 
-# Images per batch for `images_per_second`; more of them if latents are as small as the pocket's
-TIMED_BATCH, TIMED_BATCH_SMALL = 4, 32
-SMALL_LATENT = 2**10  # numbers
+# Images per batch for `images_per_second`; more if the latents are small, as in the pocket world
+TIMED_BATCH = 4
+TIMED_BATCH_SMALL = 32
+SMALL_LATENT = 2**10  # numbers per image
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,9 @@ class Metric:
     """A number of metrics.json, and the data of its bootstrap interval.
 
     `per_caption` [N]: `value` is their mean, or if `weights` [N] is given Σ per_caption / Σ
-    weights; the interval is then computed by resampling captions. `interval`: of a metric that is
-    no mean over captions, such as a distance between two sets. Without either, the metric has no
-    interval.
+    weights; the interval is then computed by resampling captions. `interval`: the interval of a
+    metric that is not a mean over captions, such as a distance between two sets. Without either,
+    the metric has no interval.
     """
 
     name: str

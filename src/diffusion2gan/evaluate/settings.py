@@ -1,4 +1,4 @@
-"""All options of an evaluation, and which protocol uses which."""
+"""All options of an evaluation, and the protocols that use them."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ COCO_ONLY = (
 class EvaluateSettings:
     """The options of an evaluation.
 
-    None means not set: an option that is set and that the protocol does not use is refused.
-    `system`: a name of `load_system`, or a folder of images by caption index. `cache`: the folder
-    that images and features are kept in and reused from. `num_noises`: images per caption of the
-    first 256 captions; above 1 `diversity` is measured too. `num_resamples`: of the bootstrap
-    intervals; 0 leaves the intervals out.
+    None means not set; setting an option that the protocol does not use is an error. `system`: a
+    name for `load_system`, or a folder of images by caption index. `cache`: the folder in which
+    images and features are kept and reused. `num_noises`: images per caption of the first 256
+    captions; above 1 `diversity` is measured too. `num_resamples`: resamples for the bootstrap
+    intervals; 0: no intervals.
     """
 
     system: str
@@ -51,7 +51,7 @@ class EvaluateSettings:
 
     # COCO protocols only
     captions: Path | None = None  # required
-    captions_sha256: str | None = None  # refuse another list of captions
+    captions_sha256: str | None = None  # expected digest of the captions
     reference: Path | None = None  # required: the folder of real images
     inception: Path | None = None  # weights of the FID network
     clip: str | None = None  # folder or hub id

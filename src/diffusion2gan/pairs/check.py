@@ -29,12 +29,12 @@ from diffusion2gan.runtime.storage import Entry, Location, list_files
 from diffusion2gan.teacher.conditioning import Conditioning
 from diffusion2gan.teacher.pipeline import Teacher
 
-NUM_RECENT = 64  # shards that the speed is computed from
-# A set counts as idle if its newest shard is older than 10 shards took, plus a minute.
+NUM_RECENT = 64  # the speed is computed from this many of the newest shards
+# A set counts as idle if its newest shard is older than the time for 10 shards plus a minute.
 IDLE_FACTOR = 10
 IDLE_MARGIN_S = 60
 # Relative error of a pair that is solved again: float16 on disk causes 5e-4, another batch size or
-# device less; the pair of another seed is about 1 away.
+# device less. For a pair of another seed it is about 1.
 DEEP_TOLERANCE = 0.01
 # With a network in reduced precision, whose rounding may depend on batch size and device. bfloat16
 # itself costs the pocket teacher 0.8 %.
@@ -94,7 +94,7 @@ def _speed(
             "continue"
         }
 
-    # The first of them marks the start: its pairs were made before
+    # The oldest of these shards marks the start; its pairs were made before
     num_pairs = sum(len(spec.shard_indices(shard)) for shard, _ in newest[1:])
     return {
         "pace": f"{num_pairs / took_s:.2f} pairs/s",
@@ -121,7 +121,7 @@ def spans(shards: Sequence[int], most: int = 8) -> str:
 
 
 def verify(folder: Location) -> list[str]:
-    """Reads every shard completely; returns the problems of the set, one message each.
+    """Reads every shard completely; returns one message per problem of the set.
 
     Checks what reading a shard checks, and: the indices and seeds of the pairs,
     that stored noise is its seed's bit for bit, and that no two pairs of the set share a noise or
@@ -152,7 +152,7 @@ def verify(folder: Location) -> list[str]:
     for what, values in {"seeds": seeds, "noises": noises, "latents": latents}.items():
         num_repeated = _count_repeated(values)
         if num_repeated:
-            problems.append(f"{folder}: {num_repeated} {what} are also those of another pair")
+            problems.append(f"{folder}: {num_repeated} {what} also belong to another pair")
     return problems
 
 
@@ -188,7 +188,7 @@ def digests(tensor: Tensor) -> NDArray[np.uint64]:
 
 
 def _count_repeated(shards: Sequence[NDArray[Any]]) -> int:
-    """The number of values that occur before, over all shards."""
+    """The number of values, over all shards, that have occurred before."""
     if not shards:
         return 0
     values = np.concatenate(shards)

@@ -51,7 +51,7 @@ def merge(folders: Sequence[Location], out: Location) -> tuple[int, int]:
                 differences.append(f"{key}: {value!r} and {found[key]!r}")
         if differences:
             raise UserError(
-                f"{folders[0]} and {folder} hold pairs of different sets "
+                f"{folders[0]} and {folder} contain pairs of different sets "
                 f"({'; '.join(differences)}); merge folders of one set only"
             )
 
@@ -91,7 +91,7 @@ def export_webdataset(folder: Location, out: Path) -> int:
     spec = open_set(folder)
     spec_path = out / SPEC_FILE
     if spec_path.is_file() and PairsSpec.parse(read_json(spec_path), spec_path) != spec:
-        raise UserError(f"{out} holds an export of another set; choose another --out")
+        raise UserError(f"{out} contains an export of another set; choose another --out")
 
     write_json(spec_path, asdict(spec))
     shards = present_shards(folder, spec)
@@ -104,19 +104,23 @@ def export_webdataset(folder: Location, out: Path) -> int:
 
 
 def _write_tar(folder: Location, out: Path, shard: int, spec: PairsSpec) -> None:
+    # Read the shard
     pairs = read_shard(folder, shard, spec=spec, dtype=torch.float16)
     noise = None
     if spec.keep_noise:
-        noise = column_to_tensor(read_table(folder, shard, spec), "noise", spec)
+        table = read_table(folder, shard, spec)
+        noise = column_to_tensor(table, "noise", spec)
 
+    # Write the files of each pair
     with atomic_write(out / tar_name(shard)) as temporary, tarfile.open(temporary, "w") as tar:
         for row, index in enumerate(pairs.index):
+            key = f"{index:08d}"
             description = {"index": index, "seed": pairs.seed[row], "prompt": pairs.prompts[row]}
             text = json.dumps(description, ensure_ascii=False)
-            _add_file(tar, f"{index:08d}.json", text.encode())
-            _add_file(tar, f"{index:08d}.latents.npy", _to_npy(pairs.latents[row]))
+            _add_file(tar, f"{key}.json", text.encode())
+            _add_file(tar, f"{key}.latents.npy", _to_npy(pairs.latents[row]))
             if noise is not None:
-                _add_file(tar, f"{index:08d}.noise.npy", _to_npy(noise[row]))
+                _add_file(tar, f"{key}.noise.npy", _to_npy(noise[row]))
 
 
 def _to_npy(tensor: Tensor) -> bytes:
@@ -139,7 +143,8 @@ def import_webdataset(folder: Path, out: Location) -> int:
     spec_path = folder / SPEC_FILE
     if not spec_path.is_file():
         raise UserError(
-            f"{folder} is no export of pairs ({SPEC_FILE} is missing); `pairs export` writes one"
+            f"{folder} is not an export of pairs ({SPEC_FILE} is missing); to make one, run `pairs "
+            "export`"
         )
     spec = PairsSpec.parse(read_json(spec_path), spec_path)
 
@@ -163,8 +168,14 @@ def read_tar(path: Path, spec: PairsSpec) -> tuple[Pairs, Tensor | None]:
     Raises Failure if the file is damaged.
     """
     try:
+        # All files in memory, by name
+        files: dict[str, bytes] = {}
         with tarfile.open(path) as tar:
-            files = {member.name: _read_member(tar, member) for member in tar if member.isfile()}
+            for member in tar:
+                if member.isfile():
+                    files[member.name] = _read_member(tar, member)
+
+        # The pairs, in the order of their keys
         keys = sorted(name.removesuffix(".json") for name in files if name.endswith(".json"))
         rows = [json.loads(files[f"{key}.json"]) for key in keys]
         index = [row["index"] for row in rows]
@@ -185,9 +196,10 @@ def read_tar(path: Path, spec: PairsSpec) -> tuple[Pairs, Tensor | None]:
     ) as error:
         raise Failure(f"{path} is damaged ({error}); export it again") from error
 
+    # The name must be that of these pairs
     shard = int(path.stem.removeprefix("pairs-"))
     if index != list(spec.shard_indices(shard)):
-        raise Failure(f"{path} holds other pairs than its name says; export it again")
+        raise Failure(f"{path} contains other pairs than its name indicates; export it again")
     return Pairs(index, seed, prompts, latents.float()), noise
 
 

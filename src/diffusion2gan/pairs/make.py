@@ -1,4 +1,4 @@
-"""Making pairs: noise → latents by the teacher's ODE, shard by shard. Run again, it continues."""
+"""Makes pairs, shard by shard: noise → latents by the teacher's ODE. An interrupted job resumes."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def solve_pairs(
     uncond: Conditioning,
     cond: Conditioning,
 ) -> Pairs:
-    """Solves the teacher's ODE for the pairs `indices` of a set, as one batch, on the CPU after.
+    """Solves the teacher's ODE for the pairs `indices` of a set, as one batch; returns CPU tensors.
 
     `cond` is the conditioning of the prompts. `uncond` is the conditioning of guidance for no
     prompt or the set's negative prompt, as the stock pipeline has it (`Teacher.unconditional`).

@@ -52,7 +52,7 @@ def window_order(seed: int, epoch: int, window: int, num_pairs: int) -> NDArray[
 
 
 def shards_per_window(spec: PairsSpec) -> int:
-    """The number of shards in a window. It depends on the set alone, as the order must."""
+    """The number of shards in a window. It depends on the set alone, so that the order does too."""
     bytes_per_pair = 2 * prod(spec.latent_shape)
     num_pairs = min(WINDOW * ROW_GROUP, WINDOW_BYTES // bytes_per_pair)
     return max(1, num_pairs // min(spec.shard_size, spec.count))
@@ -132,7 +132,7 @@ class PairReader:
                     num_missing = batch_size
 
     def _read_windows(self, position: int) -> Iterator[tuple[Pairs, NDArray[np.int64]]]:
-        """Yields (pairs, order of those not skipped) per window; the next is read meanwhile."""
+        """Yields (pairs, order of those not skipped) per window, while the next one is read."""
         pool = ThreadPoolExecutor(self._workers, "pairs")
         pending: deque[tuple[Window, list[Future[Pairs]]]] = deque()
         try:
@@ -151,6 +151,6 @@ class PairReader:
 def _wait_for_window(
     window: Window, futures: list[Future[Pairs]]
 ) -> tuple[Pairs, NDArray[np.int64]]:
-    # In a function of its own: no local of the caller keeps the shards in memory.
+    # A separate function, so that no local variable of the caller keeps the shards in memory.
     pairs = Pairs.concat([future.result() for future in futures])
     return pairs, window.order[window.skip :]

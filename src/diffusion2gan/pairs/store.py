@@ -21,7 +21,7 @@ from diffusion2gan.runtime.lock import exclusive_lock
 from diffusion2gan.runtime.storage import Location, atomic_put, list_names, with_local_copy
 
 SPEC_FILE = "pairs.json"
-SPEC_KEY = b"diffusion2gan"  # of the description in a shard's metadata
+SPEC_KEY = b"diffusion2gan"  # key of the description in a shard's metadata
 ROW_GROUP = 128
 
 
@@ -115,8 +115,8 @@ def open_set(folder: Location) -> PairsSpec:
     """The description of the set in `folder`. Raises UserError if there is none."""
     if SPEC_FILE not in list_names(folder):
         raise UserError(
-            f"{folder} holds no pairs ({SPEC_FILE} is missing); to make some: diffusion2gan pairs "
-            f"--out {folder}"
+            f"{folder} contains no pairs ({SPEC_FILE} is missing); to make some: diffusion2gan "
+            f"pairs --out {folder}"
         )
     values = with_local_copy(folder, SPEC_FILE, read_json)
     return PairsSpec.parse(values, Path(f"{folder}/{SPEC_FILE}"))
@@ -137,18 +137,18 @@ def start_set(folder: Location, spec: PairsSpec) -> None:
     differences = []
     for key, requested in asdict(spec).items():
         if existing[key] != requested:
-            differences.append(f"{key}: {existing[key]!r} there, {requested!r} requested")
+            differences.append(f"{key}: {existing[key]!r} in the folder, {requested!r} requested")
     if differences:
         raise UserError(
-            f"{folder} already holds other pairs ({'; '.join(differences)}). To continue them, use "
-            "the settings they were made with; to make a new set, choose another --out."
+            f"{folder} already contains other pairs ({'; '.join(differences)}). To continue them, "
+            "use the settings they were made with; to make a new set, choose another --out."
         )
 
 
 def lock_shard(folder: Location, shard: int) -> AbstractContextManager[None]:
-    """Locks a shard while it is made: a second process that would make it raises UserError.
+    """Locks a shard while it is made. Raises UserError in a second process that would make it too.
 
-    Object stores have no locks: there both make it, and the shard that is uploaded last remains.
+    Object stores have no locks: both processes make the shard, and the last upload remains.
     """
     if isinstance(folder, Path):
         return exclusive_lock(shard_path(folder, shard))
@@ -261,7 +261,7 @@ def _describe_difference(stored: PairsSpec | None, spec: PairsSpec) -> str:
 
 @contextmanager
 def translate_read_errors(folder: Location, shard: int) -> Iterator[None]:
-    """Turns the errors of reading a shard into UserError (missing) or Failure (damaged)."""
+    """Converts the errors of reading a shard to UserError (missing) or Failure (damaged)."""
     name = f"{folder}/{shard_name(shard)}"
     try:
         yield

@@ -165,12 +165,16 @@ def _draw_blit(sampler: _Sampler, strengths: Strengths, matrix: Tensor) -> tuple
 
     Returns (`matrix` with flip and rotation appended [B, 3, 3], shift [B, 2]).
     """
+    # Rotation and flip
     angle = sampler.uniform(0, 4).floor() * (math.pi / 2)
     flip = torch.where(sampler.uniform(0, 1) < 0.5, -1.0, 1.0)
-    matrix = matrix @ _scaling(flip, torch.ones_like(flip)) @ _rotation(angle)
+    mirror = _scaling(flip, torch.ones_like(flip))
+    matrix = matrix @ mirror @ _rotation(angle)
 
-    shift_x = sampler.uniform(-strengths.blit_translate, strengths.blit_translate)
-    shift_y = sampler.uniform(-strengths.blit_translate, strengths.blit_translate)
+    # Shift
+    bound = strengths.blit_translate
+    shift_x = sampler.uniform(-bound, bound)
+    shift_y = sampler.uniform(-bound, bound)
     return matrix, torch.stack([shift_x, shift_y], 1)
 
 
@@ -179,14 +183,17 @@ def _draw_geometric(sampler: _Sampler, strengths: Strengths, matrix: Tensor) -> 
 
     Returns `matrix` with these transforms appended, [B, 3, 3].
     """
+    # Random numbers
     scale = 2 ** sampler.normal(strengths.scale_log2)
     aniso = 2 ** sampler.normal(strengths.aniso_log2)
     angle_before = sampler.uniform(-1, 1) * math.pi * 2 * strengths.rotate
     angle_after = sampler.uniform(-1, 1) * math.pi * 2 * strengths.rotate
 
     # The axis of the anisotropic scaling is `angle_before`; the full rotation is `angle_after`.
-    matrix = matrix @ _scaling(scale, scale) @ _rotation(angle_before)
-    matrix = matrix @ _scaling(aniso, 1 / aniso) @ _rotation(angle_after - angle_before)
+    matrix = matrix @ _scaling(scale, scale)
+    matrix = matrix @ _rotation(angle_before)
+    matrix = matrix @ _scaling(aniso, 1 / aniso)
+    matrix = matrix @ _rotation(angle_after - angle_before)
 
     # The coordinates span 2, from −1 to 1: a fraction of the side is twice as much in them.
     shift_x = sampler.normal(2 * strengths.translate)
@@ -219,7 +226,9 @@ def apply_transform(x: Tensor, transform: Transform) -> Tensor:
     x = x.float()
 
     # Colour
-    gain, offset, saturation = transform.gain, transform.offset, transform.saturation
+    gain = transform.gain
+    offset = transform.offset
+    saturation = transform.saturation
     if saturation is not None and gain is not None and offset is not None:
         grey = x.mean(1, keepdim=True)
         x = (grey + (x - grey) * saturation) * gain + offset
@@ -233,11 +242,15 @@ def apply_transform(x: Tensor, transform: Transform) -> Tensor:
     # Cutout: a pixel is removed if its centre is inside the box
     if transform.box is not None:
         height, width = x.shape[2:]
-        column = ((torch.arange(width, device=x.device) + 0.5) / width)[None, None, None, :]
-        row = ((torch.arange(height, device=x.device) + 0.5) / height)[None, None, :, None]
+        columns = (torch.arange(width, device=x.device) + 0.5) / width
+        rows = (torch.arange(height, device=x.device) + 0.5) / height
+        column = columns[None, None, None, :]
+        row = rows[None, None, :, None]
         x0, y0, x1, y1 = transform.box[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1] each
-        inside = (column >= x0) & (column < x1) & (row >= y0) & (row < y1)
-        x = x * (~inside).float()
+        inside_x = (column >= x0) & (column < x1)
+        inside_y = (row >= y0) & (row < y1)
+        kept = ~(inside_x & inside_y)
+        x = x * kept.float()
 
     return x
 
@@ -255,23 +268,28 @@ def _add_pixel_shift(matrix: Tensor, shift: Tensor | None, x: Tensor) -> Tensor:
 
 def _stack_matrix(rows: list[list[Tensor]]) -> Tensor:
     """[B, 3, 3] from nine tensors [B]."""
-    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+    stacked_rows = [torch.stack(row, -1) for row in rows]
+    return torch.stack(stacked_rows, -2)
 
 
 def _rotation(angle: Tensor) -> Tensor:
     """[B, 3, 3] rotation by `angle` [B] in radians."""
-    cos, sin = angle.cos(), angle.sin()
-    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
+    cos = angle.cos()
+    sin = angle.sin()
+    zero = torch.zeros_like(angle)
+    one = torch.ones_like(angle)
     return _stack_matrix([[cos, -sin, zero], [sin, cos, zero], [zero, zero, one]])
 
 
 def _scaling(x: Tensor, y: Tensor) -> Tensor:
     """[B, 3, 3] scaling by `x` and `y` [B]."""
-    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    zero = torch.zeros_like(x)
+    one = torch.ones_like(x)
     return _stack_matrix([[x, zero, zero], [zero, y, zero], [zero, zero, one]])
 
 
 def _translation(x: Tensor, y: Tensor) -> Tensor:
     """[B, 3, 3] translation by `x` and `y` [B]."""
-    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    zero = torch.zeros_like(x)
+    one = torch.ones_like(x)
     return _stack_matrix([[one, zero, x], [zero, one, y], [zero, zero, one]])

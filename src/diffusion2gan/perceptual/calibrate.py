@@ -119,9 +119,11 @@ def calibrate(
 
         # 5. Score each subset with the old and the new heads
         if scored is None:
-            judged, subset = judged.select(held_out), subset[held_out]
+            judged = judged.select(held_out)
+            subset = subset[held_out]
         else:
-            judged, subset = load_differences(cache_of_triplets(work / "scored", score_triplets))
+            score_cache = cache_of_triplets(work / "scored", score_triplets)
+            judged, subset = load_differences(score_cache)
         result = {}
         for number, name in enumerate(score_triplets.subsets):
             result[name] = score_heads(judged.select(subset == number), heads, new_heads)
@@ -140,10 +142,12 @@ def check_network(
     network: str, distance: LatentLPIPS, encoder: nn.Module | None, vae: str | None, size: int
 ) -> None:
     """Raises UserError if the VAE or the images' `size` does not fit the network."""
-    channels, factor = 3, 1
+    channels = 3
+    factor = 1
     inputs = "the inputs are images (no --vae)"
     if encoder is not None:
-        channels, factor = num_latent_channels(encoder), spatial_factor(encoder)
+        channels = num_latent_channels(encoder)
+        factor = spatial_factor(encoder)
         inputs = f"the inputs are latents of {vae}"
     if channels != distance.channels:
         raise UserError(
@@ -195,7 +199,7 @@ def cache_differences(
 
 
 def load_differences(cache: Cache) -> tuple[JudgedDifferences, Tensor]:
-    """(all triplets of `cache`, the number of each one's subset [N])."""
+    """(all triplets of `cache`, the index of each triplet's subset [N])."""
     judged = JudgedDifferences(cache.load_all("d0"), cache.load_all("d1"), cache.load_all("judge"))
     return judged, cache.load_all("subset")
 

@@ -1,8 +1,8 @@
 """Checks of a distance's two inputs before anything is computed.
 
 Shapes, channels and precision are known on the host and always checked. Values are checked on a CPU
-only, and not inside a compiled graph, since on a GPU reading a value waits for the device: there a
-NaN in the input gives a NaN in the output.
+only, and not inside a compiled graph, because reading a value from a GPU waits for the device. On a
+GPU, a NaN in the input gives a NaN in the output.
 """
 
 from __future__ import annotations

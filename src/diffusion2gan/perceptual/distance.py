@@ -293,7 +293,7 @@ class PixelLPIPS(LatentLPIPS):
             )
         self._decoder = (vae.eval().requires_grad_(False),)
 
-        # The inputs are latents: any side will do, of the VAE's number of channels.
+        # The inputs are latents with the VAE's number of channels, of any size.
         self.channels = num_latent_channels(vae)
         self.smallest_side = 1
         self._has_warned = False

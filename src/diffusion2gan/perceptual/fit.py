@@ -74,18 +74,19 @@ def fit(
 ) -> dict[str, Any] | None:
     """Trains on nine tenths of `images`, measures top-1 on the others, writes the network to `out`.
 
-    `vae`: its folder or `pocket`; None fits a network on pixels. All heads of the network are one:
-    the next step is `perceptual calibrate`. Returns the contents of fit.json.
+    `vae`: its folder or `pocket`; None fits a network on pixels. All head weights of the network
+    are 1: the next step is `perceptual calibrate`. Returns the contents of fit.json.
 
     Under torchrun all ranks train one network, each on its rows of every batch; all but the main
     rank return None. Batch norm normalises by the rows of one rank, so the network depends slightly
     on the number of ranks.
 
     The state of an interrupted run is in `out/work`, which is not needed once the network is
-    written. Raises UserError for what `open_labelled_images` and `make_cache` refuse.
+    written. Raises UserError as `open_labelled_images` and `make_cache` do.
     """
     # 1. Open the images and the VAE; create the network
-    ranks, torch_device = get_ranks(), resolve_device(device, "give --device cpu")
+    ranks = get_ranks()
+    torch_device = resolve_device(device, "give --device cpu")
     check_settings(settings, ranks.world_size)
     work = out / "work"
     labelled = open_labelled_images(images)
@@ -189,9 +190,11 @@ def build_vgg(encoder: nn.Module | None, settings: FitSettings) -> VGG:
 
     Raises UserError if the images' size does not fit it.
     """
-    channels, factor = 3, 1
+    channels = 3
+    factor = 1
     if encoder is not None:
-        channels, factor = num_latent_channels(encoder), spatial_factor(encoder)
+        channels = num_latent_channels(encoder)
+        factor = spatial_factor(encoder)
     torch.manual_seed(settings.seed)
     vgg = VGG(channels, settings.widths, num_dropped_pools(factor))
     check_size(settings.size, factor, vgg.smallest_side)

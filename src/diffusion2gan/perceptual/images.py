@@ -26,7 +26,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Image i is named `names[i]` and has class `classes[labels[i]]`; nothing is decoded yet.
+    """A set of images, not decoded yet. Image i is `names[i]`, of class `classes[labels[i]]`.
 
     `source(i)` is its path or its bytes. `digest` identifies the set.
     """
@@ -39,7 +39,7 @@ class LabelledImages:
 
 
 def open_labelled_images(folder: Path) -> LabelledImages:
-    """Opens class folders `FOLDER/<class>/*.png`, or what `Dataset.save_to_disk` wrote.
+    """Opens class folders `FOLDER/<class>/*.png`, or a folder from `Dataset.save_to_disk`.
 
     Raises UserError if there is neither, fewer than two classes, or a class with a single image.
     """
@@ -204,13 +204,19 @@ def read_image(source: Path | bytes, name: str, size: int | None = None) -> Tens
         raise Unreadable(f"{name} ({type(error).__name__})") from error
 
     if size is not None:
+        # Resize the shorter side
         scale = size / min(image.size)
         width = max(size, round(image.width * scale))
         height = max(size, round(image.height * scale))
-        left, top = (width - size) // 2, (height - size) // 2
         resized = image.resize((width, height), Image.Resampling.LANCZOS)
+
+        # Centre crop
+        left = (width - size) // 2
+        top = (height - size) // 2
         image = resized.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+    pixels = torch.from_numpy(np.array(image))
+    return pixels.permute(2, 0, 1).contiguous()
 
 
 def images_from_uint8(pixels: Tensor) -> Tensor:
@@ -227,7 +233,8 @@ def held_out_mask(labels: Tensor, seed: int, share: float = 0.1) -> Tensor:
     mask = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         rows = (labels == label).nonzero()[:, 0]
-        num_held_out = min(max(1, round(share * len(rows))), len(rows) - 1)
+        num_held_out = max(1, round(share * len(rows)))
+        num_held_out = min(num_held_out, len(rows) - 1)
         order = torch.randperm(len(rows), generator=generator)
         mask[rows[order[:num_held_out]]] = True
     return mask

@@ -17,7 +17,7 @@ EPS = 0.1  # in the ratios of distances
 
 @dataclass(frozen=True)
 class JudgedDifferences:
-    """N triplets after the network: the distances are linear in these numbers.
+    """The network's outputs for N triplets; distances are linear in these numbers.
 
     `d0`, `d1` [N, ΣC] float32: the `channel_differences` of p0 and p1 from the reference, all
     layers concatenated. `judge` [N]: the share of people, in [0, 1], who found p1 more similar.
@@ -72,7 +72,8 @@ def two_afc(d0: Tensor, d1: Tensor, judge: Tensor) -> float:
     `judge` [N]: the share who chose p1.
     """
     chooses_p1 = 0.5 * (1 + (d0 - d1).sign())  # 1 if p1 is nearer, 0.5 for a tie
-    return float((chooses_p1 * judge + (1 - chooses_p1) * (1 - judge)).mean())
+    agreement = chooses_p1 * judge + (1 - chooses_p1) * (1 - judge)
+    return float(agreement.mean())
 
 
 def flat_then_linear(progress: float, peak: float) -> float:

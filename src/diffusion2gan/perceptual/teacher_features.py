@@ -123,7 +123,7 @@ def ensembled_distance(
 
 @torch.no_grad()
 def build_network(teacher: Teacher, **options: Any) -> tuple[VGG, list[Tensor]]:
-    """(the teacher's features, one constant head per feature map)."""
+    """Returns (the teacher's features, one constant head per feature map)."""
     features = TeacherFeatures(teacher, **options)
     maps = features(torch.zeros(1, *teacher.latent_shape, device=teacher.device))
     heads = []

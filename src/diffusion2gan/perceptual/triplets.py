@@ -111,7 +111,7 @@ def read_triplet(triplets: Triplets, i: int, size: int) -> Rows:
 
 
 def read_judgement(path: Path) -> float:
-    """The share who chose p1. Raises UserError unless the file contains one number in [0, 1]."""
+    """The share of people who chose p1. Raises UserError unless the file is a number in [0, 1]."""
     try:
         value = float(np.load(path, allow_pickle=False).reshape(()))
     except (ValueError, TypeError, EOFError) as error:

@@ -171,7 +171,7 @@ def save_network(
     dtype: torch.dtype,
     note: str,
 ) -> None:
-    """Writes what `load_network` reads, and a model card that ends with `note`.
+    """Writes a network for `load_network`, and a model card that ends with `note`.
 
     Each file is written atomically, the weights first. Raises Failure, and writes nothing, if a
     weight is not finite in `dtype`.

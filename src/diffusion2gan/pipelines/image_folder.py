@@ -1,4 +1,4 @@
-"""A folder of images that takes the place of a system, indexed by caption."""
+"""A folder of existing images, indexed by caption, that is used instead of a system."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ from diffusion2gan.teacher.strict_loading import load_model, translated_errors
 
 POCKET = ("pocket-teacher", "pocket-student")
 
-# Pipeline classes that run with `latents` [B, C, h, w], although not all of them can teach.
+# Pipeline classes that run with `latents` [B, C, h, w], although not all of them can be teachers.
 ALSO_RUNNABLE = ("StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
 
 PUBLISHED_NAME = re.compile(r"[\w.-]+")
@@ -63,9 +63,9 @@ class System:
 
     @property
     def key(self) -> str:
-        """Identifies everything that the images depend on besides prompt and noise.
+        """Identifies all settings that the images depend on, besides prompt and noise.
 
-        Weights, steps and guidance are readable; a digest of all settings follows.
+        The weights' revision, the steps and the guidance scale, then a digest of all settings.
         """
         scheduler = self.pipeline.scheduler
         settings = {
@@ -132,7 +132,7 @@ class System:
     def generate(self, prompts: Sequence[str], noise: Tensor) -> NDArray[np.uint8]:
         """Images [B, H, W, 3] from `noise` [B, C, h, w].
 
-        The noise of an image also seeds what the scheduler draws during sampling.
+        The noise of an image also seeds the random numbers that the scheduler draws.
         """
         latents = noise.to(self.network.dtype).to(self.device)
         if self.info.packed > 1:
@@ -164,11 +164,11 @@ class System:
     def timings(
         self, prompts: Sequence[str], noise: Tensor, repeats: int = timing.REPEATS
     ) -> dict[str, float]:
-        """Seconds per image for single images (median and 90th percentile), and images per second
-        for all prompts in one batch.
+        """Measures the latency of single images and the throughput of a batch.
 
-        `peak_memory_bytes` is measured on a single image, and left out if the operating system
-        does not report it.
+        `seconds_per_image` and `seconds_per_image_p90`: median and 90th percentile for single
+        images. `images_per_second`: for all prompts in one batch. `peak_memory_bytes`: on a
+        single image; left out if the operating system does not report it.
         """
 
         def generate_one() -> object:
@@ -209,8 +209,8 @@ def load_system(
 
     `name`: `pocket-teacher`, `pocket-student`, a pipeline's folder or hub id, or a published
     system, NAME=FOLDER. A system that is published as weights is NAME=FOLDER+FILE: the pipeline it
-    is based on, and the weights. One-step students and published systems have settings of their
-    own, which replace the defaults.
+    is based on, and the weights. One-step students and published systems have fixed settings, which
+    replace the defaults.
 
     `resolution`, or FOLDER@512px, is the side of a teacher's images in pixels, the model's default
     if not given; a student has the resolution of its pairs.
@@ -292,7 +292,7 @@ def load_published(
     name: str, path: str, num_inference_steps: int | None, guidance_scale: float | None
 ) -> System:
     """A published system from `path`: FOLDER, or FOLDER+FILE if it is published as weights."""
-    # 1. The row of its settings
+    # 1. Its settings
     if name in published.PICTURES_ONLY:
         raise UserError(f"{name}: {published.PICTURES_ONLY[name]}; it cannot generate new images")
     if name not in published.SYSTEMS:

@@ -1,4 +1,4 @@
-"""The architectures of the pocket models: stock diffusers and transformers classes, only small."""
+"""The architectures of the pocket models: stock diffusers and transformers classes, but small."""
 
 from __future__ import annotations
 

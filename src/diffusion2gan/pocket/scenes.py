@@ -1,9 +1,11 @@
 """The pocket world: procedurally drawn, captioned images of one to three objects.
 
 An image is a pure function of `(seed, index)`; batches are vectorised but never change it. The
-caption names some attributes in plain English. Everything it leaves open is random, so that a
-caption never determines the image: pose, exact position, pattern phase, light, the texture of the
-ground, and every attribute that it does not mention.
+caption names some attributes in plain English. Everything else is random, so that a caption never
+determines the image: pose, exact position, pattern phase, light, the texture of the ground, and
+every attribute that it does not mention.
+
+A *world* is all images with one `seed`: training, pairs and evaluation use different worlds.
 
     >>> batch = draw(range(4), seed=0)
     >>> batch.images.shape, batch.captions[0]
@@ -145,7 +147,7 @@ class _UniformDraws:
 
 @dataclass(frozen=True)
 class _Attributes:
-    """Everything that has a name: labels as in `Scenes`, but of three objects for every image.
+    """The attributes that captions name: labels as in `Scenes`, but for three objects per image.
 
     `relation` [B] is the index of the caption's form in RELATIONS[count].
     """
@@ -215,6 +217,7 @@ def _draw_attributes(draws: _UniformDraws) -> _Attributes:
     size = draws.integer(3, num=len(SIZES))
     ground = draws.integer(num=len(GROUNDS))
 
+    # The relation, one of RELATIONS[count]
     num_relations = torch.tensor([1] + [len(RELATIONS[n]) for n in (1, 2, 3)])
     relation = (draws.uniform() * num_relations[count]).long()
 
@@ -222,23 +225,31 @@ def _draw_attributes(draws: _UniformDraws) -> _Attributes:
     mentions = draws.uniform(3, 3) < torch.tensor([0.5, 0.75, 0.92])
     mentions_ground = draws.uniform() < 0.9
 
+    # The captions
+    colour_names = list(COLOURS)
+    ground_names = list(GROUNDS)
     texts = []
     for i in range(len(count)):
+        # A phrase per object, such as "a small striped red ring"
+        num_objects = int(count[i])
         phrases = []
-        for k in range(int(count[i])):
+        for k in range(num_objects):
             words = []
             if mentions[i, k, 0]:
                 words.append(SIZES[int(size[i, k])])
             if mentions[i, k, 1]:
                 words.append(PATTERNS[int(pattern[i, k])])
             if mentions[i, k, 2]:
-                words.append(list(COLOURS)[int(colour[i, k])])
+                words.append(colour_names[int(colour[i, k])])
             words.append(SHAPES[int(shape[i, k])])
             article = "an" if words[0][0] in "aeiou" else "a"
             phrases.append(f"{article} {' '.join(words)}")
-        text = RELATIONS[int(count[i])][int(relation[i])].format(*phrases)
+
+        # Join them by the relation
+        form = RELATIONS[num_objects][int(relation[i])]
+        text = form.format(*phrases)
         if mentions_ground[i]:
-            text += f" on {list(GROUNDS)[int(ground[i])]}"
+            text += f" on {ground_names[int(ground[i])]}"
         texts.append(text)
     return _Attributes(count, relation, shape, colour, pattern, size, ground, texts)
 
@@ -279,7 +290,7 @@ def parse_caption(caption: str) -> CaptionContent:
 def _draw_centres(draws: _UniformDraws, count: Tensor, relation: Tensor) -> Tensor:
     """[B, 3, 2] centres (x, y) in [-1, 1]: the relation's layout with jitter.
 
-    What the relation leaves open is drawn.
+    Choices that the relation does not determine are drawn at random.
     """
     swap = draws.uniform() < 0.5
     alternative = draws.integer(num=2)
@@ -290,9 +301,10 @@ def _draw_centres(draws: _UniformDraws, count: Tensor, relation: Tensor) -> Tens
     for i, (n, r) in enumerate(zip(count.tolist(), relation.tolist(), strict=True)):
         if n == 2:
             # Relations: left of, right of, above, below, and (any direction)
-            vertical = r in (2, 3) or (r == 4 and bool(alternative[i]))
+            any_direction = r == 4
+            vertical = r in (2, 3) or (any_direction and bool(alternative[i]))
             layout = _STACK if vertical else _PAIR
-            reversed_order = r in (1, 3) or (r == 4 and bool(swap[i]))
+            reversed_order = r in (1, 3) or (any_direction and bool(swap[i]))
             layouts[i] = -layout if reversed_order else layout
         elif n == 3:
             # Relations: two above one, one above two, between, any
@@ -301,9 +313,10 @@ def _draw_centres(draws: _UniformDraws, count: Tensor, relation: Tensor) -> Tens
             layouts[i] = layout * mirror if swap[i] else layout
 
     # 2. Jitter of each object
-    jitter = draws.uniform(3, 2, low=-1.0, high=1.0) * _JITTER[count][:, None, None]
+    amplitude = _JITTER[count][:, None, None]
+    jitter = draws.uniform(3, 2, low=-1.0, high=1.0) * amplitude
 
-    # 3. A pair also moves along the axis that its relation leaves open
+    # 3. A pair is also shifted along the axis that its relation does not determine
     is_pair = (count == 2)[:, None, None].float()
     is_open_axis = (layouts.abs() < 1e-3).float()
     open_shift = is_open_axis * is_pair * draws.uniform(3, 1, low=-0.22, high=0.22)
@@ -348,9 +361,12 @@ def _paint(
         visible = exists[:, k, None, None].float()
 
         # Shadow: the same outline, away from the light and blurred over five pixels
-        shadow = outline.distance(u + 0.09 * light[:, 0], v + 0.09 * light[:, 1])
-        shade = visible * (0.5 - shadow / (5 * pixel)).clamp(0, 1)
-        image = image * (1 - 0.42 * shade)[:, None]
+        shadow_u = u + 0.09 * light[:, 0]
+        shadow_v = v + 0.09 * light[:, 1]
+        shadow_distance = outline.distance(shadow_u, shadow_v)
+        shade = visible * (0.5 - shadow_distance / (5 * pixel)).clamp(0, 1)
+        transmitted = 1 - 0.42 * shade
+        image = image * transmitted[:, None]
 
         # Surface: the pattern, brighter towards the light, with a dark rim
         surface = _Surface(
@@ -363,12 +379,16 @@ def _paint(
         )
         distance = outline.distance(u, v)
         rgb = surface.paint(u, v, pixel)
-        slope = (u * light[:, 0] + v * light[:, 1]) / radius[:, k, None, None]
+        towards_light = u * light[:, 0] + v * light[:, 1]
+        slope = towards_light / radius[:, k, None, None]
+        brightness = 0.9 + 0.16 * slope
         rim = (-distance / (2.5 * pixel)).clamp(0, 1)
-        rgb = rgb * (0.9 + 0.16 * slope)[:, None] * (0.62 + 0.38 * rim)[:, None]
+        rim_brightness = 0.62 + 0.38 * rim
+        rgb = rgb * brightness[:, None] * rim_brightness[:, None]
 
         # Blend it over the image, antialiased over one pixel
-        alpha = (visible * (0.5 - distance / pixel).clamp(0, 1))[:, None]
+        coverage = (0.5 - distance / pixel).clamp(0, 1)
+        alpha = (visible * coverage)[:, None]
         image = image * (1 - alpha) + rgb * alpha
 
     return (image.clamp(0, 1) * 2 - 1).contiguous()
@@ -378,20 +398,26 @@ def _paint_ground(
     draws: _UniformDraws, ground: Tensor, x: Tensor, y: Tensor, light: Tensor
 ) -> Tensor:
     """[B, 3, H, W]: the ground's colour, textured by three random waves and lit from one side."""
-    base = torch.tensor(list(GROUNDS.values()))[ground][:, :, None, None]
+    palette = torch.tensor(list(GROUNDS.values()))
+    base = palette[ground][:, :, None, None]
+
+    # Texture: the sum of three waves, [B, H, W]
     direction = draws.uniform(3, high=2 * math.pi)
     frequency = draws.uniform(3, low=4.0, high=16.0)
     phase = draws.uniform(3, high=2 * math.pi)
-
     texture = torch.zeros(len(ground), *x.shape)
     for k in range(3):
         cos = direction[:, k].cos()[:, None, None]
         sin = direction[:, k].sin()[:, None, None]
         along = x * cos + y * sin
-        texture += torch.sin(frequency[:, k, None, None] * along + phase[:, k, None, None])
+        cycles = frequency[:, k, None, None] * along
+        texture += torch.sin(cycles + phase[:, k, None, None])
 
-    lighting = 0.07 * (x * light[:, 0] + y * light[:, 1])
-    return base * (1 + lighting + 0.05 * texture)[:, None]
+    # Lighting
+    towards_light = x * light[:, 0] + y * light[:, 1]
+    lighting = 0.07 * towards_light
+    brightness = 1 + lighting + 0.05 * texture
+    return base * brightness[:, None]
 
 
 @dataclass(frozen=True)
@@ -415,10 +441,13 @@ class _Surface:
         `u`, `v` [B, H, W]: coordinates relative to the object's centre; `pixel`: a pixel's side.
         """
         # Phases along the pattern's two axes
-        cos, sin = self.angle.cos()[:, None, None], self.angle.sin()[:, None, None]
+        cos = self.angle.cos()[:, None, None]
+        sin = self.angle.sin()[:, None, None]
         cycles = 2 * math.pi / self.period[:, None, None]
-        a = cycles * (u * cos + v * sin) + 2 * math.pi * self.phase[:, 0, None, None]
-        b = cycles * (v * cos - u * sin) + 2 * math.pi * self.phase[:, 1, None, None]
+        phase_a = 2 * math.pi * self.phase[:, 0, None, None]
+        phase_b = 2 * math.pi * self.phase[:, 1, None, None]
+        a = cycles * (u * cos + v * sin) + phase_a
+        b = cycles * (v * cos - u * sin) + phase_b
 
         # For each pattern a function that is positive in the second tone, [B, pattern, H, W]
         plain = torch.full_like(a, -9.0)
@@ -431,13 +460,19 @@ class _Surface:
 
         # The share of the second tone in each pixel
         period = self.period[:, None, None, None]
-        second = (0.5 + wave * period / (2 * math.pi) / pixel).clamp(0, 1)
+        pixels = wave * period / (2 * math.pi) / pixel
+        second = (0.5 + pixels).clamp(0, 1)
 
         # The second tone is paler; that of white is dark
-        is_white = (self.colour == list(COLOURS).index("white"))[:, None]
+        white = list(COLOURS).index("white")
+        is_white = (self.colour == white)[:, None]
         pale = 0.3 * self.rgb + 0.7
         second_rgb = torch.where(is_white, torch.tensor([0.36, 0.38, 0.46]), pale)
-        return self.rgb[:, :, None, None] * (1 - second) + second_rgb[:, :, None, None] * second
+
+        # Mix the two tones
+        first_tone = self.rgb[:, :, None, None]
+        second_tone = second_rgb[:, :, None, None]
+        return first_tone * (1 - second) + second_tone * second
 
 
 @dataclass(frozen=True)
@@ -451,11 +486,13 @@ class _Outline:
     def distance(self, u: Tensor, v: Tensor) -> Tensor:
         """[B, H, W] signed distance to the outline, negative inside, in the units of `u`, `v`."""
         # Coordinates of the rotated shape of radius 1
-        cos, sin = self.rotation.cos()[:, None, None], self.rotation.sin()[:, None, None]
+        cos = self.rotation.cos()[:, None, None]
+        sin = self.rotation.sin()[:, None, None]
         r = self.radius[:, None, None]
         p = (u * cos + v * sin) / r
         q = (v * cos - u * sin) / r
 
+        # The images of each shape
         distance = torch.empty_like(p)
         for label, name in enumerate(SHAPES):
             rows = (self.shape == label).nonzero()[:, 0]
@@ -484,9 +521,11 @@ def _spikes(p: Tensor, q: Tensor, num: int, inner: float, outer: float = 1.0) ->
     # By symmetry, fold the plane into the half sector from a point to the next inner corner
     half = math.pi / num
     angle = torch.atan2(q, p) + math.pi / 2
-    folded = (torch.remainder(angle + half, 2 * half) - half).abs()
+    within_sector = torch.remainder(angle + half, 2 * half) - half
+    folded = within_sector.abs()
     rho = _length(p, q)
-    x, y = rho * folded.cos(), rho * folded.sin()
+    x = rho * folded.cos()
+    y = rho * folded.sin()
 
     # Distance to the line through (outer, 0) and the inner corner
     dx = inner * math.cos(half) - outer
@@ -520,7 +559,8 @@ def _cross(p: Tensor, q: Tensor) -> Tensor:
 
 def _heart(p: Tensor, q: Tensor) -> Tensor:
     """A diamond and two discs on its upper edges."""
-    x, y = p.abs() * 0.86, q * 0.86 + 0.06
+    x = p.abs() * 0.86
+    y = q * 0.86 + 0.06
     disc = ((x - 0.354) ** 2 + (y + 0.354) ** 2).sqrt() - 0.5
     diamond = (x + y.abs() - 0.707) * 0.7071
     return torch.minimum(disc, diamond) / 0.86

@@ -1,6 +1,6 @@
 """`diffusion2gan pocket train`: trains every pocket model from scratch, stage by stage.
 
-Run the same command again to resume. All training images are of world 0. More images (`--scale`)
+Run the same command again to resume. All training images are from world 0. More images (`--scale`)
 on a faster machine (`--device cuda`, not tried yet) give better models with the same settings. The
 shipped models were trained on as many images, but some of them came from an earlier version of the
 world, and their learning rates were changed during training (docs/notes).
@@ -36,7 +36,7 @@ WORLD = 0
 
 @dataclass(frozen=True)
 class Stage:
-    """Training settings of one stage; `num_images` counts repetitions."""
+    """Training settings of one stage; an image counts in `num_images` each time it is used."""
 
     num_images: int
     batch_size: int
@@ -63,7 +63,7 @@ KL_WEIGHT = 3e-4  # per latent number, relative to errors per pixel
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how all models are trained. `scale` multiplies the number of images per stage."""
+    """The folder and the settings of a training. `scale` multiplies the images per stage."""
 
     folder: Path
     seed: int = 0
@@ -159,7 +159,7 @@ def vae_loss(vae: AutoencoderKL, images: Tensor, mse_weight: float) -> Tensor:
     posterior = vae.encode(images).latent_dist
     decoded = vae.decode(posterior.sample()).sample
 
-    # The order of these operations determines the order in which gradients are summed.
+    # Keep the order of these operations: it is the order in which gradients are summed.
     vertical_edges = F.l1_loss(decoded.diff(dim=2), images.diff(dim=2))
     horizontal_edges = F.l1_loss(decoded.diff(dim=3), images.diff(dim=3))
     edges = vertical_edges + horizontal_edges
@@ -201,7 +201,9 @@ def train_clip(run: Run) -> CLIPModel:
         )
         logits = output.logits_per_image  # [images, captions]
         matching = torch.arange(len(numbers), device=run.device)
-        return 0.5 * (F.cross_entropy(logits, matching) + F.cross_entropy(logits.T, matching))
+        image_loss = F.cross_entropy(logits, matching)
+        caption_loss = F.cross_entropy(logits.T, matching)
+        return 0.5 * (image_loss + caption_loss)
 
     run.fit("clip", clip, loss)
     return clip
@@ -247,12 +249,18 @@ def attribute_targets(batch: scenes.Scenes) -> dict[str, Tensor]:
     for k in range(3):
         # Images that have a k-th object, and its labels
         rows = (batch.shape[:, k] >= 0).nonzero()[:, 0]
-        shape, colour, pattern = batch.shape[rows, k], batch.colour[rows, k], batch.pattern[rows, k]
+        shape = batch.shape[rows, k]
+        colour = batch.colour[rows, k]
+        pattern = batch.pattern[rows, k]
         targets["shape"][rows, shape] = 1
         targets["colour"][rows, colour] = 1
         targets["pattern"][rows, pattern] = 1
-        targets["shape_colour"][rows, shape * len(scenes.COLOURS) + colour] = 1
-        targets["shape_pattern"][rows, shape * len(scenes.PATTERNS) + pattern] = 1
+
+        # Combinations are numbered shape by shape
+        shape_colour = shape * len(scenes.COLOURS) + colour
+        shape_pattern = shape * len(scenes.PATTERNS) + pattern
+        targets["shape_colour"][rows, shape_colour] = 1
+        targets["shape_pattern"][rows, shape_pattern] = 1
     return targets
 
 
@@ -339,8 +347,8 @@ def _train_vgg(
 ) -> VGG:
     """Trains `vgg` and an attribute head by `attribute_loss`; returns `vgg` without the head.
 
-    `inputs(scenes, rows)` is what the network reads of the images `rows`, repeated after the first
-    `num_images`.
+    `inputs(scenes, rows)` returns the network's inputs for the images `rows`; after the first
+    `num_images`, the images repeat.
     """
     head = models.AttributeHead(vgg.config["widths"][-1])
     classifier = nn.ModuleDict({"vgg": vgg, "head": head}).to(run.device)
@@ -375,18 +383,24 @@ def compute_differences(
     vgg: VGG, vae: AutoencoderKL | None, num_triplets: int, seed: int, device: Device = "cpu"
 ) -> JudgedDifferences:
     """The differences of `num_triplets` triplets per subset; with `vae`, of their latents."""
-    distance = LatentLPIPS(vgg, [torch.ones(width) for width in vgg.config["widths"]])
+    heads = [torch.ones(width) for width in vgg.config["widths"]]
+    distance = LatentLPIPS(vgg, heads)
     d0s, d1s, judgements = [], [], []
     with Bar("triplets", num_triplets * len(triplets.SUBSETS)) as bar:
         for subset in triplets.SUBSETS:
             for number in range(num_triplets):
+                # The network's inputs
                 triplet = triplets.make_triplet(number, subset, seed)
                 inputs = torch.stack([triplet.p0, triplet.p1, triplet.ref]).to(device)
                 if vae is not None:
                     inputs = encode(vae, inputs)
                 p0, p1, ref = inputs.chunk(3)
-                d0s.append(torch.cat(distance.differences(p0, ref), 1).cpu())
-                d1s.append(torch.cat(distance.differences(p1, ref), 1).cpu())
+
+                # The differences of all layers, concatenated
+                d0 = torch.cat(distance.differences(p0, ref), 1)
+                d1 = torch.cat(distance.differences(p1, ref), 1)
+                d0s.append(d0.cpu())
+                d1s.append(d1.cpu())
                 judgements.append(triplet.judge)
                 bar.advance(1)
 
@@ -447,7 +461,9 @@ def draw_timesteps(size: int) -> Tensor:
     Uniform timesteps would use almost half of the images above 560, where latents this small are
     almost pure noise.
     """
-    return (1000 * torch.sigmoid(1.2 * torch.randn(size) - 0.8)).long().clamp(0, 999)
+    normal = 1.2 * torch.randn(size) - 0.8
+    timesteps = 1000 * torch.sigmoid(normal)
+    return timesteps.long().clamp(0, 999)
 
 
 # The finished models

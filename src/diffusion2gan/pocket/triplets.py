@@ -1,8 +1,8 @@
 """Triplets for calibrating a perceptual distance: graded distortions of scenes.
 
 **These are not human judgements.** Which of two distorted images is more similar to the reference
-follows from the grades of the distortions: exactly within one family; in the subset `mixed` (two
-different families) only triplets with clearly different grades are made.
+follows from the grades of the distortions. Within one family this is exact; in the subset `mixed`
+(two different families) only triplets with clearly different grades are made.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime.files import atomic_write, write_image
-from diffusion2gan.runtime.images import to_pictures
+from diffusion2gan.runtime.images import to_pillow
 from diffusion2gan.runtime.progress import Bar
 
 WORLD = 90  # a world seed that is used neither for training nor for evaluation
@@ -41,22 +41,26 @@ class Triplet:
 
 def make_triplet(number: int, subset: str, seed: int) -> Triplet:
     """Triplet `number` of `subset`: a pure function of the three arguments."""
-    key = np.random.SeedSequence([seed, SUBSETS.index(subset), number]).generate_state(1)
-    generator = torch.Generator().manual_seed(int(key[0]))
+    sequence = np.random.SeedSequence([seed, SUBSETS.index(subset), number])
+    generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
     ref = scenes.draw([number], WORLD).images[0]
+
+    def uniform() -> float:
+        return float(torch.rand((), generator=generator))
 
     # Two grades, `gap` or more apart
     gap = MIXED_GAP if subset == "mixed" else GAP
-    low = float(torch.rand((), generator=generator)) * (1 - gap)
-    high = low + gap + float(torch.rand((), generator=generator)) * (1 - gap - low)
+    low = uniform() * (1 - gap)
+    high = low + gap + uniform() * (1 - gap - low)
 
     # The family of each distortion
     order = torch.randperm(len(DISTORTIONS), generator=generator).tolist()
     near_family = far_family = subset
     if subset == "mixed":
-        near_family, far_family = DISTORTIONS[order[0]], DISTORTIONS[order[1]]
+        near_family = DISTORTIONS[order[0]]
+        far_family = DISTORTIONS[order[1]]
 
-    # Both have the same seed: within a family they go in the same direction, one of them further
+    # Both have the same seed: within a family the distortions differ only in their strength
     distortion_seed = int(torch.randint(2**31, (), generator=generator))
     near = distort(ref, near_family, low, torch.Generator().manual_seed(distortion_seed))
     far = distort(ref, far_family, high, torch.Generator().manual_seed(distortion_seed))
@@ -78,8 +82,8 @@ def distort(image: Tensor, family: str, grade: float, generator: torch.Generator
             # By up to 6 pixels in a random direction
             angle = 2 * math.pi * float(torch.rand((), generator=generator))
             direction = torch.tensor([math.cos(angle), math.sin(angle)])
-            pixels = (6 * grade * direction)[:, None, None].expand(2, *image.shape[1:])
-            distorted = displace(image, pixels)
+            offset = (6 * grade * direction)[:, None, None]
+            distorted = displace(image, offset.expand(2, *image.shape[1:]))
         case "colour":
             # A random direction in RGB space
             direction = F.normalize(torch.randn(3, 1, 1, generator=generator), dim=0)
@@ -98,8 +102,11 @@ def blur(image: Tensor, sigma: float) -> Tensor:
     """`image` [3, H, W] filtered by a Gaussian of `sigma` pixels, reflected at the edges."""
     if sigma == 0:
         return image
+
+    # The kernel, [3, 1, 1, width]
     radius = math.ceil(3 * sigma)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    positions = torch.arange(-radius, radius + 1)
+    kernel = torch.exp(-0.5 * (positions / sigma) ** 2)
     kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
 
     # Horizontally, then vertically
@@ -115,9 +122,14 @@ def displace(image: Tensor, pixels: Tensor) -> Tensor:
     The image is continued by reflection beyond its edges.
     """
     height, width = image.shape[1:]
-    grid = F.affine_grid(torch.eye(2, 3)[None], [1, 3, height, width], align_corners=False)
-    grid = grid + pixels.permute(1, 2, 0)[None] * torch.tensor([2 / width, 2 / height])
-    return F.grid_sample(image[None], grid, padding_mode="reflection", align_corners=False)[0]
+    identity = torch.eye(2, 3)[None]
+    grid = F.affine_grid(identity, [1, 3, height, width], align_corners=False)
+
+    # The grid's coordinates span 2 over a side
+    per_pixel = torch.tensor([2 / width, 2 / height])
+    grid = grid + pixels.permute(1, 2, 0)[None] * per_pixel
+    sampled = F.grid_sample(image[None], grid, padding_mode="reflection", align_corners=False)
+    return sampled[0]
 
 
 def write_triplets(folder: Path, count: int, seed: int) -> None:
@@ -135,10 +147,13 @@ def write_triplets(folder: Path, count: int, seed: int) -> None:
 
 def _write(folder: Path, name: str, triplet: Triplet) -> None:
     """Writes `ref` last: a triplet is complete if its `ref` exists."""
+    # Judgement
+    judgement = np.array([triplet.judge], np.float32)
     with atomic_write(folder / "judge" / f"{name}.npy") as temporary, temporary.open("wb") as file:
-        np.save(file, np.array([triplet.judge], np.float32))
+        np.save(file, judgement)
 
+    # Images
     images = {"p0": triplet.p0, "p1": triplet.p1, "ref": triplet.ref}
     for key, image in images.items():
-        picture = to_pictures(image[None])[0]
-        write_image(folder / key / f"{name}.png", picture.save)
+        pillow_image = to_pillow(image[None])[0]
+        write_image(folder / key / f"{name}.png", pillow_image.save)

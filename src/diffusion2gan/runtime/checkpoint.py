@@ -1,4 +1,4 @@
-"""A training state in one safetensors file: tensors, and a JSON header for the rest. No pickle.
+"""A training state in one safetensors file: tensors, and all else in a JSON header. No pickle.
 
 The tensors may instead be in a folder of shards beside the file, written by several ranks
 (`sharded_checkpoint`); the header entry `parts` then names that folder and its files.
@@ -22,7 +22,7 @@ from diffusion2gan.runtime.files import atomic_write
 
 
 class Stateful(Protocol):
-    """A module or an average: whatever has named tensors."""
+    """A module or an average of its weights: an object with named tensors."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -185,7 +185,7 @@ def pack_optimizer(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Ten
 def unpack_optimizer(
     name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """Restores what `pack_optimizer` packed; sharded parameters get this rank's shard."""
+    """Restores the state from `pack_optimizer`; sharded parameters get this rank's shard."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor | int]] = {}
     for key, value in unpack(name, tensors).items():

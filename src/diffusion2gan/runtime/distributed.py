@@ -130,9 +130,14 @@ class Group:
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         parameters = list(trained.values())
         device = parameters[0].device
-        has_gradient = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
+        exists: list[float] = []
+        gradients: list[Tensor] = []
+        for parameter in parameters:
+            gradient = parameter.grad
+            exists.append(float(gradient is not None))
+            gradients.append(torch.zeros_like(parameter) if gradient is None else gradient)
+        has_gradient = torch.tensor(exists, device=device)
         requested = torch.tensor([float(flags.stop), float(flags.save)], device=device)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         tensors = [has_gradient, requested, *extras, *gradients]
         buffer = torch.cat([x.detach().to(device, torch.float32).flatten() for x in tensors])
 
@@ -153,10 +158,10 @@ class Group:
             parameter.grad = None
         fsdp.reshard(module)
         current = dict(module.named_parameters())
-        for name, exists, gradient in zip(
+        for name, num_ranks, gradient in zip(
             trained, has_gradient.tolist(), summed_gradients, strict=True
         ):
-            if exists:
+            if num_ranks > 0:
                 parameter = current[name]
                 parameter.grad = fsdp.shard_like(gradient.to(parameter.dtype), parameter)
 

@@ -82,7 +82,10 @@ def _apply_umask(file: Path) -> None:
 
 @dataclass(frozen=True)
 class Leftover:
-    """A temporary of some process. `host` is empty and `number` not a process in some of them."""
+    """A temporary file or folder that a process left.
+
+    In some names there is no `host` (empty), and `number` is not a process.
+    """
 
     path: Path
     host: str
@@ -91,7 +94,7 @@ class Leftover:
 
 
 def find_leftovers(path: Path) -> list[Leftover]:
-    """The temporaries of `path` in its folder, of living and of killed processes."""
+    """The temporary files of `path` in its folder, of living and of killed processes."""
     prefix = f".{path.name}."
     found = []
     for file in path.parent.glob(f"{glob.escape(prefix)}*"):
@@ -102,7 +105,7 @@ def find_leftovers(path: Path) -> list[Leftover]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Deletes the temporaries of `path` that killed processes of this machine left.
+    """Deletes the temporary files of `path` that killed processes of this machine left.
 
     An old folder that was set aside (`.old`) is deleted only once `path` exists again.
     """

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# Of several ranks only the first prints.
+# Under torchrun only rank 0 prints.
 console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 
 
@@ -30,7 +30,10 @@ def clock(seconds: float) -> str:
 
 
 class Bar:
-    """`with Bar("pairs", total=1000, done=200) as bar: bar.advance(8, "loss 0.1")`, in any unit."""
+    """A progress bar in any unit.
+
+    `with Bar("pairs", total=1000, done=200) as bar: bar.advance(8, "loss 0.1")`
+    """
 
     def __init__(self, what: str, total: int, done: int = 0, plain_every_s: float = 15.0) -> None:
         self._what = what
@@ -51,7 +54,7 @@ class Bar:
         return self
 
     def advance(self, count: int, note: str = "") -> None:
-        """Adds `count` to what is done; `note` is shown until the next one."""
+        """Adds `count` to the progress; `note` is shown until the next note."""
         self._done += count
         self._note = note or self._note
         if self._live:
@@ -63,15 +66,20 @@ class Bar:
             console.print(self._plain_line(), soft_wrap=True)
 
     def reach(self, done: int, note: str = "") -> None:
-        """Like `advance`, given the new total of what is done. Does nothing if it has not grown."""
+        """Advances to the total `done`. Does nothing if that is not an increase."""
         if done > self._done:
             self.advance(done - self._done, note)
 
     def _plain_line(self) -> str:
+        # Speed and time left
         elapsed_s = time.monotonic() - self._start
-        per_s = (self._done - self._done_at_start) / max(elapsed_s, 1e-9)
-        left = clock((self._total - self._done) / per_s) if per_s > 0 else "?"
-        line = f"{self._what}: {self._done}/{self._total} · {per_s:.1f}/s · ETA {left} {self._note}"
+        num_new = self._done - self._done_at_start
+        per_s = num_new / max(elapsed_s, 1e-9)
+        eta = "?"
+        if per_s > 0:
+            eta = clock((self._total - self._done) / per_s)
+
+        line = f"{self._what}: {self._done}/{self._total} · {per_s:.1f}/s · ETA {eta} {self._note}"
         return line.rstrip()
 
     def __exit__(

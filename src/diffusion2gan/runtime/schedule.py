@@ -1,4 +1,4 @@
-"""The learning-rate schedule that both training loops share."""
+"""The learning-rate schedule shared by both training loops."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Written and read by torch's distributed checkpoint (DCP), with its storage for Hugging Face's
 format, which keeps the position of each shard as JSON in the file's header. DCP's default storage
-unpickles what it reads: never load without naming this reader.
+unpickles the files that it reads, so every load must pass the Hugging Face reader explicitly.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stopping a long job between two steps, and when a training loop saves or stops."""
+"""Stops a long job between two steps, and decides when a training loop saves or stops."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def stop_signal() -> Iterator[Callable[[], int | None]]:
 class StepControl:
     """When a training loop writes a checkpoint or stops. All ranks must agree, once per step.
 
-    `request()` is what this rank requests; `Group.sum` combines the requests of all ranks. A stop
+    `request()` returns this rank's requests; `Group.sum` combines those of all ranks. A stop
     is requested by any rank that received a signal, a checkpoint by the main rank alone, after
     `checkpoint_every_s` seconds.
     """

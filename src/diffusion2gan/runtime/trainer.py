@@ -33,7 +33,7 @@ def learning_rate(progress: float, peak: float, warmup: float = 0.03) -> float:
 
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings of `fit`. `num_samples` counts repetitions: epochs × size of the data set.
+    """Settings of `fit`. `num_samples` is the length of the run: epochs × size of the data set.
 
     `schedule(progress in [0, 1], peak_lr)` is the learning rate.
     """
@@ -72,9 +72,9 @@ def fit(
 ) -> nn.Module:
     """Trains `module` on `loss(sample numbers) → mean`; returns it with its EMA weights, frozen.
 
-    The state is saved to `folder/<stage>.safetensors` every two minutes and at the end; run again,
-    an interrupted stage resumes with the same bits and a finished one is loaded. `after_step` may
-    project the weights.
+    The state is saved to `folder/<stage>.safetensors` every two minutes and at the end. Called
+    again, an interrupted stage resumes with bit-identical results and a finished stage is loaded.
+    `after_step` may project the weights.
 
     Each rank of `group` computes its rows of every batch. Gradients are averaged over the ranks,
     and so are floating-point buffers: batch norm normalises by the rows of one rank, as in torch's
@@ -89,11 +89,11 @@ def fit(
     )
     ema = EMA(module, config.ema_decay)
 
-    # Resume
+    # Resume. The key `pictures_seen` is part of the file format; it counts samples.
     seen = 0
     if path.exists():
         seen = checkpoint.meta(path)["pictures_seen"]
-    group.check_same(folder, seen, "pictures")
+    group.check_same(folder, seen, "samples")
     if seen > 0:
         load_state(path, module, optimizer, ema)
 

@@ -116,7 +116,7 @@ def serve_vote(
 def prepare_gradio(host: str, port: int) -> Iterator[int]:
     """Checks the host, the port and gradio before anything slow starts; yields the port to use.
 
-    That is a free one if `port` is 0. Gradio's temporary files are deleted at the end.
+    If `port` is 0, that is any free port. Gradio's temporary files are deleted at the end.
     """
     free_port = check_port(host, port)
     if not is_loopback(host):
@@ -165,7 +165,7 @@ def check_port(host: str, port: int) -> int:
             return int(probe.getsockname()[1])
     except OSError as error:
         raise UserError(
-            f"--host {host} --port {port}: cannot listen there ({error.strerror or error}). If "
+            f"--host {host} --port {port}: cannot listen on it ({error.strerror or error}). If "
             "another program uses the port, name another with --port, or use --port 0 for any "
             "free one."
         ) from error

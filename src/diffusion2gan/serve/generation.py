@@ -1,4 +1,4 @@
-"""What the served page does, without gradio: images of a prompt, with limits and clear refusals."""
+"""Image generation for the served pages, without gradio: limits, checks and clear errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class SharedSystem:
             except Diffusion2GANError:
                 raise
             except Exception as error:
-                # Whatever a pipeline raises: the page reports it and stays usable
+                # The page reports any error of the pipeline and stays usable
                 raise Failure(
                     f"{self.system.name} failed: {type(error).__name__}: {error}. Try again."
                 ) from error

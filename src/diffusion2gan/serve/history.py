@@ -1,4 +1,4 @@
-"""The images that a visitor has saved: PNG files in a folder, with their prompt and seed inside."""
+"""The images that a visitor has saved: PNG files that contain their prompt and seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The served pages, in gradio. The modules `generation`, `history` and `votes` do the work.
+"""The served pages, in gradio. Their logic is in the modules `generation`, `history` and `votes`.
 
 Imported only when `serve` starts, because gradio is an optional dependency.
 """
@@ -40,7 +40,7 @@ ImageAndNote = tuple[Image.Image | None, str]
 Captioned = list[tuple[Image.Image, str]]
 
 
-# ------------------------------------------------------------------------------------ Shared parts
+# ------------------------------------------------------------------------------- Shared components
 
 
 def build_theme() -> Any:
@@ -53,10 +53,10 @@ def build_theme() -> Any:
 
 
 def show_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes an event handler show our errors as a warning, and leave the page as it is.
+    """Makes an event handler show the package's errors as a warning and leave the page unchanged.
 
-    Not as `gr.Error`: it would cover every component that the event updates, such as the questions
-    of a vote.
+    A `gr.Error` would cover every component that the event updates, such as the questions of a
+    vote.
     """
 
     @wraps(function)
@@ -160,8 +160,8 @@ def student_page(
         with gr.Tab("Many seeds"):
             build_seeds_tab(student, prompt, seed)
 
-        # Each key press or slider movement generates an image. Events that arrive in the meantime
-        # become one request, the last.
+        # Each key press or slider movement generates an image. Of the events that arrive in the
+        # meantime only the last is handled.
         gr.on(
             [prompt.change, seed.change, fraction.change],
             make_preview(student),

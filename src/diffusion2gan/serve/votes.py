@@ -1,8 +1,8 @@
-"""Blind preference votes: which pair a voter gets next, the votes on disk, and their statistics.
+"""Blind preference votes: the order of the pairs, the votes on disk, and their statistics.
 
-A vote is one line of JSON in a file that is only ever appended to. A lock, and a single write per
-line, allow several voters and several processes to append at the same time. After a crash, all the
-votes written before it are still read.
+A vote is one line of JSON, appended to a file. A lock, and a single write per line, allow several
+voters and several processes to append at the same time. Votes written before a crash remain
+readable.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FIELDS = ("voter", "prompt_index", "prompt", "left", "right", "study", *QUESTION
 
 @dataclass(frozen=True)
 class Study:
-    """What is voted on: systems `a` and `b`, and a digest of all that their images depend on."""
+    """The systems `a` and `b` to vote on, and a digest of all settings of their images."""
 
     a: str
     b: str
@@ -73,7 +73,7 @@ def append_vote(path: Path, vote: Mapping[str, Any]) -> None:
 
             # A single write, so that a line is never mixed with another
             if os.write(descriptor, line) != len(line):
-                raise OSError("only a part of it was written")
+                raise OSError("it was written only partly")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -22,8 +22,9 @@ ImageSize = tuple[int, int]  # height and width in pixels
 
 @dataclass(frozen=True)
 class Family:
-    """What distinguishes one family of pipelines.
+    """The properties and functions in which one family of pipelines differs from the others.
 
+    - `about`: one line about the models, for the documentation.
     - `network`: the pipeline's attribute with the denoising network.
     - `flow`: a flow model; otherwise a diffusion model.
     - `encode(pipeline, prompts, image_size)`: the conditioning of B prompts.
@@ -198,9 +199,11 @@ def unpack(tokens: Tensor, size: torch.Size | tuple[int, int]) -> Tensor:
 
 def grid_ids(x: Tensor) -> Tensor:
     """[h/2·w/2, 3]: zero, row and column of each token."""
-    height, width = x.shape[-2] // 2, x.shape[-1] // 2
+    height = x.shape[-2] // 2
+    width = x.shape[-1] // 2
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], -1).flatten(0, 1).to(x)
+    ids = torch.stack([torch.zeros_like(rows), rows, columns], -1)
+    return ids.flatten(0, 1).to(x)
 
 
 # Sana
@@ -298,7 +301,8 @@ FAMILIES = {
     ),
 }
 
-# Known pipeline classes that cannot teach: what they are and what to give instead, for the error.
+# Known pipeline classes that cannot be teachers: what they are and what to give instead (used in
+# the error message).
 REFUSED = {
     "StableDiffusionXLImg2ImgPipeline": (
         "the SDXL refiner, or an image-to-image pipeline, both of which start from an image; give "

@@ -98,7 +98,7 @@ def merge_loras(pipeline: Any, loras: str) -> None:
     for text in loras.split(","):
         path, scale = parse_lora(text)
 
-        # Load it as an adapter. A LoRA without any matching layer adds no adapter, or an error.
+        # Load it as an adapter. A LoRA without any matching layer adds no adapter or raises.
         adapters_before = _count_adapters(pipeline)
         try:
             strict_loading.load_lora(

@@ -18,8 +18,8 @@ ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "diffusion2gan"
 FILES = sorted(SRC.rglob("*.py"))
 
-# A room (a top-level module or folder) imports rooms of its level or below, and no two rooms import
-# each other.
+# A "room" is a top-level module or folder. A room imports rooms of its level or below, and no two
+# rooms import each other.
 LEVEL = {
     "errors": 0,
     "assets": 1,

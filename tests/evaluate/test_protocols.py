@@ -263,7 +263,7 @@ def test_image_folder_is_read_by_caption_index(tmp_path: Path) -> None:
     folder = save_images(tmp_path / "pictures", 3, 1)
     images = open_images("gigagan", folder)
     assert np.array_equal(images.read([2])[0], np.asarray(Image.open(folder / "000002.png")))
-    assert images.formats == ["png"] and images.note == "pictures"
+    assert images.formats == ["png"] and images.note == "images"
 
 
 def test_image_folder_refuses_missing_double_unnamed_and_damaged_images(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-# In the order of the help text: the steps of a distillation first.
+# In the order of a distillation. The help text lists the commands first, then the groups.
 app.add_typer(pairs_app, name="pairs")
 app.add_typer(recipe_app, name="recipe")
 app.command()(plan)

@@ -40,9 +40,9 @@ def compare(
     device: DeviceOption = "cpu",
     precision: PrecisionOption = "float32",
 ) -> None:
-    """Write a page that shows the images of several systems for the same prompts and noise.
+    """Write a page with the images of several systems.
 
-    Run it again to continue an interrupted comparison.
+    All systems get the same prompts and the same noise. Run it again to continue an interrupted comparison.
     """
     from diffusion2gan.compare import compare as job
     from diffusion2gan.compare.images import parse_names, parse_systems
@@ -97,9 +97,9 @@ def serve(
     device: DeviceOption = "cpu",
     precision: PrecisionOption = "float32",
 ) -> None:
-    """Show a student's image in a browser as its prompt is typed, or take blind votes.
+    """Show a student's images in a browser, or take blind votes.
 
-    Needs gradio: pip install 'diffusion2gan[demo]'.
+    The page updates the image while the prompt is typed. Needs gradio: pip install 'diffusion2gan[demo]'.
     """
     if (student is None) == (vote is None):
         raise UserError(
@@ -140,7 +140,10 @@ def votes(
         typer.Argument(callback=local_path, help="The file of votes that `serve --vote` wrote."),
     ],
 ) -> None:
-    """Report which of two systems voters preferred, with 95 % intervals."""
+    """Report which of two systems voters preferred.
+
+    The shares have 95 % intervals.
+    """
     from diffusion2gan.serve.votes import summarize
 
     for line in summarize(file):

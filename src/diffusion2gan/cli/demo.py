@@ -22,9 +22,9 @@ def demo(
     ] = 12,
     set_: SetOption = None,
 ) -> None:
-    """Run every stage on the embedded teacher: pairs, distill, export, evaluate, compare.
+    """Run every stage on the embedded teacher.
 
-    Takes about ten minutes on two cores. Run it again to continue an interrupted demo.
+    The stages are pairs, distill, export, evaluate and compare. Takes about ten minutes on two cores. Run it again to continue an interrupted demo.
     """
     from diffusion2gan.demo import demo as job
 

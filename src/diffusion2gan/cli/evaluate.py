@@ -83,7 +83,10 @@ def evaluate(
         int | None, typer.Option(min=1, help="COCO: images generated at once (default 1).")
     ] = None,
 ) -> None:
-    """Measure a system on the pocket world's held-out captions, or on COCO with your own files."""
+    """Measure a system's images by a protocol.
+
+    The pocket protocol uses the pocket world's held-out captions, a COCO protocol your own files.
+    """
     from diffusion2gan.evaluate.run import evaluate as run_evaluation
     from diffusion2gan.evaluate.settings import EvaluateSettings
     from diffusion2gan.runtime.files import write_json

@@ -184,7 +184,7 @@ SetArgument = Annotated[str, typer.Argument(help="The folder of a set, or its UR
 
 @pairs_app.command("info")
 def pairs_info(folder: SetArgument) -> None:
-    """Print a set's settings, how much of it exists, the speed and the time left."""
+    """Print a set's settings, progress, speed and time left."""
     from diffusion2gan.pairs import check, store
     from diffusion2gan.runtime.storage import parse_location
 
@@ -209,7 +209,10 @@ def pairs_verify(
     vae: VaeOption = None,
     resolution: ResolutionOption = None,
 ) -> None:
-    """Read every shard: checksums, order, seeds, finite numbers, no duplicate noise or latents."""
+    """Read and check every shard.
+
+    Checked are checksums, order, seeds, finite numbers, and that no noise or latents occur twice.
+    """
     from diffusion2gan.pairs import check, store
     from diffusion2gan.runtime.distributed import resolve_device
     from diffusion2gan.runtime.storage import parse_location
@@ -267,7 +270,10 @@ def pairs_export(
         str, typer.Option("--format", help="The format to write: webdataset.")
     ] = "webdataset",
 ) -> None:
-    """Write a set in another format: tar shards for WebDataset; run again to continue."""
+    """Write a set as tar shards for WebDataset.
+
+    Run it again to continue.
+    """
     from diffusion2gan.pairs import exchange
     from diffusion2gan.runtime.storage import parse_location
 

@@ -11,7 +11,7 @@ from diffusion2gan.cli.options import local_path, local_paths
 from diffusion2gan.errors import UserError
 
 perceptual_app = typer.Typer(
-    help="Train, calibrate or import the networks of the perceptual losses.",
+    help="Train, calibrate or import perceptual networks.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

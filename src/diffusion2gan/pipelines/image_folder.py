@@ -18,7 +18,7 @@ from diffusion2gan.runtime.files import sha256
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
-Pictures = NDArray[np.uint8]
+Images = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class ImageFolder:
     name: str
     files: Mapping[int, Path]
     key: str
-    note: str = "pictures"
+    note: str = "images"
 
     @property
     def formats(self) -> list[str]:
         """Their file formats, such as png. Images in jpg have lost detail before evaluation."""
         return sorted({path.suffix.lower().lstrip(".") for path in self.files.values()})
 
-    def read(self, indices: Sequence[int]) -> list[Pictures]:
+    def read(self, indices: Sequence[int]) -> list[Images]:
         """The images of captions, [H, W, 3] uint8 each.
 
         Raises UserError if a caption has no image or its file cannot be read.
@@ -114,7 +114,7 @@ def image_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_image(path: Path) -> Pictures:
+def read_image(path: Path) -> Images:
     """[H, W, 3] uint8. Raises UserError if the file is not an image or is damaged."""
     try:
         with Image.open(path) as image:

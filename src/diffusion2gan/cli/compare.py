@@ -42,7 +42,8 @@ def compare(
 ) -> None:
     """Write a page with the images of several systems.
 
-    All systems get the same prompts and the same noise. Run it again to continue an interrupted comparison.
+    All systems get the same prompts and the same noise. Run it again to continue an interrupted
+    comparison.
     """
     from diffusion2gan.compare import compare as job
     from diffusion2gan.compare.images import parse_names, parse_systems
@@ -99,7 +100,9 @@ def serve(
 ) -> None:
     """Show a student's images in a browser, or take blind votes.
 
-    The page updates the image while the prompt is typed. Needs gradio: pip install 'diffusion2gan[demo]'.
+    The page updates the image while the prompt is typed.
+
+    Needs gradio: pip install 'diffusion2gan[demo]'.
     """
     if (student is None) == (vote is None):
         raise UserError(

@@ -24,7 +24,8 @@ def demo(
 ) -> None:
     """Run every stage on the embedded teacher.
 
-    The stages are pairs, distill, export, evaluate and compare. Takes about ten minutes on two cores. Run it again to continue an interrupted demo.
+    The stages are pairs, distill, export, evaluate and compare. They take about ten minutes on
+    two cores. Run it again to continue an interrupted demo.
     """
     from diffusion2gan.demo import demo as job
 

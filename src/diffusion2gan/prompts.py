@@ -26,6 +26,7 @@ def read_lines(path: Path, what: str, remedy: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
 
+    # Check that every line has text
     lines = [line.strip() for line in lines]
     if not any(lines):
         raise UserError(f"{path} is empty; write one {what} per line")

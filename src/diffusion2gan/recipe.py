@@ -256,6 +256,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
+        # Batch
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be divided into gradient_accumulation_steps "
@@ -272,6 +273,8 @@ class Recipe(BaseModel):
                 f"perceptual = {self.perceptual!r} are features of latents, but pixel_lpips "
                 "compares images; set perceptual to a network of images, or another loss"
             )
+
+        # Device
         if self.precision != "float32" and not self.device.startswith("cuda"):
             raise ValueError(
                 f"precision {self.precision!r} is for cuda, but device is {self.device!r}; set "

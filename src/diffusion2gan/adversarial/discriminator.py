@@ -225,6 +225,7 @@ def build_discriminator(recipe: Recipe, teacher: Teacher) -> Discriminator:
                 spectral_norm=recipe.spectral_norm,
             )
 
+        # Discriminators on the teacher's network
         options: dict[str, Any] = {
             "noise_input": recipe.noise_input,
             "spectral_norm": recipe.spectral_norm,
@@ -241,6 +242,7 @@ def build_discriminator(recipe: Recipe, teacher: Teacher) -> Discriminator:
 
 def check_unet(unet: Any) -> None:
     """Raises UserError if no discriminator can be built from this network."""
+    # Text conditioning
     blocks = [*unet.down_blocks, *unet.up_blocks]
     if unet.mid_block is not None:
         blocks.append(unet.mid_block)
@@ -250,6 +252,7 @@ def check_unet(unet: Any) -> None:
             "read the prompt. Choose a text-to-image teacher, or set discriminator=patch."
         )
 
+    # Blocks and further conditioning
     unknown = sorted({type(block).__name__ for block in unet.up_blocks} - DECODER_BLOCKS)
     if unknown:
         unsupported = f"decoder blocks {', '.join(unknown)}"

@@ -104,6 +104,7 @@ def serve(
 
     Needs gradio: pip install 'diffusion2gan[demo]'.
     """
+    # Exactly one of the two pages
     if (student is None) == (vote is None):
         raise UserError(
             "name a student to show, or two systems to vote on with --vote A B: one of the two"
@@ -114,6 +115,7 @@ def serve(
     from diffusion2gan.prompts import read_prompts
     from diffusion2gan.serve import app
 
+    # Serve until interrupted
     if student is not None:
         app.serve_student(
             student,

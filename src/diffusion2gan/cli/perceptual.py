@@ -47,12 +47,14 @@ def perceptual_fit(
 
     Run the same command again to resume. Under torchrun the ranks share the work.
     """
+    # Check the options
     if pixels == (vae is not None):
         raise UserError("give --vae, the VAE of the latents, or --pixels: exactly one of the two")
     if not all(width.strip().isdigit() and int(width) > 0 for width in widths.split(",")):
         raise UserError(f"--widths {widths!r}: write five numbers, as in 64,128,256,512,512")
     from diffusion2gan.perceptual.fit import FitSettings, fit
 
+    # Fit and report
     settings = FitSettings(
         widths=tuple(int(width) for width in widths.split(",")),
         size=size,

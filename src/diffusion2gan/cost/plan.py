@@ -124,6 +124,7 @@ def plan(
         )
     _check_split(recipe.batch_size, num_gpus, gradient_accumulation_steps or 1)
 
+    # Plan both stages
     model_figures = MODELS[model]
     gpu_figures = GPUS[gpu]
     steps = gradient_accumulation_steps or fewest_micro_batches(
@@ -134,6 +135,8 @@ def plan(
         "pairs": _plan_pairs(model_figures, gpu_figures, num_gpus, num_pairs),
         "distill": _plan_training(model_figures, gpu_figures, num_gpus, planned_recipe),
     }
+
+    # Cost
     price = gpu_figures.dollars_per_h if dollars_per_h is None else dollars_per_h
     for figures in stages.values():
         figures["dollars"] = figures["hours"] * num_gpus * price

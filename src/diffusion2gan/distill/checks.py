@@ -18,6 +18,7 @@ def check_ranks(recipe: Recipe, world_size: int) -> None:
 
     Also if strategy=fsdp is not possible.
     """
+    # fsdp
     if recipe.strategy == "fsdp" and world_size == 1:
         raise UserError(
             "strategy=fsdp shards student and discriminator over several ranks, and this is one "
@@ -30,6 +31,7 @@ def check_ranks(recipe: Recipe, world_size: int) -> None:
             "sharded. Set optimizer=adamw, or strategy=ddp."
         )
 
+    # Even shares of the batch
     micro_batch_size = recipe.batch_size // recipe.gradient_accumulation_steps
     if micro_batch_size % world_size:
         possible = []

@@ -345,6 +345,7 @@ def initial_weights(recipe: Recipe, teacher: Teacher) -> dict[str, Tensor]:
     run_teacher, weights, described = load_student(Path(recipe.init_from))
     run_recipe = parse_recipe(described["recipe"], recipe.init_from)
 
+    # Same teacher
     if run_teacher.revision != teacher.revision:
         raise UserError(
             f"init_from = {recipe.init_from!r} was distilled from weights {run_teacher.revision}, "
@@ -352,6 +353,7 @@ def initial_weights(recipe: Recipe, teacher: Teacher) -> dict[str, Tensor]:
             "same teacher, or set init_from=teacher."
         )
 
+    # Same LoRA settings
     if recipe.lora_rank > 0 or run_recipe.lora_rank > 0:
         for key in ("lora_rank", "lora_targets"):
             in_run = getattr(run_recipe, key)

@@ -103,6 +103,7 @@ def add_lora(network: Any, rank: int, targets: Sequence[str]) -> Any:
             "a LoRA student needs peft: pip install 'diffusion2gan[lora]', or set lora_rank=0"
         ) from error
 
+    # Every target must match a layer
     names = []
     for name, layer in network.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
@@ -116,6 +117,7 @@ def add_lora(network: Any, rank: int, targets: Sequence[str]) -> Any:
                 f"lora_targets: the teacher has no layer named {target!r}{nearest(target, known)}"
             )
 
+    # Scale 1: alpha equals the rank
     network.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
     return network
 

@@ -156,6 +156,7 @@ def load_clip(name: str, device: str = "cpu") -> ClipSpace:
 
     `name` is a folder or the id of a downloaded model.
     """
+    # Network, tokenizer and preprocessing
     folder = _find_folder(name)
     network = load_model(CLIPModel, folder).eval().to(device)
     with translated_errors(f"the tokenizer in {folder}"):

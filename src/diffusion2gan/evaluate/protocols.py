@@ -106,6 +106,7 @@ def read_captions(path: Path, count: int, sha256: str | None = None) -> list[str
             f"{path} has {len(captions)} captions, the protocol needs {count}; give a longer file"
         )
 
+    # Compare their digest
     captions = captions[:count]
     digest = captions_digest(captions)
     if sha256 is None:

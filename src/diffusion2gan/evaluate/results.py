@@ -52,6 +52,7 @@ def metrics_to_dict(metrics: Sequence[Metric], num_resamples: int) -> dict[str, 
     if num_resamples == 0:
         return result
 
+    # Intervals
     found = {}
     for metric in metrics:
         if metric.interval is not None:

@@ -56,6 +56,7 @@ def info(folder: Location, now_s: float) -> dict[str, Any]:
         else:
             missing.append(shard)
 
+    # Progress and size
     num_pairs = sum(len(spec.shard_indices(shard)) for shard in present)
     num_bytes = sum(entry.num_bytes for entry in present.values())
     kib_per_pair = num_bytes / 1024 / max(1, num_pairs)
@@ -63,6 +64,8 @@ def info(folder: Location, now_s: float) -> dict[str, Any]:
         "made": f"{num_pairs} of {spec.count} pairs, {len(present)} of {spec.num_shards} shards",
         "size": f"{num_bytes / 2**20:.1f} MiB, {kib_per_pair:.2f} KiB per pair",
     }
+
+    # Missing shards and time left
     if missing:
         report["missing"] = spans(missing)
         report |= _speed(spec, present, spec.count - num_pairs, now_s)

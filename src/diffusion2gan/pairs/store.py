@@ -159,6 +159,7 @@ def write_shard(
     folder: Location, shard: int, spec: PairsSpec, pairs: Pairs, noise: Tensor | None = None
 ) -> None:
     """Writes one shard atomically; latents and noise as float16."""
+    # Columns
     num_bytes = int(np.prod(spec.latent_shape)) * 2
     columns = {
         "index": pa.array(pairs.index, pa.int64()),

@@ -106,6 +106,7 @@ def calibrate_heads(
         logits = ranker(batch.d0, batch.d1)
         return F.binary_cross_entropy_with_logits(logits, batch.judge)
 
+    # Fit
     config = FitConfig(
         num_samples=epochs * count,
         batch_size=min(batch_size, count),

@@ -85,6 +85,7 @@ class VGG(nn.Module):
             self.config["input_shift"] = list(input_shift)
             self.config["input_scale"] = list(input_scale)
 
+        # Layers
         channels = in_channels
         stages = []
         for num_convolutions, width in zip(STAGES, widths, strict=True):

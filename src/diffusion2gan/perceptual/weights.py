@@ -202,6 +202,7 @@ def render_card(config: dict[str, Any], note: str) -> str:
     elif config["num_groups"]:
         norm = f"with GroupNorm ({config['num_groups']} groups)"
 
+    # Usage, by the kind of input
     if config["in_channels"] == 3:
         usage = {
             "inputs": "images",

@@ -222,11 +222,14 @@ def load_weights(pipeline: DiffusionPipeline, path: Path) -> None:
             f"{path} is not a weights file ({', '.join(SUFFIXES)}); write the system as "
             "NAME=PIPELINE+FILE"
         )
+
+    # A LoRA
     tensors = _read_tensors(path)
     if any("lora" in name for name in tensors):
         _merge_lora(pipeline, path, tensors)
         return
 
+    # A complete UNet
     expected = set(pipeline.unet.state_dict())
     found = set(tensors)
     if expected != found:

@@ -81,6 +81,8 @@ class System:
             "device": self.device.partition(":")[0],
             "precision": self.precision,
         }
+
+        # Digest
         text = json.dumps(settings, sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()
         steps = self.num_inference_steps
@@ -177,10 +179,12 @@ class System:
         def generate_batch() -> object:
             return self.generate(prompts, noise)
 
+        # Measure
         median, p90 = timing.median_and_p90(timing.latencies(generate_one, repeats, self.device))
         batch_seconds = timing.measure_seconds(generate_batch, self.device)
         memory = timing.peak_memory_bytes(generate_one, self.device)
 
+        # Report
         report = {
             "seconds_per_image": median,
             "seconds_per_image_p90": p90,

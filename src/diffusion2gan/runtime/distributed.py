@@ -307,6 +307,7 @@ def connect_ranks(device: torch.device) -> Iterator[Group]:
         yield Group(ranks)
         return
 
+    # Connect
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     prefix = store_prefix()
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))

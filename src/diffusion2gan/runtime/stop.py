@@ -29,10 +29,12 @@ def stop_signal() -> Iterator[Callable[[], int | None]]:
     def first_received() -> int | None:
         return received[0] if received else None
 
+    # Signal handlers can be installed in the main thread only
     if threading.current_thread() is not threading.main_thread():
         yield first_received
         return
 
+    # Install the handlers for the duration of the block
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield first_received

@@ -101,6 +101,7 @@ def retry_with_backoff(what: str, call: Callable[[], T]) -> T:
             if isinstance(error, OSError) and error.errno in LOCAL_DISK_ERRORS:
                 raise
 
+            # Errors that a retry does not solve: denied access, and the time limit
             details = str(error).splitlines()[0] if str(error) else "no details"
             reason = f"{type(error).__name__}: {details}"
             if isinstance(error, PermissionError) or "Credentials" in type(error).__name__:
@@ -115,6 +116,7 @@ def retry_with_backoff(what: str, call: Callable[[], T]) -> T:
                     "No partly written file is left; run the same command to continue."
                 ) from error
 
+            # Wait, then try again
             console.print(f"{what}: {reason}; retry in {pause:.2g} s", soft_wrap=True)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)

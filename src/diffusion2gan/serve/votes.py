@@ -102,6 +102,7 @@ def read_votes(path: Path) -> tuple[list[dict[str, Any]], int]:
             f"{path} is a folder; give the file that `diffusion2gan serve --vote A B` creates"
         ) from None
 
+    # Parse the lines; a later vote replaces an earlier one
     votes = {}
     num_invalid = 0
     for line in lines:

@@ -570,7 +570,7 @@ def test_coco_similarity_needs_dinov2_or_clip(tiny_teacher: Path, tmp_path: Path
     system, teacher = load_system(str(tiny_teacher), 1), load_system(str(tiny_teacher), 2)
     spaces = FeatureSpaces(inception=mean_colour_space())
     image_set = ImageSet(system, CAPTIONS, 0, tmp_path / "cache")
-    with pytest.raises(UserError, match="name --dinov2 or --clip for it"):
+    with pytest.raises(UserError, match="give --dinov2 or --clip"):
         coco.measure(image_set, SMALL, reference, spaces, teacher=teacher)
 
 

@@ -8,7 +8,7 @@ torch="torchrun --standalone --nproc-per-node 8"
 # Ranks divide the shards by index; finished ones are skipped. 3 M pairs in shards of 1000 are 3 000
 # files of 32 MB.
 $torch -m diffusion2gan pairs --teacher "$teacher" --prompts prompts.txt --count 3000000 --shard-size 1000 \
-  --guidance-scale 3 --batch-size 64 --device cuda --out pairs
+  --solver ddim --guidance-scale 3 --batch-size 64 --device cuda --out pairs
 diffusion2gan pairs verify pairs --deep 8 --teacher "$teacher"
 
 # --max-restarts: if a rank is lost, torchrun restarts all ranks from the last checkpoint.

@@ -80,9 +80,14 @@ def test_no_command_prints_the_help() -> None:
 def shell(command: str, **environment: str) -> str:
     """The output of a bash command line that finds this checkout's `diffusion2gan`."""
     scripts = Path(sys.executable).parent
+    # The completion commands take the shell that is named, not the one that runs the tests
+    settings = {
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+    }
     done = subprocess.run(
         ["bash", "-c", command],
-        env=os.environ | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"} | environment,
+        env=os.environ | settings | environment,
         capture_output=True,
         text=True,
     )

@@ -272,6 +272,7 @@ def test_default_number_of_steps_is_the_solvers(teacher: Teacher) -> None:
     spec = build_spec(teacher, ["a"], PairsSettings(count=1))
     assert (spec.solver, spec.num_inference_steps) == ("dpm++", 20)
     assert default_num_steps("dpm++", flow=True) == 30
+    assert default_num_steps("dpm++", flow=False, zero_snr=True) == 40
 
 
 def test_default_is_no_less_accurate_than_50_ddim_steps_and_cheaper() -> None:
@@ -309,7 +310,9 @@ def test_precision_is_recorded_and_sets_of_other_precisions_do_not_mix(
     assert 1e-3 < error < 0.1
 
     # Neither continued nor checked with another precision
-    with pytest.raises(UserError, match=r"precision: 'float32' there, 'bfloat16' requested"):
+    with pytest.raises(
+        UserError, match=r"precision: 'float32' in the folder, 'bfloat16' requested"
+    ):
         make_pairs(teacher, prompts_of, spec, made)
     with pytest.raises(UserError, match=r"in float32, but the teacher's is in bfloat16"):
         verify_deep(made, teacher, count=1)

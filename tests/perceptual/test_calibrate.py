@@ -159,7 +159,7 @@ def test_other_triplets_are_refused_in_an_existing_folder(triplets: Path, tmp_pa
     }
     refusal = (
         r"out/work.* was made with triplets = '.*', but this command has '.*'\. "
-        r".* delete that folder"
+        r"To continue it, use the same setting; to start anew, choose"
     )
     with pytest.raises(UserError, match=refusal):
         calibrate(tmp_path / "others", source, out, scored=copy, settings=ONE_EPOCH)

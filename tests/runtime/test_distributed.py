@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.runtime.distributed import store_prefix
+from diffusion2gan.runtime.distributed import rank_device, store_prefix
 
 
 def set_torchrun_environment(
@@ -126,3 +126,11 @@ def test_two_nodes_recover_after_one_rank_is_killed(tmp_path: Path) -> None:
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0], outputs
     assert (tmp_path / "lost").exists() and all("DONE" in out for out, _ in outputs), outputs
+
+
+def test_cuda_is_the_gpu_of_the_rank_on_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "7"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    assert rank_device("cuda") == "cuda:3"
+    assert rank_device("cuda:1") == "cuda:1"
+    assert rank_device("cpu") == "cpu"

@@ -52,7 +52,8 @@ def pairs(
         typer.Option(
             min=1,
             max=1000,
-            help="Steps of the solver. Default: dpm++ 20, or 30 for flow models; ddim 50.",
+            help="Steps of the solver. Default: ddim 50; dpm++ 20 (30 for flow "
+            "models, 40 with zero terminal SNR).",
         ),
     ] = None,
     guidance_scale: Annotated[
@@ -218,11 +219,14 @@ def pairs_verify(
     from diffusion2gan.runtime.storage import parse_location
 
     # Check the device before the shards are read, which may take long
+    location = parse_location(folder)
     if deep:
-        resolve_device(device, "give --device cpu")
+        from diffusion2gan.teacher.pipeline import check_precision
+
+        torch_device = resolve_device(device, "give --device cpu")
+        check_precision(store.open_set(location).precision, torch_device)
 
     # Read every shard
-    location = parse_location(folder)
     problems = check.verify(location)
 
     # Solve some pairs again

@@ -71,7 +71,7 @@ def _copy_shard(folder: Location, out: Location, shard: int, spec: PairsSpec) ->
     name = shard_name(shard)
     if read_shard(folder, shard, spec=spec).index != list(spec.shard_indices(shard)):
         raise Failure(
-            f"{folder}/{name} holds other pairs than its name says; give it its right name, or "
+            f"{folder}/{name} contains other pairs than its name indicates; rename it, or "
             "move it away, and continue"
         )
     with lock_shard(out, shard), atomic_put(out, name) as temporary:

@@ -222,7 +222,8 @@ def check_latents_finite(pairs: Pairs, name: str) -> None:
         raise Failure(
             f"{name}: the latents of {len(bad)} of {len(pairs)} pairs (such as pair {bad[0]}) are "
             "not finite in float16: the teacher diverges with these settings, or its weights are "
-            "damaged. Check the teacher's images, and make the set in a new folder."
+            "damaged. Check the teacher's images, and make the set in a new folder; if the network "
+            "runs in float16, use --precision bfloat16."
         )
 
 

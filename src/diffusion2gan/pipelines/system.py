@@ -279,7 +279,7 @@ def load_pipeline_folder(
         pipeline.scheduler = ddim_scheduler(pipeline.scheduler.config)
         return System(name, pipeline, steps, guidance, revision)
 
-    # 4. Teachers: solver, guidance and size as when pairs are made
+    # 4. Teachers: DDIM, or Euler for flow models, with the guidance and size of their pairs
     with translated_errors(f"the pipeline in {folder}"):
         check_can_teach(pipeline, folder)
         teacher = Teacher(pipeline, folder.name, revision, resolution)

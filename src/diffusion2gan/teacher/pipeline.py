@@ -198,6 +198,11 @@ class Teacher:
         num_timesteps = int(self.scheduler.config.num_train_timesteps)
         return num_timesteps if self.family.flow else num_timesteps - 1
 
+    @property
+    def zero_snr(self) -> bool:
+        """Whether the last training timestep is pure noise: ᾱ = 0."""
+        return not self.family.flow and self.alpha_bar(self.last_timestep) == 0
+
     def alpha_bar(self, timestep: int) -> float:
         """ᾱ of a diffusion model at `timestep`; a negative timestep is the end of the ODE."""
         if timestep < 0:

@@ -243,12 +243,15 @@ def test_single_file_of_a_transformer_is_checked(
 # LoRAs
 
 
-def save_lora(folder: Path, file: Path) -> None:
+LORA_LAYERS = {"unet": ["to_q", "to_k"], "text_encoder": ["q_proj", "k_proj"]}
+
+
+def save_lora(folder: Path, file: Path, component: str = "unet") -> None:
     peft = pytest.importorskip("peft")
-    pipeline = load_teacher(str(folder)).pipeline
-    pipeline.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"]))
-    state = peft.get_peft_model_state_dict(pipeline.unet)
-    tensors = {f"unet.{key}": torch.randn_like(value) for key, value in state.items()}
+    network = getattr(load_teacher(str(folder)).pipeline, component)
+    network.add_adapter(peft.LoraConfig(r=2, target_modules=LORA_LAYERS[component]))
+    state = peft.get_peft_model_state_dict(network)
+    tensors = {f"{component}.{key}": torch.randn_like(value) for key, value in state.items()}
     save_file(tensors, file, {"format": "pt"})
 
 
@@ -280,6 +283,36 @@ def test_lora_with_missing_or_surplus_weights_is_refused(
     key = change_weights(file, change)
     with pytest.raises(UserError, match=key):
         load_teacher(str(folder), loras=str(file))
+
+
+@pytest.mark.parametrize("change", [rename_a_matrix, remove_a_matrix])
+def test_lora_of_a_text_encoder_with_missing_weights_is_refused(
+    change: Change, family_folder: Folder, tmp_path: Path
+) -> None:
+    folder, file = family_folder("sd15"), tmp_path / "lora.safetensors"
+    save_lora(folder, file, "text_encoder")
+    encoder = load_teacher(str(folder), loras=str(file)).pipeline.text_encoder
+    assert "load_adapter" not in vars(encoder)
+
+    change_weights(file, change)
+    with pytest.raises(UserError, match="lora_A"):
+        load_teacher(str(folder), loras=str(file))
+
+
+def test_components_of_older_versions_are_left_to_diffusers(
+    family_folder: Folder, tmp_path: Path
+) -> None:
+    """Folders of Stable Diffusion name CLIPFeatureExtractor, which transformers no longer has."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(family_folder("sd15"), folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["feature_extractor"] = ["transformers", "CLIPFeatureExtractor"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "feature_extractor").mkdir()
+    settings = {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 32, "size": 32}
+    (folder / "feature_extractor" / "preprocessor_config.json").write_text(json.dumps(settings))
+
+    assert load_teacher(str(folder)).pipeline.unet is not None
 
 
 # Commands

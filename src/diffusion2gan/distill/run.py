@@ -150,12 +150,11 @@ class Run:
         if num_bad == 0:
             return
 
-        existing = folder / CHECKPOINT
-        if existing.exists():
-            pairs_before = checkpoints.read_meta(existing)["pairs_seen"]
-            state = f"The checkpoint before, of {pairs_before} pairs, is intact"
-        else:
-            state = "There is no checkpoint before"
+        self.wait_until_saved()  # the checkpoint before may still be on its way to the disk
+        state = "There is no checkpoint before"
+        if (folder / CHECKPOINT).exists():
+            pairs_before = checkpoints.read_meta(folder / CHECKPOINT)["pairs_seen"]
+            state = f"The checkpoint before, of {pairs_before} pairs, is unchanged"
         example = f" (such as {keys[0]})" if keys else ""
         raise Failure(
             f"after {self.pairs_seen} pairs, {num_bad} of the {len(weights)} weights and averages "

@@ -92,7 +92,9 @@ def fit(
     # Resume. The key `pictures_seen` is part of the file format; it counts samples.
     seen = 0
     if path.exists():
-        seen = checkpoint.meta(path)["pictures_seen"]
+        meta = checkpoint.meta(path)
+        checkpoint.check_counts(path, meta, "pictures_seen", "num_updates")
+        seen = meta["pictures_seen"]
     group.check_same(folder, seen, "samples")
     if seen > 0:
         load_state(path, module, optimizer, ema)
@@ -140,6 +142,7 @@ def fit(
 
             # Checkpoint
             if flags.stop or flags.save or seen >= config.num_samples:
+                check_finite(path, module, ema)  # on every rank: all end if the training diverged
                 if ranks.is_main:
                     save_state(path, module, optimizer, ema, seen)
                 control.checkpoint_written()
@@ -150,18 +153,21 @@ def fit(
     return module.eval().requires_grad_(False)
 
 
+def check_finite(path: Path, module: nn.Module, ema: EMA) -> None:
+    """Raises Failure if a weight or its average is not finite."""
+    checkpoint.check_finite(
+        checkpoint.pack("module", module) | checkpoint.pack("ema", ema),
+        f"the training diverged, so {path} was not written; what it contained is unchanged. Lower "
+        "the learning rate and start again in another folder.",
+    )
+
+
 def save_state(
     path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA, seen: int
 ) -> None:
     tensors = checkpoint.pack("module", module)
     tensors |= checkpoint.pack_optimizer("adam", optimizer)
     tensors |= checkpoint.pack("ema", ema)
-    weights = {key: value for key, value in tensors.items() if not key.startswith("adam/")}
-    checkpoint.check_finite(
-        weights,
-        f"the training diverged, so {path} was not written; what it contained is unchanged. Lower "
-        "the learning rate and start again in another folder.",
-    )
     checkpoint.save(path, tensors, {"pictures_seen": seen, "num_updates": ema.num_updates})
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from torch import nn
 from diffusion2gan.errors import Diffusion2GANError, UserError
 from diffusion2gan.teacher import hub
 
-# Entries that older versions of the libraries stored, and that are recomputed or not used.
-HARMLESS = re.compile(r"(^|\.)(position_ids|inv_freq|logit_scale|lm_head\.weight)$")
+# Entries that are recomputed, or that belong to an output layer which the model does not have.
+HARMLESS = re.compile(
+    r"(^|\.)(position_ids|inv_freq|logit_scale|lm_head\.weight|text_projection\.weight)$"
+)
 
 # Where the classes of a component are, by the library that model_index.json names
 COMPONENT_MODULES = {
@@ -112,8 +115,10 @@ def load_pipeline(pipeline_class: Any, folder: Path, components: dict[str, Any])
             library, class_name = entry
             if library is None:
                 continue
-            kind = getattr(import_module(COMPONENT_MODULES[library]), class_name)
-            if issubclass(kind, torch.nn.Module):
+            # Other components are left to diffusers, which knows the names of older versions,
+            # such as CLIPFeatureExtractor
+            kind = getattr(import_module(COMPONENT_MODULES[library]), class_name, None)
+            if isinstance(kind, type) and issubclass(kind, nn.Module):
                 components[name] = load_model(kind, folder / name)
 
         pipeline = pipeline_class.from_pretrained(
@@ -158,8 +163,11 @@ def load_lora(pipeline: Any, path: Path, source: Any, **options: Any) -> None:
     in it, or if it has one for a layer that the pipeline does not have. Errors of the loader are
     not translated.
     """
-    with recorded_warnings() as messages:
+    with recorded_warnings() as messages, recorded_adapter_reports(pipeline) as reports:
         pipeline.load_lora_weights(source, **options)
+    for report in reports:
+        mismatched = [str(key) for key in report.mismatched_keys]
+        check_keys(f"the LoRA {path}", report.missing_keys, report.unexpected_keys, mismatched)
     for message in messages:
         if message.startswith("Loading adapter weights"):
             problems = " ".join(message.split()).replace(" found in the model", "")
@@ -258,6 +266,32 @@ def recorded_missing_keys(description: str) -> Iterator[list[str]]:
     finally:
         nn.Module.to = original_to  # type: ignore[method-assign]
         nn.Module.load_state_dict = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def recorded_adapter_reports(pipeline: Any) -> Iterator[list[Any]]:
+    """Yields a list of the reports of the adapters that the block loads into text encoders.
+
+    transformers returns the report from `load_adapter`, and diffusers ignores it.
+    """
+    reports: list[Any] = []
+    encoders = []
+    for name, component in pipeline.components.items():
+        if name.startswith("text_encoder") and hasattr(component, "load_adapter"):
+            encoders.append(component)
+
+    def record(load_adapter: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        report = load_adapter(*arguments, **options)
+        reports.append(report)
+        return report
+
+    for encoder in encoders:
+        encoder.load_adapter = partial(record, encoder.load_adapter)
+    try:
+        yield reports
+    finally:
+        for encoder in encoders:
+            del encoder.load_adapter
 
 
 class _Collector(logging.Handler):

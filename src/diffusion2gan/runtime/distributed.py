@@ -190,8 +190,8 @@ class Group:
             late = ", ".join(name.removeprefix(f"{key}/") for name in missing)
             raise Failure(
                 f"rank {late or '?'} did not finish its share within {BARRIER_TIMEOUT_S:.0f} s of "
-                "this rank. Check the machine of that rank; finished work is kept, and the same "
-                "command continues."
+                "this rank. Check the machine of that rank; finished work is kept: run the same "
+                "command to continue."
             ) from error
         return [self._store.get(name).decode() for name in names]
 
@@ -263,7 +263,7 @@ class Group:
             raise Failure(
                 f"step {self._num_collectives}: {problem} (after {waited_s:.0f} s; "
                 f"{str(error).splitlines()[0]}). Check the machine of that rank; what was saved is "
-                "intact, and the same command continues."
+                "intact: run the same command to continue."
             ) from error
 
     def _num_collectives_of_rank(self, rank: int) -> int:

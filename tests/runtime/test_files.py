@@ -6,7 +6,9 @@ import errno
 import hashlib
 import os
 import resource
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,7 +34,8 @@ def test_atomic_write_creates_folders_and_replaces_a_file(tmp_path: Path) -> Non
     for text in ("one", "two"):
         with atomic_write(path) as temporary:
             temporary.write_text(text)
-            assert temporary.parent == path.parent  # on one file system a rename is atomic
+            assert temporary.name == path.name
+            assert temporary.parent.parent == path.parent  # on one file system a rename is atomic
         assert path.read_text() == text and names(path.parent) == ["file"]
 
 
@@ -52,9 +55,25 @@ def test_temporaries_of_killed_processes_are_removed(tmp_path: Path) -> None:
     aside = tmp_path / f".x.{files.HOST}-{dead.pid}.old"
     (aside / "deep").mkdir(parents=True)
     with atomic_write(path) as temporary:
-        assert names(tmp_path) == sorted([*others, aside.name])
+        assert names(tmp_path) == sorted([*others, aside.name, temporary.parent.name])
         temporary.write_text("new")
     assert names(tmp_path) == sorted([*others, "x"])
+
+
+def test_a_killed_writer_leaves_nothing_that_the_next_one_keeps(tmp_path: Path) -> None:
+    """Whatever the library wrote before the kill: safetensors writes to a hidden name first."""
+    path = tmp_path / "x.safetensors"
+    program = (
+        "import os, signal, sys; from diffusion2gan.runtime.files import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as temporary:\n"
+        "    temporary.with_name('.tmpAbCdEf').write_text('half')\n"
+        "    temporary.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, str(path)], check=False)
+    assert killed.returncode == -signal.SIGKILL and not path.exists()
+    checkpoint.save(path, {"x": torch.zeros(3)}, {})
+    assert names(tmp_path) == ["x.safetensors"]
 
 
 def test_a_folder_is_replaced_with_nothing_of_the_old_one(tmp_path: Path) -> None:

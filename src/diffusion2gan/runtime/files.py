@@ -30,18 +30,26 @@ LEFTOVER_SUFFIX = re.compile(r"(?:(?P<host>\w+)-)?(?P<number>\d+)\.(?P<kind>tmp.
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary name beside `path`, renamed to it (file or folder) if the block succeeds.
+    """Yields a temporary path, renamed to `path` (file or folder) if the block succeeds.
 
-    After a crash, Ctrl-C or a full disk `path` is what it was before. Files get the permissions
-    that `open` gives a new file, whatever the block wrote them with. Raises Failure if the disk is
-    full, OSError if `path` cannot be written.
+    The temporary path has the name of `path` and is in a temporary folder beside it, which also
+    holds whatever a library writes beside its target (safetensors writes to `.tmpXXXXXX` first);
+    the next writer of `path` deletes the folder if this process is killed. After a crash, Ctrl-C
+    or a full disk `path` is what it was before. Files get the permissions that `open` gives a new
+    file, whatever the block wrote them with. Raises Failure if the disk is full, OSError if `path`
+    cannot be written.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
+    scratch = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
+    temporary = scratch / path.name
     try:
+        # 1. Write
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
+        scratch.mkdir(exist_ok=True)
         yield temporary
+
+        # 2. Rename
         if temporary.is_dir():
             for file in temporary.rglob("*"):
                 if file.is_file() and not file.is_symlink():
@@ -64,7 +72,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         # On a read-only disk there is no temporary, and the attempt to delete it fails.
         with contextlib.suppress(OSError):
-            delete(temporary)
+            delete(scratch)
 
 
 def _apply_umask(file: Path) -> None:
@@ -192,15 +200,6 @@ def sha256(path: Path) -> str:
 
 
 def write_image(path: Path, save: Callable[[Path], None]) -> None:
-    """Writes an image atomically by `save(temporary)`.
-
-    The temporary keeps the suffix of `path`, from which Pillow infers the format.
-    """
-    path = Path(path)
+    """Writes an image atomically by `save(temporary)`; Pillow infers the format from the suffix."""
     with atomic_write(path) as temporary:
-        with_suffix = temporary.with_name(temporary.name + path.suffix)
-        try:
-            save(with_suffix)
-            os.replace(with_suffix, temporary)
-        finally:
-            with_suffix.unlink(missing_ok=True)
+        save(temporary)

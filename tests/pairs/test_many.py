@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.pairs import make, store
 from diffusion2gan.pairs.check import verify
 from diffusion2gan.pairs.make import make_pairs
@@ -119,6 +119,52 @@ def test_ranges_ranks_and_interruptions_give_the_same_set(
     assert present_shards(tmp_path, spec) == [0, 2, 4, 5] and requested == [0, 1, 2, 3, 4, 5]
     make_pairs(teacher, prompts_of, spec, tmp_path, 64)
     assert_same_set(tmp_path, spec, alone)
+
+
+def test_ranks_that_never_come_are_reported(
+    teacher: Teacher,
+    spec: PairsSpec,
+    alone: tuple[Pairs, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rank 0 keeps its shards and ends with a message; without ranks the same command goes on."""
+    as_rank(monkeypatch, 0, 2)
+    monkeypatch.setattr(make, "BARRIER_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(make, "POLL_S", 0.01)
+    with pytest.raises(Failure, match=r"3 of 6 shards are missing .*, the first is number 1\..*"):
+        make_pairs(teacher, prompts_of, spec, tmp_path)
+    assert present_shards(tmp_path, spec) == [0, 2, 4]
+
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    make_pairs(teacher, prompts_of, spec, tmp_path)
+    assert_same_set(tmp_path, spec, alone)
+
+
+def test_rank_0_waits_as_long_as_shards_are_finished(
+    teacher: Teacher, spec: PairsSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock on which every look at the folder takes 0.6 of the limit."""
+    as_rank(monkeypatch, 1, 2)
+    make_pairs(teacher, prompts_of, spec, tmp_path)
+    as_rank(monkeypatch, 0, 2)
+    hidden = {number: shard_path(tmp_path, number).read_bytes() for number in (1, 3, 5)}
+    for number in hidden:
+        shard_path(tmp_path, number).unlink()
+
+    clock = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal clock
+        clock += 0.6 * make.BARRIER_TIMEOUT_S
+        number = min(hidden)
+        shard_path(tmp_path, number).write_bytes(hidden.pop(number))
+
+    monkeypatch.setattr(make.time, "sleep", sleep)
+    monkeypatch.setattr(make.time, "monotonic", lambda: clock)
+    make_pairs(teacher, prompts_of, spec, tmp_path)
+    assert not hidden and clock > make.BARRIER_TIMEOUT_S
 
 
 def test_a_locked_shard_is_refused_and_others_are_made(

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.noise import noise_from_seeds, pair_seed
 from diffusion2gan.pairs.store import (
     Pairs,
@@ -19,7 +19,7 @@ from diffusion2gan.pairs.store import (
     write_shard,
 )
 from diffusion2gan.prompts import prompts_digest
-from diffusion2gan.runtime.distributed import get_ranks
+from diffusion2gan.runtime.distributed import BARRIER_TIMEOUT_S, get_ranks
 from diffusion2gan.runtime.progress import Bar, console
 from diffusion2gan.runtime.storage import Location
 from diffusion2gan.teacher.conditioning import Conditioning
@@ -182,14 +182,41 @@ def make_pairs(
                     make_shard(solve_batches, spec, folder, shard, batch_size, bar)
             bar.reach(count_finished(folder, spec, requested))
 
-        # The main rank shows the progress of the others until they have finished
-        num_finished = count_finished(folder, spec, requested)
-        while ranks.is_main and ranks.world_size > 1 and num_finished < num_requested:
-            bar.reach(num_finished)
-            time.sleep(POLL_S)
-            num_finished = count_finished(folder, spec, requested)
-        bar.reach(num_finished)
+        # The main rank waits for the others, which it does not communicate with
+        if ranks.is_main and ranks.world_size > 1:
+            wait_for_other_ranks(folder, spec, requested, bar)
+        bar.reach(count_finished(folder, spec, requested))
     report_implausible(num_implausible, num_made, spec.precision)
+
+
+def wait_for_other_ranks(
+    folder: Location, spec: PairsSpec, requested: Sequence[int], bar: Bar
+) -> None:
+    """Shows the progress of the other ranks until all requested shards exist.
+
+    Raises Failure if no shard has been finished for BARRIER_TIMEOUT_S.
+    """
+    num_requested = count_pairs(spec, requested)
+    num_finished = count_finished(folder, spec, requested)
+    last_progress = time.monotonic()
+    while num_finished < num_requested:
+        if time.monotonic() - last_progress > BARRIER_TIMEOUT_S:
+            missing = sorted(set(requested) - set(present_shards(folder, spec)))
+            raise Failure(
+                f"rank 0 has made its shards, but no other rank has finished one for "
+                f"{BARRIER_TIMEOUT_S:.0f} s: {len(missing)} of {len(requested)} shards are missing "
+                f"in {folder}, the first is number {missing[0]}. WORLD_SIZE="
+                f"{get_ranks().world_size} in the environment: check the machines of the other "
+                "ranks, or unset RANK and WORLD_SIZE if there are none. Finished shards are kept; "
+                "run the same command to continue. If a shard takes longer, raise "
+                "DIFFUSION2GAN_RANK_TIMEOUT_S, a sixth of this limit."
+            )
+        time.sleep(POLL_S)
+        previous = num_finished
+        num_finished = count_finished(folder, spec, requested)
+        bar.reach(num_finished)
+        if num_finished > previous:
+            last_progress = time.monotonic()
 
 
 def encode_and_offload(teacher: Teacher, prompts: list[list[str]]) -> list[Conditioning]:

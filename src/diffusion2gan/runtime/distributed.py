@@ -30,6 +30,11 @@ from diffusion2gan.runtime.environment import env_number
 COLLECTIVE_TIMEOUT_S = env_number("DIFFUSION2GAN_RANK_TIMEOUT_S", 600)
 # The same at a barrier, where each rank has first done a share of a long job by itself.
 BARRIER_TIMEOUT_S = 6 * COLLECTIVE_TIMEOUT_S
+# The start of a message: without torchrun, and with some of its options, rank 0 holds the store.
+STORE_LOST = (
+    "the connection to the ranks' store, which rank 0 or torchrun holds, is lost. Check the "
+    "machine of rank 0"
+)
 # How long a rank that has finished waits for the others before its process ends.
 EXIT_TIMEOUT_S = 10
 
@@ -48,11 +53,26 @@ class Ranks:
 
 
 def get_ranks() -> Ranks:
-    """This process's ranks from torchrun's variables RANK, WORLD_SIZE and LOCAL_RANK."""
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    return Ranks(rank, world_size, local_rank)
+    """This process's ranks from torchrun's variables RANK, WORLD_SIZE and LOCAL_RANK.
+
+    Raises UserError if they are not numbers, or RANK is not below WORLD_SIZE.
+    """
+    values: dict[str, int] = {}
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name, default)
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise UserError(
+                f"{name}={text!r} in the environment is not a rank's number. torchrun sets it; to "
+                "run one process without torchrun, unset RANK, WORLD_SIZE and LOCAL_RANK."
+            )
+        values[name] = int(text)
+    if values["RANK"] >= values["WORLD_SIZE"]:
+        raise UserError(
+            f"RANK={values['RANK']} in the environment is not below WORLD_SIZE="
+            f"{values['WORLD_SIZE']}. torchrun sets both; to run one process without torchrun, "
+            "unset RANK, WORLD_SIZE and LOCAL_RANK."
+        )
+    return Ranks(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"])
 
 
 def rank_device(name: str) -> str:
@@ -181,19 +201,26 @@ class Group:
             return [value]
 
         # Publish this rank's value and wait for the others
-        self._store.set(f"{key}/{self.ranks.rank}", value)
         names = [f"{key}/{rank}" for rank in range(self.ranks.world_size)]
         try:
+            self._store.set(f"{key}/{self.ranks.rank}", value)
             self._store.wait(names, timedelta(seconds=BARRIER_TIMEOUT_S))
+            return [self._store.get(name).decode() for name in names]
         except RuntimeError as error:
-            missing = [name for name in names if not self._store.check([name])]
-            late = ", ".join(name.removeprefix(f"{key}/") for name in missing)
+            missing = self._ask_store(
+                lambda: [name for name in names if not self._store.check([name])]
+            )
+            if missing is None:
+                problem = STORE_LOST
+            else:
+                late = ", ".join(name.removeprefix(f"{key}/") for name in missing)
+                problem = (
+                    f"rank {late or '?'} did not finish its share within "
+                    f"{BARRIER_TIMEOUT_S:.0f} s of this rank. Check the machine of that rank"
+                )
             raise Failure(
-                f"rank {late or '?'} did not finish its share within {BARRIER_TIMEOUT_S:.0f} s of "
-                "this rank. Check the machine of that rank; finished work is kept: run the same "
-                "command to continue."
+                f"{problem}; finished work is kept: run the same command to continue."
             ) from error
-        return [self._store.get(name).decode() for name in names]
 
     def check_same(self, out: Path, seen: int, what: str) -> None:
         """Raises UserError, on every rank, if the ranks find different progress in `out`.
@@ -216,9 +243,9 @@ class Group:
         machine ("terminate called without an active exception"), probably because gloo's thread
         was still using the connection; the cause is not proven.
         """
-        self._store.set(f"left/{self.ranks.rank}", "")
         names = [f"left/{rank}" for rank in range(self.ranks.world_size)]
         with suppress(RuntimeError):
+            self._store.set(f"left/{self.ranks.rank}", "")
             self._store.wait(names, timedelta(seconds=EXIT_TIMEOUT_S))
 
     def unshard(self, *modules: nn.Module | None) -> None:
@@ -245,30 +272,54 @@ class Group:
         Each rank counts its collectives in the store: a rank that is behind did not take part.
         """
         self._num_collectives += 1
-        self._store.set(f"sum/{self.ranks.rank}", str(self._num_collectives))
         start = time.monotonic()
         try:
+            self._store.set(f"sum/{self.ranks.rank}", str(self._num_collectives))
             collective()
         except RuntimeError as error:
             waited_s = time.monotonic() - start
+            reason = f"after {waited_s:.0f} s; {_first_line(error)}"
 
             # Which ranks have not started this collective?
-            late = []
-            for rank in range(self.ranks.world_size):
-                if self._num_collectives_of_rank(rank) < self._num_collectives:
-                    late.append(str(rank))
-            problem = "the connection between the ranks broke"
-            if late:
-                problem = f"rank {', '.join(late)} did not take part"
+            late = self._ask_store(self._late_ranks)
+            if late is None:
+                problem = f"{STORE_LOST} ({reason})"
+            elif late:
+                problem = (
+                    f"rank {', '.join(late)} did not take part ({reason}). Check the machine of "
+                    "that rank"
+                )
+            else:
+                problem = (
+                    f"the connection between the ranks broke ({reason}). Check the machines of "
+                    "the other ranks"
+                )
             raise Failure(
-                f"step {self._num_collectives}: {problem} (after {waited_s:.0f} s; "
-                f"{str(error).splitlines()[0]}). Check the machine of that rank; what was saved is "
-                "intact: run the same command to continue."
+                f"step {self._num_collectives}: {problem}; what was saved is intact: run the same "
+                "command to continue."
             ) from error
 
-    def _num_collectives_of_rank(self, rank: int) -> int:
-        key = f"sum/{rank}"
-        return int(self._store.get(key)) if self._store.check([key]) else 0
+    def _late_ranks(self) -> list[str]:
+        """The ranks that have not started this rank's latest collective."""
+        late = []
+        for rank in range(self.ranks.world_size):
+            key = f"sum/{rank}"
+            num_collectives = int(self._store.get(key)) if self._store.check([key]) else 0
+            if num_collectives < self._num_collectives:
+                late.append(str(rank))
+        return late
+
+    def _ask_store(self, question: Callable[[], list[str]]) -> list[str] | None:
+        """The answer of the ranks' store; None if it is lost: it may be part of rank 0."""
+        try:
+            return question()
+        except RuntimeError:
+            return None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def store_prefix() -> str:
@@ -296,11 +347,25 @@ def store_prefix() -> str:
     return f"attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
+def check_torchrun(ranks: Ranks) -> None:
+    """Raises UserError if the variables by which ranks find one another are missing or wrong."""
+    port = os.environ.get("MASTER_PORT", "")
+    is_port = port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 2**16
+    if not os.environ.get("MASTER_ADDR") or not is_port:
+        raise UserError(
+            f"RANK and WORLD_SIZE in the environment make this rank {ranks.rank} of "
+            f"{ranks.world_size}, but MASTER_ADDR and MASTER_PORT, by which the ranks find one "
+            "another, are missing or wrong. Start it with torchrun; to run one process, unset RANK "
+            "and WORLD_SIZE."
+        )
+
+
 @contextmanager
 def connect_ranks(device: torch.device) -> Iterator[Group]:
     """Connects the ranks that torchrun started: nccl on cuda, gloo elsewhere.
 
-    A single process is not connected to anything.
+    A single process is not connected to anything. Raises UserError if torchrun's variables are
+    missing, and Failure if not all ranks connect within COLLECTIVE_TIMEOUT_S.
     """
     ranks = get_ranks()
     if ranks.world_size == 1:
@@ -310,14 +375,22 @@ def connect_ranks(device: torch.device) -> Iterator[Group]:
     # Connect
     timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
     prefix = store_prefix()
-    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
-    dist.init_process_group(
-        backend="nccl" if device.type == "cuda" else "gloo",
-        store=dist.distributed_c10d.PrefixStore(prefix, store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-    )
+    check_torchrun(ranks)
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            backend="nccl" if device.type == "cuda" else "gloo",
+            store=dist.distributed_c10d.PrefixStore(prefix, store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+        )
+    except RuntimeError as error:
+        raise Failure(
+            f"rank {ranks.rank} of {ranks.world_size} could not connect to the other ranks within "
+            f"{COLLECTIVE_TIMEOUT_S:.0f} s ({_first_line(error)}). Check that all ranks were "
+            "started and are alive; run the same command to continue."
+        ) from error
     try:
         group = Group(ranks, dist.distributed_c10d._get_default_store())
         yield group

@@ -21,6 +21,7 @@ FILES = sorted(SRC.rglob("*.py"))
 # A "room" is a top-level module or folder. A room imports rooms of its level or below, and no two
 # rooms import each other.
 LEVEL = {
+    "callable_module": 0,
     "errors": 0,
     "assets": 1,
     "noise": 1,
@@ -40,13 +41,14 @@ LEVEL = {
     "export": 6,
     "compare": 7,
     "serve": 8,
+    "api": 9,
     "demo": 9,
     "cli": 10,
     "__main__": 11,
 }
 
 # These may import everything. `__init__` is the public API.
-TOP = {"demo", "cli", "__main__", "__init__"}
+TOP = {"api", "demo", "cli", "__main__", "__init__"}
 
 # Jobs read each other's files, not each other's code.
 JOBS = {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusion2gan.callable_module import make_callable
 from diffusion2gan.distill.run import load_student
 from diffusion2gan.distill.student import Student
 from diffusion2gan.errors import UserError
@@ -22,6 +23,8 @@ from diffusion2gan.runtime.lock import exclusive_lock
 from diffusion2gan.teacher.loading import absent_components
 from diffusion2gan.teacher.one_step import one_step_scheduler
 from diffusion2gan.teacher.pipeline import Teacher
+
+make_callable(__name__)  # `diffusion2gan.export(…)` is `api.export`
 
 MODEL_CARD = """---
 library_name: diffusers

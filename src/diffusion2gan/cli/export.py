@@ -23,9 +23,9 @@ def export(
     """
     import torch
 
-    from diffusion2gan import export as job
+    from diffusion2gan.export import export as export_run
 
-    job.export(run, out, torch.float16 if half else torch.float32)
+    export_run(run, out, torch.float16 if half else torch.float32)
     call = "(prompt, num_inference_steps=1, guidance_scale=0)"
     typer.echo(f"{out}: DiffusionPipeline.from_pretrained({str(out)!r}){call}")
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from diffusion2gan.errors import UserError, nearest
 
 LossName = Literal["mse", "pseudo_huber", "latent_lpips", "e_latent_lpips", "pixel_lpips"]
+ResamplingName = Literal["bilinear", "bicubic", "oversampled"]
 OptimizerName = Literal["adamw", "adamw8bit"]
 DiscriminatorName = Literal["diffusion", "random", "patch"]
 SHIPPED = Path(__file__).parent / "recipes"
@@ -95,6 +96,18 @@ class Recipe(BaseModel):
         1,
         ge=1,
         description="Transforms of e_latent_lpips averaged per pair and step.",
+    )
+    resampling: ResamplingName = Field(
+        "bilinear",
+        description="How the transforms of e_latent_lpips resample: bilinear blurs most; "
+        "oversampled passes through twice the resolution, bicubic blurs least.",
+    )
+    transform_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the samples that get a transform of e_latent_lpips, drawn for each; "
+        "the others get none.",
     )
 
     # Length and batch

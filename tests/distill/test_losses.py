@@ -73,11 +73,18 @@ def test_perceptual_losses_follow_the_recipe(tmp_path: Path) -> None:
     assert torch.equal(plain(a, b, new_generator()), LatentLPIPS(vgg, heads)(a, b))
 
     recipe = Recipe(
-        loss="e_latent_lpips", perceptual=str(tmp_path), transforms="blit+cutout", num_draws=2
+        loss="e_latent_lpips",
+        perceptual=str(tmp_path),
+        transforms="geometric+cutout",
+        num_draws=2,
+        resampling="oversampled",
+        transform_share=0.5,
     )
     ensembled = build_distance(recipe, CPU)
-    expected = ELatentLPIPS(vgg, heads, transforms="blit+cutout", num_draws=2)
+    expected = ELatentLPIPS(vgg, heads, num_draws=2, resampling="oversampled", transform_share=0.5)
     assert torch.equal(ensembled(a, b, new_generator()), expected(a, b, new_generator()))
+    bilinear = build_distance(recipe.model_copy(update={"resampling": "bilinear"}), CPU)
+    assert not torch.equal(ensembled(a, b, new_generator()), bilinear(a, b, new_generator()))
 
 
 @pytest.mark.parametrize("loss", ["mse", "pseudo_huber", "latent_lpips", "e_latent_lpips"])

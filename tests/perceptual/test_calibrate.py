@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.augment import TransformSettings, apply_transform
 from diffusion2gan.perceptual.calibrate import CalibrationSettings, calibrate
 from diffusion2gan.perceptual.distance import LatentLPIPS
+from diffusion2gan.perceptual.images import images_from_uint8
 from diffusion2gan.perceptual.ranking import (
     JudgedDifferences,
     Ranker,
@@ -25,7 +27,7 @@ from diffusion2gan.perceptual.ranking import (
 from diffusion2gan.perceptual.triplets import open_triplets, read_triplet
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.pocket.triplets import SUBSETS, write_triplets
-from diffusion2gan.runtime import cache
+from diffusion2gan.runtime import cache, checkpoint
 from diffusion2gan.teacher.autoencoder import encode, load_vae
 
 COUNT = 6
@@ -212,6 +214,36 @@ def test_a_size_that_the_pools_cannot_halve_is_refused(
                 triplets, str(source), tmp_path / "out", vae, settings=CalibrationSettings(size=8)
             )
     assert not (tmp_path / "out").exists()
+
+
+def test_heads_are_calibrated_under_one_transform_per_triplet(
+    triplets: Path, tiny_teacher: Path, tmp_path: Path
+) -> None:
+    source = network(tmp_path / "network", 4)
+    transforms = TransformSettings(("geometric", "cutout"), share=0.7, resampling="bicubic")
+    settings = CalibrationSettings(epochs=1, transforms=transforms)
+    calibrate(triplets, str(source), tmp_path / "out", str(tiny_teacher), settings=settings)
+
+    # The cached differences are those of the transformed latents
+    cached, _ = checkpoint.load(tmp_path / "out" / "work" / "00000000.safetensors")
+    opened = open_triplets(triplets)
+    count = len(opened.refs)
+    drawn = transforms.draw(count, torch.Generator().manual_seed(0), "cpu")
+    distance = LatentLPIPS.from_pretrained(source)
+    vae = load_vae(tiny_teacher)
+    assert drawn.is_applied is not None and 0 < int(drawn.is_applied.sum()) < count
+    for i in range(count):
+        row = read_triplet(opened, i, 64)
+        transform = drawn.select(slice(i, i + 1))
+        inputs = []
+        for name in ("p0", "ref"):
+            latents = encode(vae, images_from_uint8(row[name][None]))
+            inputs.append(apply_transform(latents, transform, "bicubic"))
+        expected = torch.cat(distance.differences(*inputs), 1)
+        torch.testing.assert_close(cached["d0"][i], expected[0], rtol=1e-3, atol=1e-5)
+
+    with pytest.raises(UserError, match="transforms = "):
+        calibrate(triplets, str(source), tmp_path / "out", str(tiny_teacher), settings=ONE_EPOCH)
 
 
 def score_one_by_one(triplets: Path, distance: LatentLPIPS, vae: str | None, subset: str) -> float:

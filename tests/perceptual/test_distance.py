@@ -403,7 +403,7 @@ def test_a_saved_network_gives_the_same_distance_after_loading(tmp_path: Path) -
 
     # Options of the ensembled distance
     loaded = ELatentLPIPS.from_pretrained(tmp_path / "full", transforms="cutout", num_draws=2)
-    assert isinstance(loaded, ELatentLPIPS) and (loaded.families, loaded.num_draws) == (
+    assert isinstance(loaded, ELatentLPIPS) and (loaded.transforms.families, loaded.num_draws) == (
         ("cutout",),
         2,
     )

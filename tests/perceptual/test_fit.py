@@ -11,6 +11,7 @@ import signal
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from distill.rank_processes import torchrun, wait_for_success
 from PIL import Image
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.augment import TransformSettings
 from diffusion2gan.perceptual.calibrate import calibrate
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.fit import FitSettings, fit
@@ -110,6 +112,24 @@ def test_latents_are_cached_once_and_an_interrupted_run_gives_the_same_bits(
     assert cache_file.stat().st_mtime_ns == before
     resumed = (out / "model.safetensors").read_bytes()
     assert resumed == (tmp_path / "uninterrupted" / "model.safetensors").read_bytes()
+
+
+def test_networks_are_fitted_under_transforms_and_resume_only_with_the_same(
+    images: Path, tmp_path: Path
+) -> None:
+    transforms = TransformSettings(("geometric", "cutout"), share=0.7, resampling="bicubic")
+    plain = FitSettings(WIDTHS, size=16, epochs=1, batch_size=8)
+    under_transforms = replace(plain, transforms=transforms)
+    result = fit(images, tmp_path / "transformed", None, under_transforms)
+    assert result is not None
+    expected = {"families": "geometric+cutout", "share": 0.7, "resampling": "bicubic"}
+    assert result["transforms"] == expected
+    fit(images, tmp_path / "plain", None, plain)
+    weights = [tmp_path / name / "model.safetensors" for name in ("transformed", "plain")]
+    assert weights[0].read_bytes() != weights[1].read_bytes()
+
+    with pytest.raises(UserError, match=r"transforms = \{'families'.*this command has None"):
+        fit(images, tmp_path / "transformed", None, plain)
 
 
 def test_few_unreadable_images_are_skipped_and_reported_and_many_are_refused(

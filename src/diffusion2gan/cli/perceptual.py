@@ -10,6 +10,20 @@ import typer
 from diffusion2gan.cli.options import local_path, local_paths
 from diffusion2gan.errors import UserError
 
+TransformsOption = Annotated[
+    str,
+    typer.Option(
+        help="Random transforms of the network's inputs: blit, geometric, color, cutout, joined "
+        "by +; none by default."
+    ),
+]
+TransformShareOption = Annotated[
+    float, typer.Option(help="Share of the samples that get a transform.")
+]
+ResamplingOption = Annotated[
+    str, typer.Option(help="How transforms resample: bilinear, bicubic or oversampled.")
+]
+
 perceptual_app = typer.Typer(
     help="Train, calibrate or import perceptual networks.",
     no_args_is_help=True,
@@ -40,6 +54,9 @@ def perceptual_fit(
     size: Annotated[int, typer.Option(min=1, help="The images' side in pixels.")] = 256,
     epochs: Annotated[int, typer.Option(min=1)] = 30,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    transforms: TransformsOption = "",
+    transform_share: TransformShareOption = 1.0,
+    resampling: ResamplingOption = "bilinear",
     seed: Annotated[int, typer.Option(min=0, max=65535)] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
 ) -> None:
@@ -52,6 +69,7 @@ def perceptual_fit(
         raise UserError("give --vae, the VAE of the latents, or --pixels: exactly one of the two")
     if not all(width.strip().isdigit() and int(width) > 0 for width in widths.split(",")):
         raise UserError(f"--widths {widths!r}: write five numbers, as in 64,128,256,512,512")
+    from diffusion2gan.perceptual.augment import parse_transforms
     from diffusion2gan.perceptual.fit import FitSettings, fit
 
     # Fit and report
@@ -61,6 +79,7 @@ def perceptual_fit(
         epochs=epochs,
         batch_size=batch_size,
         seed=seed,
+        transforms=parse_transforms(transforms, transform_share, resampling),
     )
     result = fit(images, out, vae, settings, device)
     if result is not None:
@@ -98,6 +117,9 @@ def perceptual_calibrate(
     size: Annotated[int, typer.Option(min=1, help="The images' side in pixels.")] = 64,
     epochs: Annotated[int, typer.Option(min=1)] = 10,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-4,
+    transforms: TransformsOption = "",
+    transform_share: TransformShareOption = 1.0,
+    resampling: ResamplingOption = "bilinear",
     seed: Annotated[int, typer.Option(min=0, max=65535)] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
 ) -> None:
@@ -105,9 +127,16 @@ def perceptual_calibrate(
 
     Run the same command again to resume.
     """
+    from diffusion2gan.perceptual.augment import parse_transforms
     from diffusion2gan.perceptual.calibrate import CalibrationSettings, calibrate
 
-    settings = CalibrationSettings(size=size, epochs=epochs, peak_lr=learning_rate, seed=seed)
+    settings = CalibrationSettings(
+        size=size,
+        epochs=epochs,
+        peak_lr=learning_rate,
+        seed=seed,
+        transforms=parse_transforms(transforms, transform_share, resampling),
+    )
     result = calibrate(triplets, network, out, vae, scored, settings, device)
     for name, score in result.items():
         typer.echo(

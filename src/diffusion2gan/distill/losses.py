@@ -6,7 +6,7 @@ Every loss is a distance: an object called `distance(a, b, generator, rows)` →
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -94,6 +94,14 @@ def build_distance(
     if recipe.loss == "pseudo_huber":
         return PseudoHuber(recipe.pseudo_huber_c)
 
+    # The random transforms of e_latent_lpips
+    ensemble: dict[str, Any] = {
+        "transforms": recipe.transforms,
+        "num_draws": recipe.num_draws,
+        "resampling": recipe.resampling,
+        "transform_share": recipe.transform_share,
+    }
+
     # On features of the teacher or of its VAE's decoder
     if recipe.perceptual in ("teacher", "decoder") and recipe.loss != "pixel_lpips":
         assert teacher is not None, f"perceptual = {recipe.perceptual!r} needs the teacher"
@@ -101,9 +109,7 @@ def build_distance(
         bfloat16 = recipe.precision == "bfloat16"
         if recipe.loss == "latent_lpips":
             return source.plain_distance(teacher, bfloat16=bfloat16)
-        return source.ensembled_distance(
-            teacher, recipe.transforms, recipe.num_draws, bfloat16=bfloat16
-        )
+        return source.ensembled_distance(teacher, ensemble, bfloat16=bfloat16)
 
     # LPIPS on the decoded images
     if recipe.loss == "pixel_lpips":
@@ -117,6 +123,4 @@ def build_distance(
         check_fits(recipe.perceptual, teacher.latent_shape[0], factor, teacher.name)
     if recipe.loss == "latent_lpips":
         return LatentLPIPS.from_pretrained(recipe.perceptual).to(device)
-    return ELatentLPIPS.from_pretrained(
-        recipe.perceptual, transforms=recipe.transforms, num_draws=recipe.num_draws
-    ).to(device)
+    return ELatentLPIPS.from_pretrained(recipe.perceptual, **ensemble).to(device)

@@ -14,12 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from diffusion2gan.errors import UserError, nearest
+from diffusion2gan.recipe import ResamplingName
 
 TRANSFORM_FAMILIES = ("blit", "geometric", "color", "cutout")
 
@@ -43,6 +46,53 @@ class Strengths:
     contrast_log2: float = 0.5
     saturation_log2: float = 1.0
     cutout: float = 0.5
+
+
+@dataclass(frozen=True)
+class TransformSettings:
+    """Which transforms are drawn, how strong, how often, and how they are resampled.
+
+    `families`: those of `parse_families`; () for no transforms. `share`: the probability that a
+    sample gets a transform; the others stay as they are. `resampling`: see `resample`.
+
+    Raises UserError for an unknown resampling and for a share outside of (0, 1].
+    """
+
+    families: tuple[str, ...] = ()
+    strengths: Strengths = Strengths()
+    share: float = 1.0
+    resampling: ResamplingName = "bilinear"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise UserError(
+                f"transform_share = {self.share}: the share of the samples that get a transform "
+                "must be above 0 and at most 1; for no transforms use latent_lpips"
+            )
+        names = get_args(ResamplingName)
+        if self.resampling not in names:
+            raise UserError(
+                f"resampling = {self.resampling!r}: it must be one of {', '.join(names)}"
+                f"{nearest(self.resampling, names)}"
+            )
+
+    def draw(
+        self, batch_size: int, generator: torch.Generator | None, device: torch.device | str
+    ) -> Transform:
+        """`draw_transform` with these settings."""
+        return draw_transform(
+            batch_size, self.families, generator, self.strengths, device, self.share
+        )
+
+    def describe(self) -> dict[str, str | float] | None:
+        """The settings as a network's files record them; None if there are no transforms."""
+        if not self.families:
+            return None
+        return {
+            "families": "+".join(self.families),
+            "share": self.share,
+            "resampling": self.resampling,
+        }
 
 
 @dataclass(frozen=True)
@@ -73,8 +123,12 @@ class Transform:
     saturation: Tensor | None = None
     # [B, 4] cutout (x0, y0, x1, y1) as fractions of the sides; may extend beyond [0, 1].
     box: Tensor | None = None
+    # [B, 1, 1, 1] bool, whether the sample is transformed at all; None if every one is.
+    is_applied: Tensor | None = None
+    # Whether every pixel moves to the position of a pixel: flips, quarter rotations and `shift`.
+    moves_whole_pixels: bool = False
 
-    def select(self, rows: slice) -> Transform:
+    def select(self, rows: slice | Tensor) -> Transform:
         """The transforms of these samples."""
         return self._map(lambda value: value[rows])
 
@@ -91,6 +145,8 @@ class Transform:
             offset=None if self.offset is None else function(self.offset),
             saturation=None if self.saturation is None else function(self.saturation),
             box=None if self.box is None else function(self.box),
+            is_applied=None if self.is_applied is None else function(self.is_applied),
+            moves_whole_pixels=self.moves_whole_pixels,
         )
 
 
@@ -104,6 +160,16 @@ def parse_families(transforms: str) -> tuple[str, ...]:
         if name not in TRANSFORM_FAMILIES:
             raise UserError(f"unknown transform family {name!r}{nearest(name, TRANSFORM_FAMILIES)}")
     return names
+
+
+NO_TRANSFORMS = TransformSettings()
+
+
+def parse_transforms(transforms: str, share: float, resampling: str) -> TransformSettings:
+    """The settings of three options. Raises UserError as `TransformSettings` does."""
+    return TransformSettings(
+        parse_families(transforms), share=share, resampling=cast(ResamplingName, resampling)
+    )
 
 
 @dataclass(frozen=True)
@@ -129,8 +195,11 @@ def draw_transform(
     generator: torch.Generator | None = None,
     strengths: Strengths | None = None,
     device: torch.device | str = "cpu",
+    share: float = 1.0,
 ) -> Transform:
     """Draws an independent transform for each of `batch_size` samples, on `device`.
+
+    Each sample gets its transform with probability `share`, and none otherwise.
 
     Random numbers come from `generator`, on the generator's device: a CPU generator gives the same
     transforms on every machine. Without one they are drawn on `device` by torch's global generator;
@@ -150,12 +219,19 @@ def draw_transform(
     if "geometric" in families:
         matrix = _draw_geometric(sampler, strengths, matrix)
     if "blit" in families or "geometric" in families:
-        transform = replace(transform, matrix=matrix[:, :2].contiguous())
+        transform = replace(
+            transform,
+            matrix=matrix[:, :2].contiguous(),
+            moves_whole_pixels="geometric" not in families,
+        )
     if "color" in families:
         gain, offset, saturation = _draw_color(sampler, strengths)
         transform = replace(transform, gain=gain, offset=offset, saturation=saturation)
     if "cutout" in families:
         transform = replace(transform, box=_draw_cutout(sampler, strengths))
+    if share < 1:
+        is_applied = sampler.uniform(0, 1) < share
+        transform = replace(transform, is_applied=is_applied.reshape(batch_size, 1, 1, 1))
 
     return transform.to(device)
 
@@ -218,12 +294,17 @@ def _draw_cutout(sampler: _Sampler, strengths: Strengths) -> Tensor:
     return torch.stack([x - half, y - half, x + half, y + half], 1)
 
 
-def apply_transform(x: Tensor, transform: Transform) -> Tensor:
+def apply_transform(
+    x: Tensor, transform: Transform, resampling: ResamplingName = "bilinear"
+) -> Tensor:
     """T(x), [B, C, h, w] float32, differentiable in `x`.
 
-    The image is continued by reflection beyond its edges; the cutout is zero.
+    The image is continued by reflection beyond its edges; the cutout is zero. `resampling` is that
+    of `resample`. Moves by whole pixels keep every value: to the bit, but for "bilinear", whose
+    rounding is about 1e-6.
     """
     x = x.float()
+    original = x
 
     # Colour
     gain = transform.gain
@@ -236,8 +317,10 @@ def apply_transform(x: Tensor, transform: Transform) -> Tensor:
     # Geometry
     if transform.matrix is not None:
         matrix = _add_pixel_shift(transform.matrix, transform.shift, x)
-        grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
-        x = F.grid_sample(x, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        if transform.moves_whole_pixels and resampling != "bilinear":
+            x = _sample(x, matrix, "nearest")
+        else:
+            x = resample(x, matrix, resampling)
 
     # Cutout: a pixel is removed if its centre is inside the box
     if transform.box is not None:
@@ -252,7 +335,73 @@ def apply_transform(x: Tensor, transform: Transform) -> Tensor:
         kept = ~(inside_x & inside_y)
         x = x * kept.float()
 
+    # Samples without a transform
+    if transform.is_applied is not None:
+        x = torch.where(transform.is_applied, x, original)
+
     return x
+
+
+def resample(x: Tensor, matrix: Tensor, resampling: ResamplingName) -> Tensor:
+    """`x` [B, C, h, w] float32 moved by `matrix` [B, 2, 3], an affine map of [−1, 1]² each.
+
+    "bilinear" and "bicubic" sample x itself. "oversampled" doubles the resolution by a low-pass
+    filter, samples that bilinearly, and returns by the filter's adjoint, as StyleGAN2-ADA does
+    (Karras et al. 2020, appendix B.2). Bilinear sampling blurs: it keeps a third of the energy of
+    white noise above a quarter of a cycle per pixel, oversampled half, bicubic two thirds
+    (docs/results/resampling.json).
+    """
+    if resampling != "oversampled":
+        return _sample(x, matrix, resampling)
+
+    height, width = x.shape[2:]
+    vertical = upsampling_matrix(height, x.device)
+    horizontal = upsampling_matrix(width, x.device)
+    x = vertical @ x @ horizontal.T  # [B, C, 2h, 2w]
+    x = _sample(x, matrix, "bilinear")
+    return (vertical.T @ x @ horizontal) / 4
+
+
+def _sample(x: Tensor, matrix: Tensor, mode: str) -> Tensor:
+    """`x` [B, C, h, w] at the positions that `matrix` [B, 2, 3] maps its pixels to."""
+    grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode=mode, padding_mode="reflection", align_corners=False)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def upsampling_matrix(size: int, device: torch.device) -> Tensor:
+    """`compute_upsampling_matrix`, once per size and device; a constant in a compiled graph."""
+    return compute_upsampling_matrix(size, device)
+
+
+@lru_cache(maxsize=32)
+def compute_upsampling_matrix(size: int, device: torch.device) -> Tensor:
+    """U [2·size, size]: ×2 upsampling of a line that is continued by reflection; UᵀU = 2·I.
+
+    A symmetric low-pass filter whose amplitude is that of a Daubechies wavelet of order 6
+    (Daubechies 1988), and so of the sym6 filter of StyleGAN2-ADA, but without its phase:
+
+        |H(ω)|² = 4 (1 − s)⁶ Σ_{k<6} C(5 + k, k) sᵏ, s = sin²(ω/2)
+
+    As |H(ω)|² + |H(ω + π)|² is constant, Uᵀ/2 undoes U exactly.
+    """
+    # Amplitude at the frequencies of the reflected line, which has a period of 4·size
+    omega = 2 * math.pi * torch.fft.fftfreq(4 * size, dtype=torch.float64)
+    s = (omega / 2).sin().square()
+    series = torch.zeros_like(s)
+    for k in range(6):
+        series += math.comb(5 + k, k) * s**k
+    amplitude = 2 * ((1 - s) ** 6 * series).sqrt()
+
+    # Filter value at a distance in upsampled pixels; pixel k is centred between 2k and 2k + 1
+    def filter_at(distance: Tensor) -> Tensor:
+        return (amplitude * (omega * distance[..., None]).cos()).mean(-1)
+
+    upsampled = torch.arange(2 * size, dtype=torch.float64)[:, None]
+    pixel = torch.arange(size, dtype=torch.float64)[None, :]
+    mirrored = 2 * size - 1 - pixel
+    matrix = filter_at(upsampled - 2 * pixel - 0.5) + filter_at(upsampled - 2 * mirrored - 0.5)
+    return matrix.float().to(device)
 
 
 def _add_pixel_shift(matrix: Tensor, shift: Tensor | None, x: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.augment import NO_TRANSFORMS, TransformSettings, apply_transform
 from diffusion2gan.perceptual.checks import check_size
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.images import held_out_mask, images_from_uint8
@@ -37,12 +38,16 @@ from diffusion2gan.teacher.autoencoder import (
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """`size`: the side that the triplets' images are resized to, in pixels."""
+    """`size`: the side that the triplets' images are resized to, in pixels.
+
+    `transforms`: one random transform per triplet of the network's inputs, none by default.
+    """
 
     size: int = 64
     epochs: int = 10
     peak_lr: float = 1e-4
     seed: int = 0
+    transforms: TransformSettings = NO_TRANSFORMS
 
 
 def calibrate(
@@ -84,8 +89,11 @@ def calibrate(
             "size": settings.size,
             "network": network_revision(network),
             "vae": None if vae is None else vae_revision(vae),
+            "transforms": None,
         }
-        return cache_differences(folder, opened, spec, distance, encoder, torch_device)
+        if settings.transforms.families:
+            spec["transforms"] = {"seed": settings.seed, **(settings.transforms.describe() or {})}
+        return cache_differences(folder, opened, spec, distance, encoder, settings, torch_device)
 
     with exclusive_lock(out / "model.safetensors"):
         # 2. Run every triplet through the network
@@ -170,16 +178,20 @@ def cache_differences(
     spec: dict[str, Any],
     distance: LatentLPIPS,
     encoder: nn.Module | None,
+    settings: CalibrationSettings,
     device: torch.device,
 ) -> Cache:
     """Computes in `folder`, per triplet, `d0` and `d1` [ΣC] float32, `judge` and `subset`.
 
     `encoder` is the VAE of a network on latents. `spec` identifies the inputs, see `make_cache`.
+    `settings` has the images' size and the transforms.
     """
-    size = spec["size"]
+    # One transform per triplet, the same for its three inputs
+    generator = torch.Generator().manual_seed(settings.seed)
+    transforms = settings.transforms.draw(len(triplets.refs), generator, device)
 
     def read(i: int) -> Rows:
-        return read_triplet(triplets, i, size)
+        return read_triplet(triplets, i, settings.size) | {"number": torch.tensor(i)}
 
     def to_input(pixels: Tensor) -> Tensor:
         images = images_from_uint8(pixels).to(device)
@@ -187,7 +199,12 @@ def cache_differences(
 
     @torch.no_grad()
     def compute(rows: Rows) -> Rows:
-        ref, p0, p1 = to_input(rows["ref"]), to_input(rows["p0"]), to_input(rows["p1"])
+        transform = transforms.select(rows["number"].to(device))
+        inputs = []
+        for name in ("ref", "p0", "p1"):
+            untransformed = to_input(rows[name])
+            inputs.append(apply_transform(untransformed, transform, settings.transforms.resampling))
+        ref, p0, p1 = inputs
         return {
             "d0": torch.cat(distance.differences(p0, ref), 1).cpu(),
             "d1": torch.cat(distance.differences(p1, ref), 1).cpu(),

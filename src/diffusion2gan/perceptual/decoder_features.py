@@ -136,18 +136,13 @@ def plain_distance(teacher: Teacher, **options: Any) -> LatentLPIPS:
     return LatentLPIPS(features, heads, compare=standardized_differences)
 
 
-def ensembled_distance(
-    teacher: Teacher, transforms: str, num_draws: int, **options: Any
-) -> ELatentLPIPS:
-    """`plain_distance` under random transforms of the latents, as E-LatentLPIPS has them."""
+def ensembled_distance(teacher: Teacher, ensemble: dict[str, Any], **options: Any) -> ELatentLPIPS:
+    """`plain_distance` under random transforms of the latents, as E-LatentLPIPS has them.
+
+    `ensemble`: the options of ELatentLPIPS.
+    """
     features, heads = build_network(teacher, **options)
-    return ELatentLPIPS(
-        features,
-        heads,
-        transforms=transforms,
-        num_draws=num_draws,
-        compare=standardized_differences,
-    )
+    return ELatentLPIPS(features, heads, compare=standardized_differences, **ensemble)
 
 
 @torch.no_grad()

@@ -24,8 +24,8 @@ from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.augment import (
     BatchRows,
     Strengths,
+    TransformSettings,
     apply_transform,
-    draw_transform,
     parse_families,
 )
 from diffusion2gan.perceptual.checks import (
@@ -36,6 +36,7 @@ from diffusion2gan.perceptual.checks import (
 )
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.perceptual.weights import load_network, save_network
+from diffusion2gan.recipe import ResamplingName
 from diffusion2gan.teacher.autoencoder import decode, load_vae, num_latent_channels
 
 EPS = 1e-8
@@ -216,8 +217,10 @@ class ELatentLPIPS(LatentLPIPS):
     Each call draws a new transform T per sample, the same for both sides.
 
     `transforms`: families joined by "+"; `geometric+cutout` is the paper's final choice.
-    `num_draws`: how many transforms are averaged per call. `strengths`: their magnitudes. Other
-    options are those of LatentLPIPS.
+    `num_draws`: how many transforms are averaged per call. `strengths`: their magnitudes.
+    `resampling`: `bilinear`, `bicubic` or `oversampled`, see `augment.resample`. `transform_share`:
+    the share of the samples that get a transform, the others get none. Other options are those of
+    LatentLPIPS.
 
     For monitoring, fix the transforms: `distance(a, b, generator)` with a newly seeded generator
     per call gives each row of the batch the same T every time, with a CPU generator on every
@@ -232,14 +235,17 @@ class ELatentLPIPS(LatentLPIPS):
         transforms: str = "geometric+cutout",
         num_draws: int = 1,
         strengths: Strengths | None = None,
+        resampling: ResamplingName = "bilinear",
+        transform_share: float = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(vgg, heads, **options)
         if num_draws < 1:
             raise UserError(f"num_draws = {num_draws}: it must be at least 1")
-        self.families = parse_families(transforms)
         self.num_draws = num_draws
-        self.strengths = strengths
+        self.transforms = TransformSettings(
+            parse_families(transforms), strengths or Strengths(), transform_share, resampling
+        )
 
     def forward(
         self,
@@ -267,11 +273,12 @@ class ELatentLPIPS(LatentLPIPS):
         if rows is None:
             rows = BatchRows(slice(None), len(a))
         with torch.autocast(a.device.type, enabled=False):
-            full_batch = draw_transform(
-                rows.batch_size, self.families, generator, self.strengths, a.device
-            )
+            full_batch = self.transforms.draw(rows.batch_size, generator, a.device)
             transform = full_batch.select(rows.rows)
-            return apply_transform(a, transform), apply_transform(b, transform)
+            resampling = self.transforms.resampling
+            transformed_a = apply_transform(a, transform, resampling)
+            transformed_b = apply_transform(b, transform, resampling)
+            return transformed_a, transformed_b
 
 
 class PixelLPIPS(LatentLPIPS):

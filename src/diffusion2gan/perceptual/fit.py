@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.perceptual.augment import NO_TRANSFORMS, TransformSettings, apply_transform
 from diffusion2gan.perceptual.checks import check_size
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.images import (
@@ -46,7 +47,10 @@ from diffusion2gan.teacher.autoencoder import (
 
 @dataclass(frozen=True)
 class FitSettings:
-    """`widths`: channels of the five stages. `size`: the images' side in pixels."""
+    """`widths`: channels of the five stages. `size`: the images' side in pixels.
+
+    `transforms`: random transforms of the network's inputs in training, none by default.
+    """
 
     widths: tuple[int, ...]
     size: int = 256
@@ -54,6 +58,7 @@ class FitSettings:
     batch_size: int = 64
     peak_lr: float = 1e-3
     seed: int = 0
+    transforms: TransformSettings = NO_TRANSFORMS
 
 
 class Classifier(nn.Module):
@@ -110,6 +115,7 @@ def fit(
                     "batch_size": settings.batch_size,
                     "peak_lr": settings.peak_lr,
                     "seed": settings.seed,
+                    "transforms": settings.transforms.describe(),
                 },
             )
 
@@ -128,6 +134,9 @@ def fit(
                 order = trainer.shuffled(numbers, len(train_rows), settings.seed)
                 rows = train_rows[order].tolist()
                 inputs = decode_inputs(cache.load_rows("input", rows)).to(torch_device)
+                # Without a generator of its own, T depends on the step's seed
+                transform = settings.transforms.draw(len(rows), None, torch_device)
+                inputs = apply_transform(inputs, transform, settings.transforms.resampling)
                 return F.cross_entropy(classifier(inputs), labels[rows].to(torch_device))
 
             config = trainer.FitConfig(
@@ -151,6 +160,7 @@ def fit(
             "unreadable": cache.unreadable,
             "epochs": settings.epochs,
             "seed": settings.seed,
+            "transforms": settings.transforms.describe(),
             "size": settings.size,
             "vae": "none: pixels" if vae is None else Path(vae).name,
         }

@@ -113,12 +113,13 @@ def plain_distance(teacher: Teacher, **options: Any) -> LatentLPIPS:
     return LatentLPIPS(features, heads)
 
 
-def ensembled_distance(
-    teacher: Teacher, transforms: str, num_draws: int, **options: Any
-) -> ELatentLPIPS:
-    """E-LatentLPIPS on the teacher's features: `plain_distance` under random transforms."""
+def ensembled_distance(teacher: Teacher, ensemble: dict[str, Any], **options: Any) -> ELatentLPIPS:
+    """E-LatentLPIPS on the teacher's features: `plain_distance` under random transforms.
+
+    `ensemble`: the options of ELatentLPIPS.
+    """
     features, heads = build_network(teacher, **options)
-    return ELatentLPIPS(features, heads, transforms=transforms, num_draws=num_draws)
+    return ELatentLPIPS(features, heads, **ensemble)
 
 
 @torch.no_grad()

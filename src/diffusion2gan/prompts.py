@@ -7,18 +7,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.runtime.files import check_downloaded
 
 MAX_LISTED = 5  # line numbers in a message
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text, which end with \\n, \\r\\n or \\r alone.
+
+    `str.splitlines` also splits at characters that belong to a line, such as U+2028 and U+0085.
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def read_lines(path: Path, what: str, remedy: str) -> list[str]:
     """The lines of a text file, one `what` ("prompt", "caption") per line, stripped.
 
-    `remedy` ends the message if there is no such file. Raises UserError if the file is missing,
-    empty, not UTF-8 or has blank lines.
+    A byte order mark at its start is ignored. `remedy` ends the message if there is no such file.
+    Raises UserError if the file is missing, empty, not UTF-8 or has blank lines.
     """
+    path = path.expanduser()
+    check_downloaded(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = split_lines(path.read_bytes().decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"no {what}s file {path}; {remedy}") from None
     except IsADirectoryError:

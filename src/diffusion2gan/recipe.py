@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from diffusion2gan.errors import UserError, nearest
 
@@ -267,6 +274,14 @@ class Recipe(BaseModel):
     )
     sample_every: int = Field(10_000, ge=1, description="Pairs between sample sheets.")
 
+    @field_validator("teacher", "teacher_config", "vae", "init_from", "perceptual")
+    @classmethod
+    def expand_home(cls, value: str | None) -> str | None:
+        """A path that begins with `~` is one in the home folder; no shell expands it here."""
+        if value is None or not value.startswith("~"):
+            return value
+        return str(Path(value).expanduser())
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
         # Batch
@@ -335,7 +350,7 @@ def load_recipe(name: str, settings: Sequence[str] = ()) -> Recipe:
             f"{nearest(name, shipped_recipes())}"
         )
     try:
-        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not TOML: {error}") from error
 

@@ -48,7 +48,9 @@ SetOption = Annotated[
 
 
 def local_path(parameter: typer.CallbackParam, path: Path | None) -> Path | None:
-    """Option callback: returns the path unchanged.
+    """Option callback: returns the path, with `~` for the home folder expanded.
+
+    The shell does not expand it in `--out=~/x`.
 
     Raises UserError if it was a URL: `Path("s3://bucket/x")` would silently name a local folder
     `s3:`.
@@ -58,7 +60,7 @@ def local_path(parameter: typer.CallbackParam, path: Path | None) -> Path | None
 
     url = re.match(r"(\w[\w+.-]+:)/(.*)", str(path))
     if url is None:
-        return path
+        return path.expanduser()
 
     name = parameter.opts[0]
     if not name.startswith("-"):
@@ -72,6 +74,4 @@ def local_path(parameter: typer.CallbackParam, path: Path | None) -> Path | None
 
 def local_paths(parameter: typer.CallbackParam, paths: list[Path]) -> list[Path]:
     """As `local_path`, for an option or argument that takes several paths."""
-    for path in paths:
-        local_path(parameter, path)
-    return paths
+    return [local_path(parameter, path) or path for path in paths]

@@ -15,6 +15,7 @@ from typing import Any
 from diffusion2gan.errors import UserError, nearest
 from diffusion2gan.prompts import read_lines
 from diffusion2gan.runtime.files import read_json
+from diffusion2gan.runtime.images import READING
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Protocol:
     `count`: number of captions (None: the user's choice). `side`: the images' side in pixels,
     reached by `resize`. `reference`: the images compared with. `feature_resize`: how an image is
     resized to a feature network's input size. `noise`: how a caption's noise is seeded. `patch`:
-    the side in pixels of the patches of the patch Fréchet distance.
+    the side in pixels of the patches of the patch Fréchet distance. `reading`: how image files are
+    read, if the protocol reads any.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Protocol:
     feature_resize: str
     noise: str
     patch: int
+    reading: str = ""
 
 
 # The key in metrics.json of the system that same-noise distances are measured to
@@ -66,6 +69,7 @@ COCO2014 = Protocol(
     feature_resize=CLEAN,
     noise=PER_CAPTION,
     patch=128,
+    reading=READING,
 )
 COCO2017 = Protocol(
     name="coco2017-5k",
@@ -76,6 +80,7 @@ COCO2017 = Protocol(
     feature_resize=CLEAN,
     noise=PER_CAPTION,
     patch=128,
+    reading=READING,
 )
 PROTOCOLS = {protocol.name: protocol for protocol in (POCKET, COCO2014, COCO2017)}
 
@@ -96,7 +101,7 @@ def read_captions(path: Path, count: int, sha256: str | None = None) -> list[str
     same for both forms of a list. Raises UserError if there are too few captions or the digest
     differs.
     """
-    if path.suffix == ".json":
+    if path.suffix.lower() == ".json":
         captions = _read_annotations(path)
     else:
         remedy = "give a text file with one caption per line, or COCO's captions_val2014.json"
@@ -159,6 +164,8 @@ def describe_protocol(
     weights. `reference`: sha256 of the reference images.
     """
     settings = asdict(protocol)
+    if not protocol.reading:
+        del settings["reading"]
     settings["count"] = len(captions)
     settings["captions_sha256"] = captions_digest(captions)
     settings["seed"] = seed

@@ -62,14 +62,15 @@ def build_spec(
     """The description of the set that `make_pairs` makes with these arguments.
 
     A list of prompts is identified by its digest, a function of indices by `prompts_name`. The
-    precision is the teacher's. Raises UserError if the solver is unknown, or a negative prompt has
-    no effect.
+    precision is the teacher's. Raises UserError if the solver is unknown, the teacher cannot take
+    that many steps, or a negative prompt has no effect.
     """
     check_solver(settings.solver)
     check_negative_prompt(teacher, settings)
     num_steps = settings.num_inference_steps
     if num_steps is None:
         num_steps = default_num_steps(settings.solver, teacher.family.flow, teacher.zero_snr)
+    teacher.steps(num_steps, settings.solver)  # refuses too many
     return PairsSpec(
         teacher=teacher.name,
         revision=teacher.revision,

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 import io
 import operator
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.runtime.cache import Unreadable
-from diffusion2gan.runtime.images import from_uint8
+from diffusion2gan.runtime.files import walk_files
+from diffusion2gan.runtime.images import from_uint8, read_rgb
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
@@ -95,7 +95,10 @@ def _open_folders(folder: Path) -> LabelledImages:
 
 
 def _find_images(class_folder: Path) -> list[Path]:
-    """All image files below a folder, sorted. Raises UserError if a folder cannot be read."""
+    """All image files below a folder, sorted, without hidden ones.
+
+    Raises UserError if a folder cannot be read.
+    """
 
     def refuse(error: OSError) -> None:
         raise UserError(
@@ -104,10 +107,8 @@ def _find_images(class_folder: Path) -> list[Path]:
             f"{class_folder.parent}."
         ) from error
 
-    files = []
-    for folder, _, names in os.walk(class_folder, onerror=refuse):
-        files += [Path(folder, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
-    return sorted(files)
+    files = walk_files(class_folder, onerror=refuse)
+    return [path for path in files if path.suffix.lower() in SUFFIXES]
 
 
 def file_size(path: Path) -> int:
@@ -197,8 +198,7 @@ def read_image(source: Path | bytes, name: str, size: int | None = None) -> Tens
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with Image.open(file) as opened:
-            image = opened.convert("RGB")
+        image = read_rgb(file)
     except Exception as error:
         # Pillow raises many kinds for damaged files: OSError, SyntaxError, struct.error, …
         raise Unreadable(f"{name} ({type(error).__name__})") from error

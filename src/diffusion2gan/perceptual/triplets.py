@@ -19,6 +19,7 @@ import torch
 from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.images import SUFFIXES, file_size, read_image
 from diffusion2gan.runtime.cache import Rows
+from diffusion2gan.runtime.files import is_hidden
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def open_triplets(folder: Path) -> Triplets:
     refs: list[Path] = []
     for number, subset_folder in enumerate(subset_folders):
         for path in sorted((subset_folder / "ref").iterdir()):
-            if path.suffix.lower() in SUFFIXES:
+            if path.suffix.lower() in SUFFIXES and not is_hidden(path):
                 subset.append(number)
                 refs.append(path)
     if not refs:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.pipelines.system import System, load_system
-from diffusion2gan.runtime.files import sha256
+from diffusion2gan.runtime.files import check_downloaded, sha256, walk_files
+from diffusion2gan.runtime.images import read_rgb
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -66,10 +66,11 @@ def open_system(
 
     A folder without a model_index.json is a folder of images: FOLDER or NAME=FOLDER.
     """
-    label, equals, path = name.partition("=")
-    folder = Path(path if equals else name)
+    whole = Path(name).expanduser()
+    label, equals, path = (name, "", "") if whole.exists() else name.partition("=")
+    folder = Path(path).expanduser() if equals else whole
     has_pipeline = (folder / "model_index.json").exists()
-    if folder.is_dir() and not has_pipeline and "+" not in name:
+    if folder.is_dir() and not has_pipeline:
         if num_inference_steps is not None or guidance_scale is not None:
             raise UserError(
                 f"{folder} is a folder of images, to which neither a number of steps nor a "
@@ -105,20 +106,26 @@ def open_images(name: str, folder: Path) -> ImageFolder:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images in `folder` and below it, sorted by path. Raises UserError if there is none."""
+    """The images in `folder` and below it, sorted by path; hidden files are no images.
+
+    Raises UserError if there is none.
+    """
     if not folder.is_dir():
         raise UserError(f"no folder of images: {folder}")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    files = [path for path in walk_files(folder) if path.suffix.lower() in SUFFIXES]
     if not files:
         raise UserError(f"{folder} contains no images ({', '.join(sorted(SUFFIXES))})")
     return files
 
 
 def read_image(path: Path) -> Images:
-    """[H, W, 3] uint8. Raises UserError if the file is not an image or is damaged."""
+    """[H, W, 3] uint8, as `read_rgb` reads it.
+
+    Raises UserError if the file is not an image or is damaged.
+    """
+    check_downloaded(path)
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+        return np.asarray(read_rgb(path))
     except Exception as error:
         # For damaged files Pillow raises many kinds: OSError, SyntaxError, struct.error, …
         raise UserError(

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
+from diffusion2gan.runtime.files import check_downloaded
 from diffusion2gan.teacher import strict_loading
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -217,7 +218,7 @@ def load_weights(pipeline: DiffusionPipeline, path: Path) -> None:
 
     Raises UserError if the file cannot be read or does not fit.
     """
-    if not path.is_file() or path.suffix not in SUFFIXES:
+    if not path.is_file() or path.suffix.lower() not in SUFFIXES:
         raise UserError(
             f"{path} is not a weights file ({', '.join(SUFFIXES)}); write the system as "
             "NAME=PIPELINE+FILE"
@@ -247,8 +248,9 @@ def load_weights(pipeline: DiffusionPipeline, path: Path) -> None:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    check_downloaded(path)
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
@@ -261,9 +263,13 @@ def _merge_lora(pipeline: DiffusionPipeline, path: Path, tensors: dict[str, Tens
         strict_loading.load_lora(pipeline, path, tensors)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
-    except (ImportError, ValueError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        # A LoRA of other layers or sizes raises many kinds: ValueError, KeyError, RuntimeError, …
         if "peft" in str(error).lower():
             raise UserError(
                 f"{path} is a LoRA, which needs the package peft: pip install peft"
             ) from error
-        raise UserError(f"{path} does not fit the pipeline: {error}") from error
+        reason = strict_loading.describe_error(error)
+        raise UserError(f"{path} does not fit the pipeline: {reason}") from error

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion2gan import assets
-from diffusion2gan.errors import UserError, nearest
+from diffusion2gan.errors import Failure, UserError, nearest
 from diffusion2gan.pipelines import published, timing
 from diffusion2gan.runtime.distributed import resolve_device
 from diffusion2gan.runtime.files import read_json, sha256
@@ -27,12 +27,13 @@ from diffusion2gan.teacher.families import FAMILIES, pack
 from diffusion2gan.teacher.hub import find_model
 from diffusion2gan.teacher.loading import (
     check_can_teach,
+    check_noise_schedule,
     check_pipeline_folder,
     check_resolution,
     load_pipeline,
 )
 from diffusion2gan.teacher.one_step import is_one_step
-from diffusion2gan.teacher.pipeline import Teacher, ddim_scheduler
+from diffusion2gan.teacher.pipeline import Teacher, ddim_scheduler, set_timesteps
 from diffusion2gan.teacher.pipeline_info import PipelineInfo
 from diffusion2gan.teacher.strict_loading import load_model, translated_errors
 
@@ -134,7 +135,8 @@ class System:
     def generate(self, prompts: Sequence[str], noise: Tensor) -> NDArray[np.uint8]:
         """Images [B, H, W, 3] from `noise` [B, C, h, w].
 
-        The noise of an image also seeds the random numbers that the scheduler draws.
+        The noise of an image also seeds the random numbers that the scheduler draws. Raises Failure
+        if an image has NaN, as where a float16 network or VAE overflows.
         """
         latents = noise.to(self.network.dtype).to(self.device)
         if self.info.packed > 1:
@@ -150,6 +152,17 @@ class System:
             **self._size_arguments(),
             **self.call,
         ).images
+        if images.isnan().any():
+            remedy = "Its weights are damaged: compare them with the original."
+            if self.precision != "float32":
+                remedy = (
+                    "The network or the VAE overflows in this precision, or the weights are "
+                    "damaged: try --precision float32."
+                )
+            raise Failure(
+                f"{self.name} generates images that are not numbers (NaN) in {self.precision}; "
+                f"they are not kept. {remedy}"
+            )
         return to_uint8(images * 2 - 1)
 
     def _size_arguments(self) -> dict[str, Any]:
@@ -225,12 +238,13 @@ def load_system(
     resolve_device(device, "give --device cpu")
 
     # 1. Parse the name
-    label, equals, path = name.partition("=")
+    is_path = Path(name).expanduser().exists()
+    label, equals, path = (name, "", "") if is_path else name.partition("=")
     folder = name
-    if not Path(name).exists() and (match := WITH_RESOLUTION.fullmatch(name)):
+    if not is_path and (match := WITH_RESOLUTION.fullmatch(name)):
         folder = match[1]
         resolution = int(match[2])
-    if not (equals or "/" in folder or folder in POCKET or Path(folder).exists()):
+    if not (equals or "/" in folder or folder in POCKET or Path(folder).expanduser().exists()):
         raise UserError(
             f"{folder} is not a folder{nearest(folder, POCKET)}. Or give a folder that "
             "`DiffusionPipeline.save_pretrained` wrote. Models of a hub must be downloaded first; "
@@ -276,7 +290,9 @@ def load_pipeline_folder(
     steps = assets.NUM_INFERENCE_STEPS if num_inference_steps is None else num_inference_steps
     guidance = assets.GUIDANCE_SCALE if guidance_scale is None else guidance_scale
     if type(pipeline).__name__ not in FAMILIES:
+        check_noise_schedule(pipeline, folder)
         pipeline.scheduler = ddim_scheduler(pipeline.scheduler.config)
+        set_timesteps(pipeline.scheduler, steps, name)
         return System(name, pipeline, steps, guidance, revision)
 
     # 4. Teachers: DDIM, or Euler for flow models, with the guidance and size of their pairs
@@ -287,6 +303,7 @@ def load_pipeline_folder(
     if teacher.guidance == "none" and guidance_scale is None:
         guidance = 0.0
     teacher.uses_classifier_free_guidance(guidance)  # refuses guidance that is not possible
+    teacher.steps(steps)  # refuses too many
     pipeline.scheduler = teacher.scheduler
     system = System(name, pipeline, steps, guidance, revision)
     return _with_latent_size(system, teacher.latent_shape[1:])
@@ -305,14 +322,14 @@ def load_published(
     row = published.SYSTEMS[name]
 
     # 2. Its files
-    base, plus, file = path.partition("+")
+    base, plus, file = _split_weights(path)
     if row.weights and not plus:
         raise UserError(
             f"{name}={path}: write it as {name}=FOLDER+FILE, its base pipeline and its weights"
         )
     if plus and not row.weights:
         raise UserError(f"{name}={path}: write it as {name}=FOLDER, its pipeline")
-    weights = Path(file) if plus else None
+    weights = Path(file).expanduser() if plus else None
 
     # 3. Steps and guidance
     steps = published.choose_num_steps(name, num_inference_steps, weights)
@@ -321,14 +338,29 @@ def load_published(
         raise UserError(f"{name} runs without guidance; leave out --guidance-scale {guidance:g}")
 
     # 4. The pipeline
-    pipeline = _load_runnable(Path(base))
-    revision = sha256(Path(base))[:16]
+    folder = find_model(base)[0]
+    pipeline = _load_runnable(folder)
+    check_noise_schedule(pipeline, folder)
+    revision = sha256(folder)[:16]
     if weights is not None:
         published.load_weights(pipeline, weights)
         revision = hashlib.sha256(f"{revision}{sha256(weights)}".encode()).hexdigest()[:16]
     pipeline.scheduler = published.build_scheduler(row, pipeline.scheduler.config, steps)
+    if row.any_steps:
+        set_timesteps(pipeline.scheduler, steps, name)
     call = published.call_arguments(row, steps)
     return System(f"{name}={path}", pipeline, steps, guidance, revision, call)
+
+
+def _split_weights(path: str) -> tuple[str, str, str]:
+    """FOLDER+FILE → folder, +, file; the folder may contain a + if it exists."""
+    parts = path.split("+")
+    for i in range(len(parts), 0, -1):
+        base = "+".join(parts[:i])
+        if Path(base).expanduser().exists():
+            rest = "+".join(parts[i:])
+            return base, "+" if i < len(parts) else "", rest
+    return path.partition("+")
 
 
 def read_latent_size(folder: Path) -> tuple[int, int] | None:

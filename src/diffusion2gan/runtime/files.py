@@ -24,6 +24,7 @@ from diffusion2gan.errors import Failure, UserError
 # Part of the temporary names: machines that share a disk use the same process numbers.
 HOST = re.sub(r"[^\w]", "_", socket.gethostname())
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LFS_POINTER = b"version https://git-lfs"  # how the pointer file of Git LFS begins
 # What follows `.NAME.` in the temporary names of a file NAME: `HOST-PID.tmp`, `HOST-PID.old`, …
 LEFTOVER_SUFFIX = re.compile(r"(?:(?P<host>\w+)-)?(?P<number>\d+)\.(?P<kind>tmp.*|old)")
 
@@ -173,9 +174,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises UserError if the file is missing, not JSON, or nested too deeply to be read."""
+    """Raises UserError if the file is missing, not JSON, or nested too deeply to be read.
+
+    A byte order mark before the JSON, as some editors write it, is ignored.
+    """
+    check_downloaded(path)
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"no such file: {path}") from None
     except (ValueError, RecursionError) as error:
@@ -184,18 +189,55 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def check_downloaded(path: Path) -> None:
+    """Raises UserError if `path` is the pointer that git leaves in place of a large file."""
+    try:
+        with Path(path).open("rb") as file:
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+    except OSError:
+        return  # reported by the reader
+    if is_pointer:
+        raise UserError(
+            f"{path} is not the file itself but a Git LFS pointer to it: the repository was cloned "
+            "without its large files. Run `git lfs install` and `git lfs pull` in its folder, or "
+            "download the file itself."
+        )
+
+
+def is_hidden(path: Path) -> bool:
+    """Whether a file is one that systems put beside others: .DS_Store, macOS's `._NAME`, …"""
+    return path.name.startswith(".")
+
+
+def walk_files(folder: Path, onerror: Callable[[OSError], None] | None = None) -> list[Path]:
+    """All files in a folder and below it, sorted by path; hidden files are left out.
+
+    Linked folders are followed, so that their contents count wherever the link points. A link to a
+    folder above it is not. `onerror` is called if a folder cannot be read.
+    """
+    files: list[Path] = []
+    for name, subfolders, names in os.walk(folder, onerror=onerror, followlinks=True):
+        current = Path(name)
+        ancestors = {current.resolve(), *current.resolve().parents}
+        subfolders[:] = [sub for sub in subfolders if (current / sub).resolve() not in ancestors]
+        files += [current / name for name in names]
+    return sorted(file for file in files if not is_hidden(file))
+
+
 def sha256(path: Path) -> str:
     """The hex digest of a file's bytes, or of a folder's weights and scheduler settings.
 
     A folder's is the digest of the sorted lines `name:digest` of its *.safetensors and
-    scheduler_config.json.
+    scheduler_config.json, in linked folders as well.
     """
     path = Path(path)
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted([*path.rglob("*.safetensors"), *path.rglob("scheduler_config.json")])
-    lines = [f"{file.relative_to(path)}:{sha256(file)}\n" for file in files]
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    lines = []
+    for file in walk_files(path):
+        if file.suffix == ".safetensors" or file.name == "scheduler_config.json":
+            lines.append(f"{file.relative_to(path)}:{sha256(file)}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -1,15 +1,57 @@
-"""Conversion between tensors in [−1, 1] and 8-bit images."""
+"""Conversion between image files, tensors in [−1, 1] and 8-bit images."""
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
+
+from diffusion2gan.errors import Failure
+
+# How `read_rgb` reads a file, as evaluation protocols state it
+READING = (
+    "turned as EXIF says; 16 bit divided by 257 and rounded; transparency over white; first frame; "
+    "colour profiles ignored"
+)
+
+
+def read_rgb(file: Path | io.BytesIO) -> Image.Image:
+    """Reads an image file as 8-bit RGB.
+
+    It is turned as its EXIF orientation says. 16-bit grey values are divided by 257 and rounded
+    (Pillow itself reads 16-bit colours that way, by their upper byte). Transparent pixels are
+    composed over white. Of an animation it is the first frame. Colour profiles are ignored. Raises
+    ValueError for grey values of 32 bits, whose range is not known, and Pillow's errors for
+    damaged files.
+    """
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode in ("I", "F"):
+            raise ValueError("its grey values have 32 bits, whose range is not known")
+        if image.mode.startswith("I;16"):
+            values = np.asarray(image).astype(np.float64)
+            image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, rgba)
+        return image.convert("RGB")
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """[B, 3, H, W] in [−1, 1] → [B, H, W, 3] uint8, rounded as diffusers does."""
+    """[B, 3, H, W] in [−1, 1] → [B, H, W, 3] uint8, rounded as diffusers does.
+
+    Raises Failure if a value is NaN, which would become black.
+    """
+    if images.isnan().any():
+        raise Failure(
+            "an image has values that are not numbers (NaN), so it is not written. The network or "
+            "the VAE overflows in its precision, or its weights are damaged."
+        )
     scaled = (images.float().clamp(-1, 1) + 1) * 127.5
     return scaled.round().byte().permute(0, 2, 3, 1).cpu().numpy()
 

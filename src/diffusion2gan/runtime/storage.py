@@ -61,7 +61,7 @@ class Entry:
 def parse_location(text: str | Path) -> Location:
     """A path, or a URL. Raises UserError if the package for the URL's protocol is not installed."""
     if "://" not in str(text):
-        return Path(text)
+        return Path(text).expanduser()
     remote = Remote(str(text).rstrip("/"))
     _filesystem(remote.url)
     return remote

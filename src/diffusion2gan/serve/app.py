@@ -131,6 +131,7 @@ def prepare_gradio(host: str, port: int) -> Iterator[int]:
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         os.environ["GRADIO_TEMP_DIR"] = temporary
         os.environ["HF_HUB_OFFLINE"] = "1"
+        bypass_proxy(host)
         try:
             import gradio  # noqa: F401
         except ImportError as error:
@@ -139,6 +140,19 @@ def prepare_gradio(host: str, port: int) -> Iterator[int]:
                 "pip install 'diffusion2gan[demo]'"
             ) from error
         yield free_port
+
+
+def bypass_proxy(host: str) -> None:
+    """Excludes this machine from the proxy of http_proxy, which could not reach it.
+
+    Gradio checks the page that it serves by a request to `host`.
+    """
+    for name in ("no_proxy", "NO_PROXY"):
+        hosts = [text for text in os.environ.get(name, "").split(",") if text]
+        for local in ("127.0.0.1", "localhost", "::1", host):
+            if local not in hosts:
+                hosts.append(local)
+        os.environ[name] = ",".join(hosts)
 
 
 def is_loopback(host: str) -> bool:

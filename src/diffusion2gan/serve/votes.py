@@ -91,7 +91,7 @@ def read_votes(path: Path) -> tuple[list[dict[str, Any]], int]:
     such file.
     """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         raise UserError(
             f"no votes in {path}: the file does not exist; `diffusion2gan serve --vote A B` "

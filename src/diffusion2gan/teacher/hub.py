@@ -28,7 +28,7 @@ def find_model(name: str) -> tuple[Path, str]:
     `org/name` or `org/name@revision`: the snapshot folder in the hub's cache, and
     `org/name@commit`. Raises UserError, naming the cache, if the id is not in it.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
     hub_id = HUB_ID.fullmatch(name)
     if path.exists() or not hub_id:
         return path, path.name

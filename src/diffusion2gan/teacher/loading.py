@@ -57,7 +57,7 @@ def load_teacher(
         source = assets.folder("teacher")
         display_name = name
     elif single_file:
-        source = Path(name)
+        source = Path(name).expanduser()
         display_name = source.name
     else:
         source, display_name = hub.find_model(name)
@@ -172,6 +172,8 @@ def check_complete(folder: Path, index: dict[str, Any], left_out: dict[str, Any]
 
 def check_can_teach(pipeline: Any, folder: Path) -> None:
     """Raises UserError if a pipeline of a supported class contains a model that cannot teach."""
+    check_noise_schedule(pipeline, folder)
+    check_token_limits(pipeline, folder)
     family = FAMILIES[type(pipeline).__name__]
     scheduler = pipeline.scheduler.config
     network = getattr(pipeline, family.network).config
@@ -206,6 +208,64 @@ def check_can_teach(pipeline: Any, folder: Path) -> None:
         raise UserError(
             f"the network of {folder} takes {input_channels} channels, but its VAE has "
             f"{latent_channels}: it is an inpainting or editing model; give a text-to-image one."
+        )
+
+
+def check_noise_schedule(pipeline: Any, folder: Path) -> None:
+    """Raises UserError if the noise levels of a pipeline's scheduler do not fit its class.
+
+    A UNet's are given by betas, a flow model's by σ from 0 to 1. Another scheduler's settings would
+    be read as diffusers' default betas, without an error.
+    """
+    scheduler = pipeline.scheduler
+    config = scheduler.config
+    name = type(scheduler).__name__
+    family = FAMILIES.get(type(pipeline).__name__)
+
+    is_flow = name.startswith("FlowMatch") or config.get("use_flow_sigmas", False)
+    if family is not None and family.flow:
+        if not is_flow:
+            raise UserError(
+                f"the scheduler of {folder} is {name}, but {type(pipeline).__name__} is a flow "
+                "model, whose noise levels it does not have. Give the pipeline its own scheduler, "
+                "such as FlowMatchEulerDiscreteScheduler."
+            )
+        return
+
+    if is_flow:
+        reason = "a flow model's"
+    elif "beta_schedule" not in config:
+        reason = "not given by betas, as EDM's are"
+    elif config.get("timestep_type") == "continuous" or config.get("sigma_max") is not None:
+        reason = "continuous, as EDM's are (timestep_type, sigma_max)"
+    else:
+        return
+    raise UserError(
+        f"the scheduler of {folder} is {name}, and its noise levels are {reason}. This is not "
+        f"supported for {type(pipeline).__name__}: if the model was trained so, choose another "
+        "one; if not, give it its own scheduler, such as DDIMScheduler with its betas."
+    )
+
+
+def check_token_limits(pipeline: Any, folder: Path) -> None:
+    """Raises UserError if a CLIP tokenizer's limit is more than its text encoder's positions.
+
+    The pipelines pad to the tokenizer's limit, which without `model_max_length` is 10³⁰.
+    """
+    for name, tokenizer in pipeline.components.items():
+        encoder = pipeline.components.get(name.replace("tokenizer", "text_encoder"))
+        if not name.startswith("tokenizer") or tokenizer is None or encoder is None:
+            continue
+        is_clip = str(getattr(encoder.config, "model_type", "")).startswith("clip")
+        positions = getattr(encoder.config, "max_position_embeddings", None)
+        if not is_clip or positions is None or tokenizer.model_max_length <= positions:
+            continue
+        limit = tokenizer.model_max_length
+        stated = f"model_max_length {limit}" if limit < 10**9 else "no model_max_length"
+        raise UserError(
+            f"{folder / name} has {stated}, but its text encoder has {positions} positions, and "
+            f'prompts are padded to that length. Write "model_max_length": {positions} into '
+            f"{folder / name / 'tokenizer_config.json'}."
         )
 
 

@@ -229,7 +229,7 @@ class Teacher:
         return self._diffusion_steps(num_inference_steps)
 
     def _diffusion_steps(self, num_inference_steps: int) -> list[Step]:
-        self.scheduler.set_timesteps(num_inference_steps)
+        set_timesteps(self.scheduler, num_inference_steps, self.name)
         stride = self.scheduler.config.num_train_timesteps // num_inference_steps
         timesteps = self.scheduler.timesteps.tolist()
         return [Step(t, self.level(t), self.level(t - stride)) for t in timesteps]
@@ -261,6 +261,25 @@ class Teacher:
         _, height, width = self.latent_shape
         patch = self.family.packed * self.network.config.patch_size
         return (height // patch) * (width // patch)
+
+
+def set_timesteps(scheduler: Any, num_inference_steps: int, name: str) -> None:
+    """`scheduler.set_timesteps` of a diffusion model called `name`.
+
+    Raises UserError if there are more steps than training timesteps, or `steps_offset` moves the
+    first timestep beyond the last of training.
+    """
+    last = scheduler.config.num_train_timesteps - 1
+    if num_inference_steps <= last + 1:
+        scheduler.set_timesteps(num_inference_steps)
+        if max(scheduler.timesteps.tolist()) <= last:
+            return
+    spacing = scheduler.config.get("timestep_spacing", "its spacing")
+    raise UserError(
+        f"{num_inference_steps} steps do not fit {name}: its training timesteps are 0 to {last}, "
+        f"and with {spacing} spacing and steps_offset {scheduler.config.get('steps_offset', 0)} "
+        f"the first step would be beyond. Use {last} steps or fewer."
+    )
 
 
 def copy_sharing_weights(network: Any) -> Any:

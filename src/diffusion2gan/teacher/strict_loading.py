@@ -6,9 +6,12 @@ ignore one that they do not know; both only log it. The functions of this module
 
 from __future__ import annotations
 
+import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -17,9 +20,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from diffusion2gan.errors import Diffusion2GANError, UserError
+from diffusion2gan.runtime.files import check_downloaded, is_hidden, read_json
 from diffusion2gan.teacher import hub
 
 # Entries that are recomputed, or that belong to an output layer which the model does not have.
@@ -33,6 +38,16 @@ COMPONENT_MODULES = {
     "transformers": "transformers",
     "stable_diffusion": "diffusers.pipelines.stable_diffusion.safety_checker",
 }
+
+# Weights in a model's folder: NAME.safetensors, with a variant NAME.fp16.safetensors, or in shards
+# NAME.fp16-00001-of-00002.safetensors (formerly NAME-00001-of-00002.fp16.safetensors)
+SHARD = r"(?:-\d+-of-\d+)?"
+WEIGHTS_FILE = re.compile(
+    rf"(?:model|diffusion_pytorch_model){SHARD}(?:\.(?P<variant>\w+?))?{SHARD}\.safetensors"
+)
+
+# How the names begin in the state dict of a network inside a data-parallel wrapper, or compiled
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 # diffusers' warning about a single file
 UNUSED = re.compile(r"were not used when initializing .*\n? *\['(.*)'\]", re.DOTALL)
@@ -71,8 +86,10 @@ def describe_error(error: Exception) -> str:
 def load_model(kind: Any, folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """`kind.from_pretrained(folder)` for a model class of diffusers or transformers.
 
-    Safetensors only, from disk alone. Raises UserError, naming the keys, if the files lack a weight
-    of the model, or have one that it does not have or that has another shape.
+    Safetensors only, from disk alone. Where there are only weights of a variant, such as fp16,
+    these are loaded; prefixes of a wrapper (WRAPPER_PREFIXES) are removed from the names. Raises
+    UserError, naming the keys, if the files lack a weight of the model, or have one that it does
+    not have or that has another shape.
     """
     is_transformers = kind.__module__.startswith("transformers.")
     if is_transformers:
@@ -81,9 +98,14 @@ def load_model(kind: Any, folder: Path, dtype: torch.dtype = torch.float32, **op
     else:
         options["torch_dtype"] = dtype
 
-    with translated_errors(f"the {kind.__name__} in {folder}"):
+    check_files_downloaded(folder)
+    options["variant"] = find_variant(folder)
+    with (
+        translated_errors(f"the {kind.__name__} in {folder}"),
+        without_wrapper_prefix(folder) as source,
+    ):
         model, report = kind.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+            source, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
         )
 
     mismatched = []
@@ -101,6 +123,94 @@ def load_model(kind: Any, folder: Path, dtype: torch.dtype = torch.float32, **op
     return model
 
 
+def find_weights(folder: Path) -> list[Path]:
+    """The safetensors files with a model's weights in its folder, of all variants."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if WEIGHTS_FILE.fullmatch(path.name))
+
+
+def check_files_downloaded(folder: Path) -> None:
+    """Raises UserError if a file that a component is read from is a Git LFS pointer."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        is_read = path.suffix in (".json", ".txt", ".model") or path.suffix == ".safetensors"
+        if is_read and not is_hidden(path):
+            check_downloaded(path)
+
+
+def find_variant(folder: Path) -> str | None:
+    """The variant of the weights in a model's folder; None if they have none, or are missing.
+
+    Weights without a variant come first. Raises UserError if there are several variants and no
+    such weights, or only pickles.
+    """
+    variants = set()
+    for path in find_weights(folder):
+        match = WEIGHTS_FILE.fullmatch(path.name)
+        variants.add(match["variant"] if match else None)
+    if not variants and any(folder.glob("*.bin")):
+        raise UserError(
+            f"{folder} has its weights in .bin files only. These are pickles, which can run code "
+            "when they are loaded, so they are refused. If you trust them, load the pipeline in "
+            "diffusers and save it again with save_pretrained, which writes safetensors."
+        )
+    if not variants or None in variants:
+        return None
+    if len(variants) > 1:
+        listed = ", ".join(sorted(str(variant) for variant in variants))
+        raise UserError(
+            f"{folder} has weights of several variants ({listed}) and none without one. Copy the "
+            "pipeline to another folder with the files of one variant only, and give that folder."
+        )
+    return variants.pop()
+
+
+def wrapper_prefix(keys: Iterable[str]) -> str:
+    """The prefix of a wrapper that all `keys` have, or an empty string."""
+    keys = list(keys)
+    prefix = ""
+    while keys:
+        longer = [p for p in WRAPPER_PREFIXES if all(k.startswith(prefix + p) for k in keys)]
+        if not longer:
+            break
+        prefix += longer[0]
+    return prefix
+
+
+@contextmanager
+def without_wrapper_prefix(folder: Path) -> Iterator[Path]:
+    """Yields a model's folder, or a temporary copy whose weights' names have no wrapper prefix."""
+    files = find_weights(folder)
+    keys: list[str] = []
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            keys += opened.keys()
+    prefix = wrapper_prefix(keys)
+    if not prefix:
+        yield folder
+        return
+
+    with tempfile.TemporaryDirectory(prefix="diffusion2gan-") as name:
+        # The settings; an index of shards names the weights
+        temporary = Path(name)
+        for path in folder.glob("*.json"):
+            if ".safetensors.index" not in path.name:
+                shutil.copyfile(path, temporary / path.name)
+                continue
+            index = read_json(path)
+            weight_map = {k.removeprefix(prefix): v for k, v in index["weight_map"].items()}
+            text = json.dumps({**index, "weight_map": weight_map})
+            (temporary / path.name).write_text(text, encoding="utf-8")
+
+        # The weights
+        for file in files:
+            tensors = {k.removeprefix(prefix): v for k, v in load_file(file).items()}
+            save_file(tensors, temporary / file.name, {"format": "pt"})
+        yield temporary
+
+
 def load_pipeline(pipeline_class: Any, folder: Path, components: dict[str, Any]) -> Any:
     """`pipeline_class.from_pretrained(folder)`, with every weight from a file.
 
@@ -115,6 +225,7 @@ def load_pipeline(pipeline_class: Any, folder: Path, components: dict[str, Any])
             library, class_name = entry
             if library is None:
                 continue
+            check_files_downloaded(folder / name)
             # Other components are left to diffusers, which knows the names of older versions,
             # such as CLIPFeatureExtractor
             kind = getattr(import_module(COMPONENT_MODULES[library]), class_name, None)
@@ -132,13 +243,20 @@ def load_pipeline(pipeline_class: Any, folder: Path, components: dict[str, Any])
     return pipeline
 
 
-def load_single_file(kind: Any, file: Path, **options: Any) -> Any:
+def load_single_file(
+    kind: Any, file: Path, tensors: dict[str, Tensor] | None = None, **options: Any
+) -> Any:
     """`kind.from_single_file(file)` for a pipeline or a model class of diffusers, in float32.
 
-    Raises UserError as `load_model` does. A pipeline's file may contain more than the pipeline.
+    `tensors` take the place of the file's contents. Raises UserError as `load_model` does. A
+    pipeline's file may contain more than the pipeline.
     """
     description = f"the {kind.__name__} in {file}"
-    with recorded_missing_keys(description) as missing, recorded_warnings() as messages:
+    with (
+        replaced_contents(tensors),
+        recorded_missing_keys(description) as missing,
+        recorded_warnings() as messages,
+    ):
         loaded = kind.from_single_file(
             str(file), torch_dtype=torch.float32, local_files_only=True, **options
         )
@@ -212,16 +330,23 @@ def check_not_on_meta(description: str, model: nn.Module) -> None:
     check_keys(description, missing=[name for name, tensor in tensors if tensor.is_meta])
 
 
-def check_file_in_own_format(kind: Any, file: Path, config: dict[str, Any]) -> None:
+def read_shapes(file: Path) -> dict[str, list[int]]:
+    """The names and shapes of the tensors in a .safetensors file."""
+    with safe_open(file, framework="pt") as opened:
+        return {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
+
+
+def check_file_in_own_format(
+    kind: Any, file: Path, config: dict[str, Any], found: Mapping[str, list[int]]
+) -> None:
     """Checks a single file of the model class `kind` that has diffusers' names for its weights.
 
-    diffusers takes such a file for one in another format if a single name differs, and fails in
-    its conversion. Raises UserError as `load_model` does; other formats are not checked.
+    `found` are the names and shapes of its weights. diffusers takes such a file for one in another
+    format if a single name differs, and fails in its conversion. Raises UserError as `load_model`
+    does; other formats are not checked.
     """
     with torch.device("meta"):
         expected = kind.from_config(config).state_dict()
-    with safe_open(file, framework="pt") as opened:
-        found = {key: opened.get_slice(key).get_shape() for key in opened.keys()}  # noqa: SIM118
     if 2 * len(expected.keys() & found.keys()) < len(expected):
         return
 
@@ -236,6 +361,25 @@ def check_file_in_own_format(kind: Any, file: Path, config: dict[str, Any]) -> N
         unexpected=found.keys() - expected.keys(),
         mismatched=mismatched,
     )
+
+
+@contextmanager
+def replaced_contents(tensors: dict[str, Tensor] | None) -> Iterator[None]:
+    """Makes diffusers' loader of single files read `tensors` from any file, if they are given."""
+    from diffusers.loaders import single_file, single_file_model
+
+    if tensors is None:
+        yield
+        return
+    modules: tuple[Any, ...] = (single_file, single_file_model)
+    originals = [module.load_single_file_checkpoint for module in modules]
+    for module in modules:
+        module.load_single_file_checkpoint = lambda *_, **__: dict(tensors)
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.load_single_file_checkpoint = original
 
 
 @contextmanager

@@ -161,7 +161,7 @@ def test_peak_memory_of_a_recipe_is_that_of_a_step_with_r1(monkeypatch: pytest.M
     with_r1 = []
 
     def take_step(run: Any, pairs: Any, distance: Any) -> None:
-        entry, _ = steps.step(run, pairs, distance)
+        entry = steps.step(run, pairs, distance)[0].read()
         with_r1.append("r1" in entry)
 
     monkeypatch.setattr(train_step, "step", take_step)

@@ -260,6 +260,27 @@ def test_mixing_is_a_function_of_the_generator() -> None:
     assert torch.equal(is_mixed, same_rows)
 
 
+@pytest.mark.parametrize("prompts", [list("abcdefgh"), list("aaaabbbc"), list("aaaaaaaa")])
+def test_draws_are_those_of_a_table_of_all_pairs(prompts: list[str]) -> None:
+    """Version 0.1 computed which pair may donate to which for the full batch."""
+    fake, real = make_latents(len(prompts))
+    ids = torch.tensor([ord(prompt) for prompt in prompts])
+    for seed in range(20):
+        generator = make_generator(seed)
+        can_donate = ids[:, None] != ids[None, :]
+        replaceable = can_donate.any(1).nonzero().flatten()
+        count = int(0.6 * len(prompts) + torch.rand((), generator=generator).item())
+        rows = replaceable[torch.randperm(len(replaceable), generator=generator)][:count]
+        expected = fake.clone()
+        if len(rows) > 0:
+            weights = can_donate[rows].float()
+            donors = torch.multinomial(weights, 1, generator=generator).flatten()
+            expected[rows] = real[donors]
+
+        latents, _ = mix_and_match(fake, real, prompts, 0.6, make_generator(seed))
+        assert torch.equal(latents, expected)
+
+
 @pytest.mark.parametrize(("prompts", "share"), [("aaaa", 0.9), ("a", 0.9), ("abca", 0.0)])
 def test_nothing_is_mixed_without_another_prompt_or_without_a_share(
     prompts: str, share: float

@@ -68,12 +68,12 @@ def main(folder: Path, out: Path) -> None:
         hook = run.discriminator.register_forward_hook(
             lambda module, args, logits: [head * factor for head in logits]
         )
-        nan_entry, _ = step(run, next(batches), distance)
+        nan_entry = step(run, next(batches), distance)[0].read()
         hook.remove()
         change_with_nan = float((full_state(run) - before).abs().max())
 
         # A good one
-        good_entry, _ = step(run, next(batches), distance)
+        good_entry = step(run, next(batches), distance)[0].read()
         change = float((full_state(run) - before).abs().max())
 
         tensors = sharded_tensors(run)

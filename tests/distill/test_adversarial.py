@@ -17,6 +17,7 @@ from diffusion2gan.adversarial.losses import r1_penalty
 from diffusion2gan.cost.distill import dry_run
 from diffusion2gan.distill import health, steps
 from diffusion2gan.distill.losses import Distance, build_distance
+from diffusion2gan.distill.metrics import StepMetrics
 from diffusion2gan.distill.run import CHECKPOINT, Run
 from diffusion2gan.distill.steps import (
     discriminator_step,
@@ -213,7 +214,8 @@ def test_student_gradient_is_that_of_the_papers_objective(recipe: Recipe, pairs:
     expected = torch.autograd.grad(loss, parameters, allow_unused=True)
 
     # Found
-    entry, _ = student_step(run, [micro_batch], distance)
+    tensors, _ = student_step(run, [micro_batch], distance)
+    entry = StepMetrics(tensors).read()
     found = gradients(run.student)
     assert_close(found, [g for g in expected if g is not None], 1e-5)
     assert entry["loss"] + 0.5 * entry["gan_loss"] == pytest.approx(float(loss.detach()))
@@ -257,7 +259,7 @@ def test_discriminator_gradient_is_that_of_the_papers_objective(
     expected = torch.autograd.grad(loss, list(discriminator.parameters()))
 
     # Found
-    entry = discriminator_step(run, [micro_batch])
+    entry = StepMetrics(discriminator_step(run, [micro_batch])).read()
     assert_close(gradients(discriminator), expected, 1e-5)
     assert entry["d_loss"] == pytest.approx(float(gan_loss.detach()), rel=1e-5)
     assert entry["r1"] == pytest.approx(float(penalty.detach()), rel=1e-5)
@@ -296,8 +298,8 @@ def test_micro_batches_give_the_same_update(
     )
     assert full.discriminator is not None and divided.discriminator is not None
 
-    expected_entry, _ = step(full, batch, distance)
-    entry, _ = step(divided, batch, distance)
+    expected_entry = step(full, batch, distance)[0].read()
+    entry = step(divided, batch, distance)[0].read()
 
     assert_close(gradients(divided.discriminator), gradients(full.discriminator))
     assert_close(gradients(divided.student), gradients(full.student))
@@ -323,8 +325,8 @@ def test_updates_under_autocast_are_near_those_in_float32(
     reduced, _, _ = start_run(
         recipe, pairs, precision="bfloat16", gradient_checkpointing=checkpointing
     )
-    expected, _ = step(exact, batch, distance)
-    entry, _ = step(reduced, batch, distance)
+    expected = step(exact, batch, distance)[0].read()
+    entry = step(reduced, batch, distance)[0].read()
 
     assert entry["r1"] == pytest.approx(expected["r1"], rel=1e-4)
     assert entry["d_loss"] != expected["d_loss"]
@@ -366,6 +368,31 @@ def test_real_and_fake_latents_share_one_forward_pass(
     assert num_mixed in (1, 2)
 
 
+def test_both_updates_share_the_students_forward_pass(recipe: Recipe, pairs: Path) -> None:
+    """The same bits as with a forward pass for each: the student's weights are those before both.
+
+    In two micro-batches the student runs four times.
+    """
+    shared, batch, distance = start_run(recipe, pairs)
+    calls = []
+    shared.student.register_forward_hook(lambda *args: calls.append(1))
+    entry = step(shared, batch, distance)[0].read()
+    assert len(calls) == 1
+
+    separate, _, _ = start_run(recipe, pairs)
+    batches = micro_batches(separate, batch)
+    tensors = discriminator_step(separate, batches)
+    tensors |= student_step(separate, batches, distance)[0]
+    assert entry == {"pairs_seen": BATCH, **StepMetrics(tensors).read()}
+    assert all_equal(weights(shared.student), weights(separate.student))
+    assert all_equal(weights(shared.discriminator), weights(separate.discriminator))
+
+    divided, _, _ = start_run(recipe, pairs, gradient_accumulation_steps=2)
+    divided.student.register_forward_hook(lambda *args: calls.append(1))
+    step(divided, batch, distance)
+    assert len(calls) == 1 + 4
+
+
 # --- Schedule of the GAN loss ---
 
 
@@ -390,7 +417,7 @@ def test_discriminator_is_not_trained_before_gan_start_pairs(recipe: Recipe, pai
 
     # Regression alone
     for _ in range(2):
-        entry, _ = step(run, batch, distance)
+        entry = step(run, batch, distance)[0].read()
         step(without_d, batch, distance)
         assert "d_loss" not in entry
         assert "gan_loss" not in entry
@@ -398,10 +425,10 @@ def test_discriminator_is_not_trained_before_gan_start_pairs(recipe: Recipe, pai
     assert all_equal(weights(run.student), weights(without_d.student))
 
     # The discriminator's warm-up, then both
-    warmup_entry, _ = step(run, batch, distance)
+    warmup_entry = step(run, batch, distance)[0].read()
     assert "d_loss" in warmup_entry
     assert "gan_loss" not in warmup_entry
-    entry, _ = step(run, batch, distance)
+    entry = step(run, batch, distance)[0].read()
     assert "gan_loss" in entry
 
 
@@ -410,7 +437,7 @@ def test_no_discriminator_is_built_without_adversarial_weight(recipe: Recipe, pa
     assert run.discriminator is None
     assert run.discriminator_optimizer is None
 
-    entry, _ = step(run, batch, distance)
+    entry = step(run, batch, distance)[0].read()
     for key in entry:
         assert not key.startswith(("d_", "gan", "accuracy", "logits", "r1"))
 
@@ -437,7 +464,7 @@ def test_discriminator_learns_to_classify_a_fixed_student(recipe: Recipe, pairs:
         r1_weight=0.0,
     )
     for _ in range(60):
-        entry, _ = step(run, batch, distance)
+        entry = step(run, batch, distance)[0].read()
     assert entry["accuracy_real"] > 0.9
     assert entry["accuracy_fake"] > 0.9
     assert entry["d_loss"] < 0.7

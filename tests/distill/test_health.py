@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from torch import Tensor
 
 from diffusion2gan.distill import health
 from diffusion2gan.distill.health import (
@@ -17,6 +18,7 @@ from diffusion2gan.distill.health import (
     latent_statistics,
     logit_means,
 )
+from diffusion2gan.distill.metrics import StepMetrics
 
 HEALTHY = {
     "loss": 0.1,
@@ -33,18 +35,18 @@ def test_latent_statistics_match_their_definitions() -> None:
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(64, 4, 8, 8, generator=generator) * 2 + 1
 
-    same = latent_statistics(teacher, teacher)
+    same = StepMetrics(latent_statistics(teacher, teacher)).read()
     assert same == {"latent_shift": 0.0, "latent_std_ratio": pytest.approx(1.0)}
 
     # Two channels are shifted: the larger shift counts, in standard deviations of its channel
     shift = torch.tensor([0.0, 0.0, 0.3, -0.1]).view(4, 1, 1)
     std = float(teacher[:, 2].double().std())
     shifted = latent_statistics(teacher + shift, teacher)
-    assert shifted["latent_shift"] == pytest.approx(0.3 / std, rel=1e-5)
+    assert float(shifted["latent_shift"]) == pytest.approx(0.3 / std, rel=1e-5)
 
     # Half the standard deviation about the mean
     washed_out = latent_statistics(1 + (teacher - 1) * 0.5, teacher)
-    assert washed_out["latent_std_ratio"] == pytest.approx(0.5)
+    assert float(washed_out["latent_std_ratio"]) == pytest.approx(0.5)
     assert washed_out["latent_shift"] < 0.02
 
 
@@ -53,14 +55,30 @@ def test_accuracy_is_the_mean_over_heads_of_correct_signs() -> None:
     second_head = torch.tensor([-5.0, 5.0]).view(2, 1, 1, 1)
     logits = [first_head, second_head]
 
-    assert accuracy(logits, real=True) == pytest.approx((3 / 4 + 1 / 2) / 2)
-    assert accuracy(logits, real=False) == pytest.approx((1 / 4 + 1 / 2) / 2)
-    assert logit_means(logits) == pytest.approx([1.25, 0.0])
+    def measure(real: bool, rows: Tensor | None = None) -> float:
+        value = accuracy(logits, real, rows)
+        assert value is not None
+        return float(value)
+
+    assert measure(True) == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert measure(False) == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert logit_means(logits).tolist() == pytest.approx([1.25, 0.0])
 
     second_row = torch.tensor([False, True])
     no_row = torch.tensor([False, False])
-    assert accuracy(logits, False, second_row) == pytest.approx((1 / 2 + 0) / 2)
+    assert measure(False, second_row) == pytest.approx((1 / 2 + 0) / 2)
     assert accuracy(logits, False, no_row) is None
+
+
+def test_step_metrics_keep_every_number_and_its_order() -> None:
+    third = torch.tensor(1 / 3)
+    entry = {"a": 5, "b": third, "c": None, "d": torch.tensor([0.1, math.nan], dtype=torch.float64)}
+    values = StepMetrics(entry).read()
+    assert list(values) == ["a", "b", "c", "d"]
+    assert values["a"] == 5 and values["c"] is None
+    assert values["b"] == float(third) != 1 / 3
+    assert values["d"][0] == 0.1 and math.isnan(values["d"][1])
+    assert StepMetrics({"a": 1}).read() == {"a": 1}
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,13 @@ from diffusion2gan.cost.distill import adam_bytes, dry_run
 from diffusion2gan.distill import train
 from diffusion2gan.distill.optimizer import discriminator_optimizer, student_optimizer
 from diffusion2gan.distill.run import CHECKPOINT
+from diffusion2gan.distill.steps import clip_and_step
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import checkpoint
+from diffusion2gan.runtime.ema import EMA
 from diffusion2gan.teacher.loading import load_teacher
 
 PROMPTS = ["a star", "two stars", "a red ring", "a star"]
@@ -45,6 +47,49 @@ def test_missing_bitsandbytes_is_refused_with_its_extra(monkeypatch: pytest.Monk
 def test_default_optimizers_are_those_of_torch() -> None:
     assert type(student_optimizer(Recipe(), nn.Linear(2, 2))) is torch.optim.AdamW
     assert type(discriminator_optimizer(Recipe(), nn.Linear(2, 2))) is torch.optim.Adam
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_gradient_that_is_not_finite_changes_nothing(fused: bool | None) -> None:
+    """On a GPU the fused optimiser decides that itself; torch has it on the CPU too."""
+    layers = []
+    for gradients in ([0.1, 0.2, 0.3], [0.1, float("nan"), 0.2, float("inf"), 0.3]):
+        torch.manual_seed(1)
+        layer = nn.Linear(3, 3)
+        optimizer = torch.optim.AdamW(layer.parameters(), fused=fused)
+        ema = EMA(layer, 0.9)
+        for gradient in gradients:
+            for parameter in layer.parameters():
+                parameter.grad = torch.full_like(parameter, gradient)
+            norm, skipped = clip_and_step(optimizer, layer.parameters(), 0.01, 1.0)
+            assert bool(norm.isfinite()) == (not bool(skipped))
+            assert isinstance(skipped, Tensor) == bool(fused)
+            if skipped is not True:
+                ema.update(layer, skipped)
+        layers.append((layer, optimizer, ema))
+
+    # Weights, Adam's averages and counts, and the average of the weights
+    (layer, optimizer, ema), (other_layer, other_optimizer, other_ema) = layers
+    assert ema.num_updates == other_ema.num_updates == 3
+    tensors = {**layer.state_dict(), **checkpoint.pack_optimizer("adam", optimizer)}
+    others = {**other_layer.state_dict(), **checkpoint.pack_optimizer("adam", other_optimizer)}
+    for key, value in [*tensors.items(), *checkpoint.pack("ema", ema).items()]:
+        expected = others[key] if key in others else other_ema.shadow[key.removeprefix("ema/")]
+        assert torch.equal(value, expected), key
+
+
+def test_average_on_the_device_is_that_on_the_host() -> None:
+    module = nn.Linear(3, 3)
+    on_host = EMA(module, 0.8)
+    on_device = EMA(module, 0.8)
+    for seed in range(40):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            module.weight.normal_()
+        on_host.update(module)
+        on_device.update(module, torch.tensor(0.0))
+        torch.testing.assert_close(on_device.shadow["weight"], on_host.shadow["weight"])
+    assert on_device.num_updates == on_host.num_updates == 40
 
 
 def train_layer(build: BuildOptimizer, recipe: Recipe) -> tuple[Tensor, list[float], int]:

@@ -2,8 +2,9 @@
 
 A tensor on it holds a CPU tensor with real numbers. As on a GPU, an operation on tensors of
 different devices raises an error, and so does `numpy()`. What would make the host wait for a GPU (a
-blocking copy, `item`, a mask as an index) is counted, with the line of the project that asked for
-it. Memory, streams, precision and speed are not simulated.
+blocking copy, `item`, a mask as an index, an event) is counted, with the line of the project that
+asked for it; so are operations on it. A copy does not wait if it is non-blocking and its end on the
+host is pinned. Memory, streams, precision and speed are not simulated.
 
 `guard.cpp` must be loaded before torch is imported, so a simulation takes a process of its own:
 import this module first, with the library's path in SIMULATED_CUDA_LIBRARY, and call `install`.
@@ -32,6 +33,11 @@ PACKAGE = f"{os.sep}diffusion2gan{os.sep}"
 
 # Waits of the host, by (kind, line of the project); `Counter.total` of it is their number
 waits: Counter[tuple[str, str]] = Counter()
+# Operations on the device and waits so far, unlike `waits` not cleared; and of these the waits for
+# all that was queued, which an event's is not
+totals = {"operations": 0, "waits": 0, "full_waits": 0}
+# The addresses of pinned memory. It is never freed, so that no address is used again.
+pinned: dict[int, torch.Tensor] = {}
 
 # Operations that take tensors of several devices
 MIXED = {"copy_", "_to_copy", "to", "set_", "_copy_from", "_pin_memory", "is_same_size"} | {
@@ -136,12 +142,15 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         result_on_cuda = is_cuda(device) if device is not None else bool(simulated)
         if simulated and not result_on_cuda:
             count_wait("copy to the CPU")
-        if result_on_cuda and not simulated and not kwargs.get("non_blocking"):
+        queued = kwargs.get("non_blocking") and is_pinned(args[0])
+        if result_on_cuda and not simulated and not queued:
             count_wait("copy to the GPU")
     elif name == "copy_":
         result_on_cuda = isinstance(args[0], SimulatedTensor)
         if result_on_cuda != isinstance(args[1], SimulatedTensor):
-            count_wait("copy to the GPU" if result_on_cuda else "copy to the CPU")
+            non_blocking = args[2] if len(args) > 2 else kwargs.get("non_blocking")
+            if not (non_blocking and is_pinned(args[1] if result_on_cuda else args[0])):
+                count_wait("copy to the GPU" if result_on_cuda else "copy to the CPU")
     elif name in INDEXING:
         result_on_cuda = isinstance(args[0], SimulatedTensor)
         check_index(func, args, result_on_cuda)
@@ -169,9 +178,14 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     cpu_args, cpu_kwargs = tree_map(to_cpu, args), tree_map(to_cpu, dict(kwargs))
     if cpu_kwargs.get("device") is not None:
         cpu_kwargs["device"] = CPU
-    if cpu_kwargs.get("pin_memory"):
+    pin = cpu_kwargs.get("pin_memory")
+    if pin:
         cpu_kwargs["pin_memory"] = False
     result = func(*cpu_args, **cpu_kwargs)
+    if pin:
+        pinned[address(result)] = result
+    if result_on_cuda or simulated:
+        totals["operations"] += 1
     if name in ("_to_copy", "to") and result is cpu_args[0]:
         result = result.clone()
     if not result_on_cuda:
@@ -214,8 +228,47 @@ def to_cpu(x: Any) -> Any:
     return x
 
 
+def address(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def is_pinned(x: torch.Tensor) -> bool:
+    if isinstance(x, SimulatedTensor):
+        return False
+    return address(x) in pinned or x.numel() == 0
+
+
+def pin_memory(self: torch.Tensor) -> torch.Tensor:
+    """`Tensor.pin_memory`, in any thread."""
+    if is_pinned(self):
+        return self
+    copied = self.detach().clone(memory_format=torch.contiguous_format)
+    pinned[address(copied)] = copied
+    return copied
+
+
+class SimulatedEvent:
+    """`torch.cuda.Event`. Waiting for it counts, unless the host has waited since it was recorded.
+
+    A wait for another event does not count as that.
+    """
+
+    def __init__(self) -> None:
+        self.num_waits_before = totals["full_waits"]
+
+    def record(self) -> None:
+        self.num_waits_before = totals["full_waits"]
+
+    def synchronize(self) -> None:
+        if totals["full_waits"] == self.num_waits_before:
+            count_wait("event")
+
+
 def count_wait(kind: str) -> None:
     waits[(kind, project_line())] += 1
+    totals["waits"] += 1
+    if kind != "event":
+        totals["full_waits"] += 1
 
 
 def project_line() -> str:
@@ -269,6 +322,8 @@ def install() -> list[str]:
     torch.cuda.reset_peak_memory_stats = lambda *args, **kwargs: None
     torch.cuda.synchronize = lambda *args, **kwargs: calls.append("synchronize")
     torch.cuda.set_device = lambda device: calls.append(f"set_device {device}")
+    torch.cuda.Event = SimulatedEvent  # type: ignore[misc,assignment]
+    torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign,assignment]
     torch._C._set_only_lift_cpu_tensors(True)
     SimulatedMode().__enter__()
     return calls

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ CALLS = device.install()
 import torch
 
 from diffusion2gan.cost.pairs import estimate_pairs_cost
+from diffusion2gan.distill import train
+from diffusion2gan.distill.batches import prepare
 from diffusion2gan.distill.losses import build_distance
 from diffusion2gan.distill.run import Run
 from diffusion2gan.distill.steps import step
+from diffusion2gan.errors import Failure
 from diffusion2gan.evaluate.run import evaluate
 from diffusion2gan.evaluate.settings import EvaluateSettings
 from diffusion2gan.generate import generate
@@ -30,7 +34,9 @@ from diffusion2gan.pairs.make import PairsSettings, build_spec, make_pairs
 from diffusion2gan.pairs.store import Pairs, read_shard
 from diffusion2gan.pipelines.system import load_system
 from diffusion2gan.recipe import Recipe
+from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.distributed import resolve_device
+from diffusion2gan.runtime.stop import stop_signal
 from diffusion2gan.teacher.loading import load_teacher
 
 PROMPTS = ["a blue star on sand", "two red rings on grass"]
@@ -53,7 +59,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def train(settings: dict[str, Any], name: str) -> dict[str, Any]:
+def take_two_steps(settings: dict[str, Any], name: str) -> dict[str, Any]:
     """Two steps; the waits are those of the second. Then a checkpoint, loaded by another run."""
     teacher = load_teacher("pocket", name)
     recipe = Recipe.model_validate({"batch_size": len(PROMPTS), "device": name, **settings})
@@ -63,16 +69,115 @@ def train(settings: dict[str, Any], name: str) -> dict[str, Any]:
     latents = torch.randn(2, *teacher.latent_shape, generator=torch.Generator().manual_seed(0))
     pairs = Pairs(seeds, seeds, PROMPTS, latents.cpu())
 
-    entry, _ = step(run, pairs, distance)
+    # The numbers of a step are read during the next one, as in `distill`
+    metrics, _ = step(run, prepare(run, pairs), distance)
     device.waits.clear()
-    step(run, pairs, distance)
+    operations_before = device.totals["operations"]
+    step(run, prepare(run, pairs), distance)
+    entry = metrics.read()
     waits = dict(device.waits)
+    num_operations = device.totals["operations"] - operations_before
 
     with tempfile.TemporaryDirectory() as folder:
         run.save(Path(folder))
         run.wait_until_saved()
         Run(recipe, teacher).load(Path(folder))
-    return {"waits": named(waits), "loss": entry["loss"], "device": str(teacher.device)}
+    return {
+        "waits": named(waits),
+        "num_operations": num_operations,
+        "loss": entry["loss"],
+        "device": str(teacher.device),
+    }
+
+
+def scale_gradients(run: Run, factor: float) -> Any:
+    """Multiplies the gradients of the student's outputs, until `remove` of the returned handle."""
+
+    def add_hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * factor)
+
+    return run.student.register_forward_hook(add_hook)
+
+
+def run_distill(name: str) -> dict[str, Any]:
+    """`distill` with kept prompts: its log, and the waits from the third step to the fourth.
+
+    The gradient of the second step is NaN. It is stopped after the fifth step and resumed.
+    """
+    teacher = load_teacher("pocket", name)
+    settings = {**ADVERSARIAL, "batch_size": 2, "total_pairs": 12, "prompt_embeds": "kept"}
+    recipe = Recipe.model_validate({**settings, "device": name, "sample_every": 10**6})
+    waits_at_step: list[int] = []
+
+    def take_step(run: Run, *args: Any) -> Any:
+        waits_at_step.append(device.totals["waits"])
+        factor = float("nan") if len(waits_at_step) == 2 else 1.0
+        hook = scale_gradients(run, factor)
+        try:
+            return step(run, *args)
+        finally:
+            hook.remove()
+
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = Path(folder) / "pairs"
+        spec = build_spec(teacher, PROMPTS, PairsSettings(count=4, num_inference_steps=1))
+        make_pairs(teacher, PROMPTS, spec, pairs)
+        out = Path(folder) / "run"
+
+        def stop_after_five_steps() -> Any:
+            return nullcontext(lambda: 15 if len(waits_at_step) == 5 else None)
+
+        train.step = take_step
+        train.stop_signal = stop_after_five_steps
+        with suppress(SystemExit):
+            train.distill(recipe, pairs, out)
+        num_steps_before = len(waits_at_step)
+        train.stop_signal = stop_signal
+        train.distill(recipe, pairs, out)
+        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        header = checkpoint.meta(out / "checkpoint.safetensors")
+    return {
+        "num_waits": waits_at_step[3] - waits_at_step[2],
+        "num_steps": [num_steps_before, len(waits_at_step)],
+        "num_updates": header["num_updates"],
+        "losses": [line["loss"] for line in lines],
+        "skipped": [line["skipped"] for line in lines],
+    }
+
+
+def diverge(name: str) -> dict[str, Any]:
+    """`distill` whose gradients are not finite from the third step on; saved as often as can be."""
+    teacher = load_teacher("pocket", name)
+    settings = {**REGRESSION, "batch_size": 2, "total_pairs": 100, "checkpoint_every_s": 1e-9}
+    recipe = Recipe.model_validate({**settings, "device": name, "sample_every": 10**6})
+    num_steps = 0
+
+    def take_step(run: Run, *args: Any) -> Any:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 3:
+            scale_gradients(run, float("nan"))
+        return step(run, *args)
+
+    train.step = take_step
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = Path(folder) / "pairs"
+        spec = build_spec(teacher, PROMPTS, PairsSettings(count=4, num_inference_steps=1))
+        make_pairs(teacher, PROMPTS, spec, pairs)
+        out = Path(folder) / "run"
+        try:
+            train.distill(recipe, pairs, out)
+        except Failure as error:
+            message = str(error)
+        lines = (out / "log.jsonl").read_text().splitlines()
+        tensors, header = checkpoint.load(out / "checkpoint.safetensors")
+    return {
+        "message": message,
+        "num_lines": len(lines),
+        "pairs_seen": header["pairs_seen"],
+        "num_bad": len(checkpoint.find_non_finite(tensors)),
+    }
 
 
 def make(name: str) -> dict[str, Any]:
@@ -133,10 +238,12 @@ def named(waits: dict[tuple[str, str], int]) -> dict[str, int]:
 def main() -> None:
     job, name = sys.argv[1:]
     if job in RECIPES:
-        result = train(RECIPES[job], name)
+        result = take_two_steps(RECIPES[job], name)
     else:
         jobs = {
             "pairs": make,
+            "distill": run_distill,
+            "diverge": diverge,
             "cost": measure_cost,
             "evaluate": evaluate_systems,
             "mixed_devices": refuse_mixed_devices,

@@ -20,7 +20,7 @@ from diffusion2gan.adversarial.transformer import TransformerDiscriminator
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.teacher.conditioning import Conditioning
-from diffusion2gan.teacher.families import added_cond_kwargs
+from diffusion2gan.teacher.families import added_cond_kwargs, timestep_tensor
 from diffusion2gan.teacher.pipeline import Teacher
 
 # Decoder blocks whose upsampler has no input but the features
@@ -164,7 +164,8 @@ class DiffusionDiscriminator(nn.Module):
         unet = self.unet
         added_cond = added_cond_kwargs(cond) or {}
 
-        emb = unet.time_embedding(unet.get_time_embed(latents, self.timestep))
+        timestep = timestep_tensor(self.timestep, latents.device)
+        emb = unet.time_embedding(unet.get_time_embed(latents, timestep))
         aug_emb = unet.get_aug_embed(emb, cond.prompt_embeds, added_cond)
         if aug_emb is not None:
             emb = emb + aug_emb

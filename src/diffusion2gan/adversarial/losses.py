@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusion2gan.runtime.precision import full_float32
+from diffusion2gan.runtime.transfer import to_device
 from diffusion2gan.teacher.conditioning import Conditioning
 
 Logits = Sequence[Tensor]
@@ -80,34 +81,30 @@ def mix_and_match(
 ) -> tuple[Tensor, Tensor]:
     """Replaces a `share` of the fakes by real latents of other pairs; noise and prompt are kept.
 
-    fake, real [B, C, h, w]. Returns the new fakes and which ones were replaced, [B] bool. Their
-    number is share·B, randomly rounded up or down so that its mean is share·B. The donor of a row
-    is any pair with a different prompt, so that latents labelled fake never match their prompt; a
-    row without a donor is not replaced.
+    fake, real [B, C, h, w]. Returns the new fakes and which ones were replaced, [B] bool on the
+    CPU. Their number is share·B, randomly rounded up or down so that its mean is share·B. The donor
+    of a row is any pair with a different prompt, so that latents labelled fake never match their
+    prompt; a row without a donor is not replaced.
     """
-    # can_donate[i, j]: the real latents of pair j may replace the fake of row i
+    # Choose the rows to replace: if all prompts are equal, no row has a donor
     prompt_ids = {prompt: number for number, prompt in enumerate(prompts)}
-    ids = torch.tensor([prompt_ids[prompt] for prompt in prompts])
-    can_donate = ids[:, None] != ids[None, :]
-    replaceable = can_donate.any(1).nonzero().flatten()
-
-    # Choose the rows to replace
     batch_size = len(prompts)
+    num_replaceable = batch_size if len(prompt_ids) > 1 else 0
     rounding = torch.rand((), generator=generator).item()
     count = int(share * batch_size + rounding)
-    order = torch.randperm(len(replaceable), generator=generator)
-    rows = replaceable[order][:count]
+    rows = torch.randperm(num_replaceable, generator=generator)[:count]
     is_mixed = torch.zeros(batch_size, dtype=torch.bool)
     is_mixed[rows] = True
     if len(rows) == 0:
         return fake, is_mixed
 
-    # Draw a donor for each of them
-    weights = can_donate[rows].float()
+    # Draw a donor for each of them: weights[i, j] is 1 if pair j may replace the fake of rows[i]
+    ids = torch.tensor([prompt_ids[prompt] for prompt in prompts])
+    weights = (ids[rows, None] != ids[None, :]).float()
     donors = torch.multinomial(weights, 1, generator=generator).flatten()
 
     # Replace
-    donated = real[donors.to(real.device)]
+    donated = real[to_device(donors, real.device)]
     mixed = fake.clone()
-    mixed[rows.to(fake.device)] = donated.to(fake.dtype)
+    mixed[to_device(rows, fake.device)] = donated.to(fake.dtype)
     return mixed, is_mixed

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusion2gan.runtime.transfer import to_device
+
 AVERAGE_STEPS = 100  # number of steps that a running average covers
 # Values before a quantity may cause a warning: by then the first ones have little weight
 MIN_VALUES = 2 * AVERAGE_STEPS
@@ -42,13 +44,13 @@ REMEDIES = {
 }
 
 
-def latent_statistics(student: Tensor, teacher: Tensor) -> dict[str, float]:
+def latent_statistics(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
     """Compares the distributions of the student's and the teacher's latents, both [B, C, h, w].
 
     `latent_shift`: the largest difference between the means of a channel, in units of the teacher's
     standard deviation of that channel; it shows colour drift. `latent_std_ratio`: the student's
     standard deviation divided by the teacher's, averaged over channels; it shows saturation
-    (1 is right, below 1 is washed out).
+    (1 is right, below 1 is washed out). Both are scalars on the latents' device.
     """
     student_values = student.detach().double().transpose(0, 1).flatten(1)  # [C, B·h·w]
     teacher_values = teacher.detach().double().transpose(0, 1).flatten(1)
@@ -56,36 +58,46 @@ def latent_statistics(student: Tensor, teacher: Tensor) -> dict[str, float]:
     std = teacher_values.std(1).clamp_min(1e-12)
     shift = (student_values.mean(1) - teacher_values.mean(1)).abs() / std
     std_ratio = student_values.std(1) / std
-    return {"latent_shift": float(shift.max()), "latent_std_ratio": float(std_ratio.mean())}
+    return {"latent_shift": shift.max(), "latent_std_ratio": std_ratio.mean()}
 
 
-def accuracy(logits: Sequence[Tensor], real: bool, rows: Tensor | None = None) -> float | None:
-    """The share of logits with the right sign, averaged over heads.
+def accuracy(logits: Sequence[Tensor], real: bool, rows: Tensor | None = None) -> Tensor | None:
+    """The share of logits with the right sign, averaged over heads: a scalar on their device.
 
-    `logits` has one map [B, 1, h, w] per head; `rows` [B] bool selects samples. None if it selects
-    none.
+    `logits` has one map [B, 1, h, w] per head; `rows` [B] bool, on the CPU, selects samples. None
+    if it selects none.
     """
-    shares = []
+    if rows is None:
+        rows = torch.ones(len(logits[0]), dtype=torch.bool)
+    num_rows = int(rows.sum())
+    if num_rows == 0:
+        return None
+
+    # Correct logits per head and sample, [heads, B], and all logits of the selected samples. The
+    # counts are integers, so that the order of summation does not matter.
+    device = logits[0].device
+    correct = []
+    totals = []
     for head in logits:
-        selected = head if rows is None else head[rows.to(head.device)]
-        if len(selected) == 0:
-            return None
-        correct = selected > 0 if real else selected < 0
-        shares.append(correct.double().mean())
-    return float(torch.stack(shares).mean())
+        has_right_sign = head > 0 if real else head < 0
+        correct.append(has_right_sign.flatten(1).sum(1))
+        totals.append(num_rows * head[0].numel())
+    num_correct = torch.stack(correct).double() * to_device(rows.double(), device)
+    shares = num_correct.sum(1) / to_device(torch.tensor(totals).double(), device)
+    return shares.mean()
 
 
-def logit_means(logits: Sequence[Tensor]) -> list[float]:
-    """The mean logit of each head."""
-    return [float(head.detach().double().mean()) for head in logits]
+def logit_means(logits: Sequence[Tensor]) -> Tensor:
+    """The mean logit of each head, [heads]."""
+    return torch.stack([head.detach().double().mean() for head in logits])
 
 
 def discriminator_metrics(
     real: Sequence[Tensor], fake: Sequence[Tensor], mixed: Tensor
 ) -> dict[str, Any]:
-    """How well D classifies real and fake latents.
+    """How well D classifies real and fake latents, as tensors on their device.
 
-    `mixed` [B] bool: which of the fakes are mismatched real latents.
+    `mixed` [B] bool, on the CPU: which of the fakes are mismatched real latents.
     """
     accuracy_real = accuracy(real, True)
     accuracy_all_fakes = accuracy(fake, False)

@@ -10,13 +10,14 @@ from torch.optim import Optimizer
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import Recipe
+from diffusion2gan.runtime import fsdp
 
 BETAS = (0.9, 0.99)
 DISCRIMINATOR_BETAS = (0.0, 0.99)  # no momentum: the discriminator's target moves
 
 
 def student_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
-    """AdamW (Loshchilov & Hutter 2019).
+    """AdamW (Loshchilov & Hutter 2019); on a GPU fused, see `is_fused`.
 
     Raises UserError if the recipe sets 8 bits and bitsandbytes is not installed.
     """
@@ -28,7 +29,7 @@ def student_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
     if recipe.optimizer == "adamw8bit":
         optimizer: Optimizer = import_8bit_optimizers().AdamW8bit(module.parameters(), **options)
         return optimizer
-    return torch.optim.AdamW(module.parameters(), **options)
+    return torch.optim.AdamW(module.parameters(), fused=is_fused(module), **options)
 
 
 def discriminator_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
@@ -40,7 +41,17 @@ def discriminator_optimizer(recipe: Recipe, module: nn.Module) -> Optimizer:
     if recipe.optimizer == "adamw8bit":
         optimizer: Optimizer = import_8bit_optimizers().Adam8bit(module.parameters(), **options)
         return optimizer
-    return torch.optim.Adam(module.parameters(), **options)
+    return torch.optim.Adam(module.parameters(), fused=is_fused(module), **options)
+
+
+def is_fused(module: nn.Module) -> bool | None:
+    """Whether the update of all parameters is one kernel; None leaves torch's default.
+
+    On a GPU it is. Such an update can skip gradients that are not finite without the host (see
+    `clip_and_step`). Sharded parameters need the host for their norm in any case.
+    """
+    on_gpu = next(module.parameters()).device.type == "cuda"
+    return True if on_gpu and not fsdp.is_sharded(module) else None
 
 
 def import_8bit_optimizers() -> Any:

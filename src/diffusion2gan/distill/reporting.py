@@ -65,7 +65,7 @@ def skipped_steps_failure(run: Run, entry: dict[str, Any], out: Path) -> Failure
 
     return Failure(
         f"{' and '.join(whose)} gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, "
-        f"up to {run.pairs_seen} pairs (loss {entry['loss']}). {checkpoint_state}; lower "
+        f"up to {entry['pairs_seen']} pairs (loss {entry['loss']}). {checkpoint_state}; lower "
         f"{settings} in a new run."
     )
 

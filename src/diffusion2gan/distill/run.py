@@ -27,6 +27,7 @@ from diffusion2gan.runtime.distributed import Group, Ranks
 from diffusion2gan.runtime.ema import EMA
 from diffusion2gan.runtime.files import atomic_write, read_json, write_json
 from diffusion2gan.runtime.progress import console
+from diffusion2gan.runtime.transfer import HostCopies
 from diffusion2gan.teacher.loading import load_teacher
 from diffusion2gan.teacher.pipeline import Teacher
 
@@ -83,6 +84,7 @@ class Run:
         # Checkpoints are written in a thread while training continues. Writing a sharded one needs
         # communication between the ranks, over a process group that nothing else uses.
         self._background = Background()
+        self._copies = HostCopies()
         self._background_group = self.group.new_gloo_group() if self.is_sharded else None
 
     def set_initial_weights(self, weights: dict[str, Tensor]) -> None:
@@ -133,9 +135,16 @@ class Run:
             self._save_shards(folder, tensors, meta)
             return
 
-        # A copy, because training continues while it is written
-        copies = {key: value.detach().to("cpu", copy=True) for key, value in tensors.items()}
-        self._background.start(lambda: checkpoints.write(folder, copies, meta, self.recipe))
+        # A copy, because training continues while it is written. It must not replace the one before
+        # until that is written.
+        self.wait_until_saved()
+        copies = self._copies.start(tensors)
+
+        def write() -> None:
+            self._copies.wait()
+            checkpoints.write(folder, copies, meta, self.recipe)
+
+        self._background.start(write)
 
     def _check_finite(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """Raises Failure if the weights or the average in `tensors` are not finite."""

@@ -26,16 +26,18 @@ from diffusion2gan.adversarial.losses import (
     r1_penalty,
     student_loss,
 )
+from diffusion2gan.distill.batches import HostBatch, prepare
 from diffusion2gan.distill.health import discriminator_metrics, latent_statistics
 from diffusion2gan.distill.losses import Distance
+from diffusion2gan.distill.metrics import StepMetrics
 from diffusion2gan.distill.run import Run
-from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pairs.store import Pairs
 from diffusion2gan.perceptual.augment import BatchRows
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import fsdp
 from diffusion2gan.runtime.distributed import Flags
 from diffusion2gan.runtime.schedule import cosine_decay
+from diffusion2gan.runtime.transfer import to_device
 from diffusion2gan.teacher.conditioning import Conditioning
 
 # A step has two independent streams of random numbers
@@ -44,28 +46,43 @@ DISCRIMINATOR = 1
 
 
 def step(
-    run: Run, pairs: Pairs, distance: Distance, get_flags: Callable[[], Flags] = Flags
-) -> tuple[dict[str, Any], Flags]:
+    run: Run,
+    batch: Pairs | HostBatch,
+    distance: Distance,
+    get_flags: Callable[[], Flags] = Flags,
+) -> tuple[StepMetrics, Flags]:
     """Updates the discriminator, then the student, on one global batch of pairs.
 
     `get_flags` is called at the end of the step and returns this rank's requests. Returns the
-    step's log entry, and the requests of all ranks together.
+    step's log entry, which on a GPU is best read a step later, and the requests of all ranks
+    together.
     """
-    batches = micro_batches(run, pairs)
-
+    batches = micro_batches(run, batch)
     discriminator_entry = {}
+    outputs: list[Tensor] | None = None
+
     if run.discriminator is not None and run.pairs_seen >= run.recipe.gan_start_pairs:
-        discriminator_entry = discriminator_step(run, batches)
-    student_entry, flags = student_step(run, batches, distance, get_flags)
+        # One micro-batch: both updates use one forward pass of the student, whose weights are the
+        # same in both. More would have to keep the activations of all.
+        if len(batches) == 1:
+            run.group.unshard(run.student.trained, run.discriminator)
+            with run.autocast():
+                outputs = [run.student(batches[0].noise, batches[0].cond)]
+        discriminator_entry = discriminator_step(run, batches, outputs)
+    student_entry, flags = student_step(run, batches, distance, get_flags, outputs)
 
-    run.pairs_seen += len(pairs)
-    return {"pairs_seen": run.pairs_seen, **discriminator_entry, **student_entry}, flags
+    run.pairs_seen += len(batches[0].pairs)
+    entry = {"pairs_seen": run.pairs_seen, **discriminator_entry, **student_entry}
+    return StepMetrics(entry), flags
 
 
-def discriminator_step(run: Run, batches: Sequence[MicroBatch]) -> dict[str, Any]:
+def discriminator_step(
+    run: Run, batches: Sequence[MicroBatch], outputs: Sequence[Tensor] | None = None
+) -> dict[str, Any]:
     """One update of D on softplus(−D(real)) + softplus(D(fake)), and R1 every `r1_every` steps.
 
-    Some of the fakes are mismatched (mix-and-match). Returns the step's log entry.
+    Some of the fakes are mismatched (mix-and-match). `outputs`: the student's latents per
+    micro-batch, if they are computed already. Returns the step's log entry, for `StepMetrics`.
     """
     recipe = run.recipe
     discriminator = run.discriminator
@@ -79,10 +96,10 @@ def discriminator_step(run: Run, batches: Sequence[MicroBatch]) -> dict[str, Any
     optimizer.zero_grad(set_to_none=True)
 
     # 1. Fakes, without gradient
-    fake, mixed = make_fakes(run, batches, generator)
+    fake, mixed = make_fakes(run, batches, generator, outputs)
 
     # 2. GAN loss: real and fake latents in one forward pass, with the same noise and prompts
-    gan_loss = torch.zeros(())
+    gan_loss = torch.zeros((), device=fake.device)
     real_logits: list[list[Tensor]] = []
     fake_logits: list[list[Tensor]] = []
     for batch in batches:
@@ -104,13 +121,13 @@ def discriminator_step(run: Run, batches: Sequence[MicroBatch]) -> dict[str, Any
         loss.backward()
 
         # For the log
-        gan_loss += loss.detach().cpu()
+        gan_loss += loss.detach()
         real_logits.append(on_real)
         fake_logits.append(on_fake)
     set_spectral_norm_update(discriminator, False)
 
     # 3. R1 penalty, at every `r1_every`-th step
-    r1 = torch.zeros(())
+    r1 = torch.zeros((), device=fake.device)
     with_r1 = r1_is_due(recipe, run.pairs_seen)
     if with_r1:
         r1 = r1_step(run, batches, generator)
@@ -126,12 +143,12 @@ def discriminator_step(run: Run, batches: Sequence[MicroBatch]) -> dict[str, Any
     # 5. Update: D's learning rate follows the student's schedule
     student_rate = learning_rate(recipe, run.pairs_seen)
     rate = student_rate * recipe.discriminator_learning_rate / recipe.learning_rate
-    grad_norm = clip_and_step(optimizer, discriminator.parameters(), rate, recipe.max_grad_norm)
+    grad_norm, _ = clip_and_step(optimizer, discriminator.parameters(), rate, recipe.max_grad_norm)
 
     # 6. Log entry
-    entry = {"d_loss": float(gan_loss), "d_grad_norm": grad_norm}
+    entry = {"d_loss": gan_loss, "d_grad_norm": grad_norm}
     if with_r1:
-        entry["r1"] = float(r1)
+        entry["r1"] = r1
     return entry | discriminator_metrics(real, fakes, mixed)
 
 
@@ -140,11 +157,13 @@ def student_step(
     batches: Sequence[MicroBatch],
     distance: Distance,
     get_flags: Callable[[], Flags] = Flags,
+    outputs: Sequence[Tensor] | None = None,
 ) -> tuple[dict[str, Any], Flags]:
     """One update of the student and of its average on distance + λ·softplus(−D), with D frozen.
 
-    λ is zero until D has been trained on `discriminator_warmup` pairs. Returns the step's log
-    entry, and the requests of all ranks together.
+    λ is zero until D has been trained on `discriminator_warmup` pairs. `outputs`: the student's
+    latents per micro-batch, with their graphs, if they are computed already. Returns the step's log
+    entry, for `StepMetrics`, and the requests of all ranks together.
     """
     recipe = run.recipe
     rate = learning_rate(recipe, run.pairs_seen)
@@ -156,14 +175,17 @@ def student_step(
     run.optimizer.zero_grad(set_to_none=True)
 
     # 1. Gradients of the regression loss and of the GAN loss
-    regression_loss = torch.zeros(())
-    gan_loss = torch.zeros(())
-    outputs = []
+    regression_loss = torch.zeros((), device=batches[0].noise.device)
+    gan_loss = torch.zeros((), device=batches[0].noise.device)
+    detached = []
     with frozen(discriminator):
-        for batch in batches:
+        for number, batch in enumerate(batches):
             # Forward
-            with run.autocast():
-                latents = run.student(batch.noise, batch.cond)  # [b, C, h, w]
+            if outputs is not None:
+                latents = outputs[number]
+            else:
+                with run.autocast():
+                    latents = run.student(batch.noise, batch.cond)  # [b, C, h, w]
 
             # Regression. The same seed for every micro-batch: `BatchRows` selects its transforms
             seed = step_seed(recipe.seed, run.pairs_seen)
@@ -178,47 +200,51 @@ def student_step(
                     logits = discriminator(batch.noise, batch.cond, latents)
                 adversarial = student_loss(logits) * batch.weight
                 loss = regression + gan_weight * adversarial
-                gan_loss += adversarial.detach().cpu()
+                gan_loss += adversarial.detach()
 
             # Backward
             loss.backward()
-            regression_loss += regression.detach().cpu()
-            outputs.append(latents)
+            regression_loss += regression.detach()
+            detached.append(latents.detach())
 
     # 2. Sum over the ranks: gradients, losses, outputs
-    extras = [regression_loss, gan_loss, scatter_rows(batches, outputs)]
+    extras = [regression_loss, gan_loss, scatter_rows(batches, detached)]
     sums, flags = run.group.sum(run.student.trained, extras, get_flags())
     regression_loss, gan_loss, output = sums
 
     # 3. Update of the weights and of their average
     parameters = run.student.trained.parameters()
-    grad_norm = clip_and_step(run.optimizer, parameters, rate, recipe.max_grad_norm)
-    if math.isfinite(grad_norm):
-        run.ema.update(run.student.trained)
+    grad_norm, skipped = clip_and_step(run.optimizer, parameters, rate, recipe.max_grad_norm)
+    if skipped is not True:
+        run.ema.update(run.student.trained, skipped)
 
     # 4. Log entry
-    entry = {"loss": float(regression_loss), "grad_norm": grad_norm}
+    entry = {"loss": regression_loss, "grad_norm": grad_norm}
     if discriminator is not None:
-        entry["gan_loss"] = float(gan_loss)
-    target = batches[0].pairs.latents.to(output.device)
-    return entry | latent_statistics(output, target), flags
+        entry["gan_loss"] = gan_loss
+    return entry | latent_statistics(output, batches[0].all_latents), flags
 
 
 @torch.no_grad()
 def make_fakes(
-    run: Run, batches: Sequence[MicroBatch], generator: torch.Generator
+    run: Run,
+    batches: Sequence[MicroBatch],
+    generator: torch.Generator,
+    outputs: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns (the student's latents [B, C, h, w] with a share mismatched, which ones [B] bool).
 
     The mismatched rows are drawn for the global batch; rows of other ranks are zero and not used.
+    `outputs`: the student's latents per micro-batch, if they are computed already.
     """
-    with run.autocast():
-        outputs = [run.student(batch.noise, batch.cond) for batch in batches]
-        fake = scatter_rows(batches, outputs)
+    if outputs is None:
+        with run.autocast():
+            outputs = [run.student(batch.noise, batch.cond) for batch in batches]
+    fake = scatter_rows(batches, outputs)
 
-    pairs = batches[0].pairs
-    real = pairs.latents.to(fake.device)
-    return mix_and_match(fake, real, pairs.prompts, run.recipe.mix_share, generator)
+    real = batches[0].all_latents
+    prompts = batches[0].pairs.prompts
+    return mix_and_match(fake, real, prompts, run.recipe.mix_share, generator)
 
 
 def r1_step(run: Run, batches: Sequence[MicroBatch], generator: torch.Generator) -> Tensor:
@@ -241,8 +267,8 @@ def r1_step(run: Run, batches: Sequence[MicroBatch], generator: torch.Generator)
                 penalty = r1_penalty(run.discriminator, noise, cond, latents)
                 loss = run.recipe.r1_weight / 2 * run.recipe.r1_every * penalty
                 loss.backward()
-            return penalty.detach().cpu()
-    return torch.zeros(())
+            return penalty.detach()
+    return torch.zeros((), device=batches[0].noise.device)
 
 
 @contextmanager
@@ -267,36 +293,51 @@ class MicroBatch:
 
     rows: slice
     pairs: Pairs
+    all_latents: Tensor  # [B, C, h, w], the teacher's, of the global batch
     noise: Tensor  # [b, C, h, w]
     cond: Conditioning
-    latents: Tensor  # [b, C, h, w], the teacher's
+
+    @property
+    def latents(self) -> Tensor:
+        """[b, C, h, w], the teacher's."""
+        return self.all_latents[self.rows]
 
     @property
     def weight(self) -> float:
         """Its share of the global batch."""
-        return len(self.latents) / len(self.pairs)
+        return len(self.noise) / len(self.pairs)
 
     @property
     def batch_rows(self) -> BatchRows:
         return BatchRows(self.rows, len(self.pairs))
 
 
-def micro_batches(run: Run, pairs: Pairs) -> list[MicroBatch]:
+def micro_batches(run: Run, batch: Pairs | HostBatch) -> list[MicroBatch]:
     """This rank's rows of the global batch, in `gradient_accumulation_steps` micro-batches."""
+    if isinstance(batch, Pairs):
+        batch = prepare(run, batch)
     teacher = run.teacher
-    ranks = run.group.ranks
-    num_batches = run.recipe.gradient_accumulation_steps
-    size = len(pairs) // (num_batches * ranks.world_size)
+    pairs = batch.pairs
 
-    # Micro-batches are numbered over all ranks
-    first = ranks.rank * num_batches
+    # One copy to the device for all micro-batches
+    latents = to_device(batch.latents, teacher.device)
+    all_noise = to_device(batch.noise, teacher.device)
+    all_cond = None
+    if batch.cond is not None:
+        all_cond = batch.cond.map(lambda tensor: to_device(tensor, teacher.device))
+
+    num_batches = run.recipe.gradient_accumulation_steps
+    size = len(all_noise) // num_batches
     batches = []
-    for number in range(first, first + num_batches):
-        rows = slice(number * size, (number + 1) * size)
-        noise = noise_from_seeds(pairs.seed[rows], teacher.latent_shape).to(teacher.device)
-        latents = pairs.latents[rows].to(teacher.device)
-        cond = teacher.encode(pairs.prompts[rows])
-        batches.append(MicroBatch(rows, pairs, noise, cond, latents))
+    for number in range(num_batches):
+        local_rows = slice(number * size, (number + 1) * size)
+        rows = slice(batch.rows.start + local_rows.start, batch.rows.start + local_rows.stop)
+        noise = all_noise[local_rows]
+        if all_cond is not None:
+            cond = all_cond.rows(local_rows)
+        else:
+            cond = teacher.encode(pairs.prompts[rows])
+        batches.append(MicroBatch(rows, pairs, latents, noise, cond))
     return batches
 
 
@@ -322,18 +363,27 @@ def clip_and_step(
     parameters: Iterable[nn.Parameter],
     rate: float,
     max_grad_norm: float,
-) -> float:
+) -> tuple[Tensor, Tensor | bool]:
     """Clips the gradients and updates the parameters, with learning rate `rate`.
 
-    A gradient that is not finite is skipped: nothing changes. Returns the norm before clipping.
+    A gradient that is not finite is skipped: nothing changes. Returns the norm before clipping, and
+    whether the update was skipped: a tensor, 1 or 0, if the optimiser decides that on the device.
     """
     for param_group in optimizer.param_groups:
         param_group["lr"] = rate
-    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    grad_norm = float(fsdp.full_tensor(norm))
-    if math.isfinite(grad_norm):
+    norm = fsdp.full_tensor(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+
+    # A fused optimiser reads `found_inf`, and changes nothing if it is 1: the host does not wait
+    if optimizer.defaults.get("fused"):
+        skipped = (~norm.isfinite()).float()
+        optimizer.found_inf = skipped  # type: ignore[attr-defined]
         optimizer.step()
-    return grad_norm
+        return norm, skipped
+
+    if not math.isfinite(float(norm)):
+        return norm, True
+    optimizer.step()
+    return norm, False
 
 
 def adversarial_weight(recipe: Recipe, pairs_seen: int) -> float:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import signal
+from collections import deque
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
+from diffusion2gan.distill.batches import prefetch
 from diffusion2gan.distill.checkpoints import CHECKPOINT
 from diffusion2gan.distill.checks import check_discriminator, check_pairs, check_ranks
 from diffusion2gan.distill.losses import Distance, build_distance
+from diffusion2gan.distill.metrics import StepMetrics
 from diffusion2gan.distill.reporting import log_step
 from diffusion2gan.distill.run import Run, load_recipe_teacher, open_run
 from diffusion2gan.distill.samples import write_samples
@@ -67,18 +70,24 @@ def train(run: Run, reader: PairReader, distance: Distance, out: Path) -> None:
     """The training loop."""
     recipe = run.recipe
     is_main = run.group.ranks.is_main
-    batches = reader.batches(recipe.batch_size, run.pairs_seen)
+    batches = prefetch(run, reader.batches(recipe.batch_size, run.pairs_seen))
     bar = Bar(f"distill {recipe.loss}", recipe.total_pairs, run.pairs_seen)
 
-    with stop_signal() as stopped, bar:
+    # Steps that are not logged yet. On a GPU their numbers are read a step later, so that the host
+    # does not wait for them.
+    waiting: deque[StepMetrics] = deque()
+    lag = 1 if run.teacher.device.type == "cuda" else 0
+
+    with stop_signal() as stopped, bar, closing(batches):
         control = StepControl(stopped, is_main, recipe.checkpoint_every_s)
         while run.pairs_seen < recipe.total_pairs:
             # Step: the discriminator's update, then the student's
             pairs_before = run.pairs_seen
-            entry, flags = step(run, next(batches), distance, control.request)
+            metrics, flags = step(run, next(batches), distance, control.request)
 
             # Log
-            log_step(run, entry, out)
+            waiting.append(metrics)
+            log_steps(run, waiting, out, lag)
             bar.advance(recipe.batch_size, run.health.status())
 
             # Samples, each time that `pairs_seen` passes a multiple of `sample_every`
@@ -86,18 +95,27 @@ def train(run: Run, reader: PairReader, distance: Distance, out: Path) -> None:
                 write_samples(run, out, reader)
 
             # Checkpoint: not right after skipped steps, so that the one from before them is kept
-            if flags.stop or (flags.save and run.health.skipped_in_a_row == 0):
-                run.save(out)
-                control.checkpoint_written()
+            if flags.stop or flags.save:
+                log_steps(run, waiting, out)
+                if flags.stop or run.health.skipped_in_a_row == 0:
+                    run.save(out)
+                    control.checkpoint_written()
 
             # Stop
             if flags.stop:
                 run.wait_until_saved()
                 exit_after_signal(stopped())
 
+        log_steps(run, waiting, out)
         run.save(out)
         run.wait_until_saved()
     write_samples(run, out, reader)
+
+
+def log_steps(run: Run, waiting: deque[StepMetrics], out: Path, lag: int = 0) -> None:
+    """Logs the steps in `waiting`, but for the last `lag`. Raises Failure as `log_step` does."""
+    while len(waiting) > lag:
+        log_step(run, waiting.popleft().read(), out)
 
 
 def free_memory(run: Run, folder: Location, spec: PairsSpec) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from diffusion2gan.errors import UserError, nearest
 from diffusion2gan.recipe import ResamplingName
+from diffusion2gan.runtime.transfer import to_device
 
 TRANSFORM_FAMILIES = ("blit", "geometric", "color", "cutout")
 
@@ -134,7 +135,7 @@ class Transform:
 
     def to(self, device: torch.device | str) -> Transform:
         """The same transforms on `device`."""
-        return self._map(lambda value: value.to(device))
+        return self._map(lambda value: to_device(value, device))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Transform:
         # Field by field: `vars(self)` breaks a compiled graph in some versions of torch

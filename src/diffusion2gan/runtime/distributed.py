@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.runtime import fsdp
 from diffusion2gan.runtime.environment import env_number
+from diffusion2gan.runtime.transfer import to_device
 
 # How long the other ranks wait for a rank that is late in a collective operation.
 COLLECTIVE_TIMEOUT_S = env_number("DIFFUSION2GAN_RANK_TIMEOUT_S", 600)
@@ -146,7 +147,7 @@ class Group:
         if self.ranks.world_size == 1:
             return list(extras), flags
 
-        # Pack: which gradients exist, the flags, the extras, the gradients
+        # Pack: the flags and which gradients exist, the extras, the gradients
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         parameters = list(trained.values())
         device = parameters[0].device
@@ -156,9 +157,8 @@ class Group:
             gradient = parameter.grad
             exists.append(float(gradient is not None))
             gradients.append(torch.zeros_like(parameter) if gradient is None else gradient)
-        has_gradient = torch.tensor(exists, device=device)
-        requested = torch.tensor([float(flags.stop), float(flags.save)], device=device)
-        tensors = [has_gradient, requested, *extras, *gradients]
+        for_host = torch.tensor([float(flags.stop), float(flags.save), *exists])
+        tensors = [to_device(for_host, device), *extras, *gradients]
         buffer = torch.cat([x.detach().to(device, torch.float32).flatten() for x in tensors])
 
         # All-reduce
@@ -169,23 +169,20 @@ class Group:
         pieces = buffer.split([x.numel() for x in tensors])
         for piece, tensor in zip(pieces, tensors, strict=True):
             sums.append(piece.view(tensor.shape))
-        has_gradient, requested = sums[0], sums[1]
-        summed_extras = sums[2 : 2 + len(extras)]
-        summed_gradients = sums[2 + len(extras) :]
+        stop, save, *has_gradient = sums[0].tolist()
+        summed_extras = sums[1 : 1 + len(extras)]
+        summed_gradients = sums[1 + len(extras) :]
 
         # Assign the gradients. Resharding replaces the parameters, so they are looked up again.
         for parameter in parameters:
             parameter.grad = None
         fsdp.reshard(module)
         current = dict(module.named_parameters())
-        for name, num_ranks, gradient in zip(
-            trained, has_gradient.tolist(), summed_gradients, strict=True
-        ):
+        for name, num_ranks, gradient in zip(trained, has_gradient, summed_gradients, strict=True):
             if num_ranks > 0:
                 parameter = current[name]
                 parameter.grad = fsdp.shard_like(gradient.to(parameter.dtype), parameter)
 
-        stop, save = requested.tolist()
         return summed_extras, Flags(stop > 0, save > 0)
 
     def barrier(self) -> None:

@@ -65,8 +65,9 @@ def unconditional_sd(
 
 def output_unet(network: Any, x_t: Tensor, timestep: float, cond: Conditioning) -> Tensor:
     added = added_cond_kwargs(cond)
+    timesteps = timestep_tensor(timestep, x_t.device)
     return torch.as_tensor(
-        network(x_t, timestep, cond.prompt_embeds, added_cond_kwargs=added).sample
+        network(x_t, timesteps, cond.prompt_embeds, added_cond_kwargs=added).sample
     )
 
 
@@ -201,7 +202,9 @@ def grid_ids(x: Tensor) -> Tensor:
     """[h/2·w/2, 3]: zero, row and column of each token."""
     height = x.shape[-2] // 2
     width = x.shape[-1] // 2
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    row_numbers = torch.arange(height, device=x.device)
+    column_numbers = torch.arange(width, device=x.device)
+    rows, columns = torch.meshgrid(row_numbers, column_numbers, indexing="ij")
     ids = torch.stack([torch.zeros_like(rows), rows, columns], -1)
     return ids.flatten(0, 1).to(x)
 
@@ -241,6 +244,15 @@ def output_sana(network: Any, x_t: Tensor, timestep: float, cond: Conditioning) 
     ).sample
     # Some checkpoints also predict a variance, in further channels
     return torch.as_tensor(output[:, : x_t.shape[1]])
+
+
+def timestep_tensor(timestep: float, device: torch.device) -> Tensor:
+    """A scalar created on the device, in the precision that diffusers' UNets convert numbers to.
+
+    They would copy a number to the device, and the host would wait for it.
+    """
+    dtype = torch.int64 if isinstance(timestep, int) else torch.float64
+    return torch.full((), timestep, dtype=dtype, device=device)
 
 
 def timesteps_like(x_t: Tensor, timestep: float) -> Tensor:

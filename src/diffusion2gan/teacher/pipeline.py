@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.runtime.progress import console
+from diffusion2gan.runtime.transfer import AsynchronousCopies, to_device
 from diffusion2gan.teacher import autoencoder
 from diffusion2gan.teacher.conditioning import Conditioning as Conditioning
 from diffusion2gan.teacher.families import FAMILIES
@@ -117,10 +119,12 @@ class Teacher:
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """The network's conditioning of B prompts. Long prompts are truncated as in diffusers."""
         if self.prompts is not None:
-            return self.prompts.read(prompts).to(self.device)
+            return self.prompts.read(prompts).map(lambda tensor: to_device(tensor, self.device))
         if not self.truncation_warned:
             self.truncation_warned = warn_truncated(self.tokenizer, prompts, self.num_tokens)
-        return self.family.encode(self.pipeline, prompts, self.image_size).to(self.device)
+        with AsynchronousCopies() if self.device.type == "cuda" else nullcontext():
+            cond = self.family.encode(self.pipeline, prompts, self.image_size)
+        return cond.to(self.device)
 
     @torch.no_grad()
     def unconditional(self, negative_prompt: str = "") -> Conditioning:

@@ -1,6 +1,7 @@
 """Error of the teacher's ODE solvers against the number of network evaluations.
 
     python benchmarks/ode_error.py
+    python benchmarks/ode_error.py --gaussian
 
 The error is the mean squared difference between latents and those of a reference from the same
 noises and captions: DDIM with 500 steps, or Euler for a flow model. The guidance scale is 3, so a
@@ -13,6 +14,10 @@ Flow models: the pocket teacher's network, run as a flow model with the σ of St
 
 Writes docs/results/ode_error.json and docs/images/ode_error.svg, and prints a table. `--redraw`
 draws the figure from the existing results.
+
+`--gaussian`: the error on normally distributed data, whose ODE is known, with Stable Diffusion's
+schedule and the same rescaled to zero terminal SNR; docs/results/ode_error_gaussian.json. It takes
+a second and is the reason for the default of 40 steps with zero terminal SNR.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from typing import Any
 import lines
 import numpy as np
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from diffusion2gan import assets
@@ -38,12 +44,15 @@ from diffusion2gan.teacher.conditioning import Conditioning
 from diffusion2gan.teacher.loading import load_teacher
 from diffusion2gan.teacher.ode import solve_ode
 from diffusion2gan.teacher.pipeline import Teacher
-from diffusion2gan.teacher.schedule import Level, Step
+from diffusion2gan.teacher.schedule import Level, Step, karras_steps
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "ode_error.json"
 FIGURE = ROOT / "docs" / "images" / "ode_error.svg"
+GAUSSIAN_RESULTS = ROOT / "docs" / "results" / "ode_error_gaussian.json"
 NUM_STEPS = (10, 15, 20, 25, 30, 40, 50)
+GAUSSIAN_STEPS = (20, 25, 30, 35, 40, 45, 50)
+GAUSSIAN_STDS = (0.5, 1.0, 2.0)
 SOLVERS = ("ddim", "dpm++")
 
 
@@ -123,6 +132,66 @@ class PocketFlow:
         return self.pocket.denoise(x_t / norm, pocket_timestep, cond, level=pocket_level)
 
 
+class Gaussian:
+    """Data from N(0, std²), Stable Diffusion's schedule, as far as `solve_ode` needs a teacher.
+
+    x0 is the mean of the data given x_t: α·std²·x_t / (α²·std² + σ²). The ODE scales x_t like its
+    standard deviation, so `exact` latents are the noise times std / √(α_T²·std² + σ_T²).
+    """
+
+    guidance = "none"
+
+    def __init__(self, std: float, zero_snr: bool) -> None:
+        self.variance = std**2
+        self.scheduler = DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="trailing",
+            rescale_betas_zero_snr=zero_snr,
+        )
+        self.alpha_bars = self.scheduler.alphas_cumprod.double().numpy()
+        if zero_snr:
+            self.alpha_bars[-1] = 0.0  # diffusers has 2^-24
+        last = float(self.alpha_bars[-1])
+        self.exact = std / math.sqrt(last * self.variance + 1 - last)
+
+    def uses_classifier_free_guidance(self, guidance_scale: float) -> bool:
+        return False
+
+    def steps(self, num_inference_steps: int, solver: str = "ddim") -> list[Step]:
+        if solver == "dpm++":
+            return karras_steps(self.alpha_bars, num_inference_steps)
+        self.scheduler.set_timesteps(num_inference_steps)
+        timesteps = self.scheduler.timesteps.tolist()
+        levels = [Level.diffusion(float(self.alpha_bars[timestep])) for timestep in timesteps]
+        levels.append(Level(1.0, 0.0))
+        return [Step(t, a, b) for t, (a, b) in zip(timesteps, pairwise(levels), strict=True)]
+
+    def denoise(self, x_t: Tensor, timestep: float, cond: Any, level: Level) -> Tensor:
+        alpha, sigma = level
+        return alpha * self.variance * x_t / (alpha**2 * self.variance + sigma**2)
+
+
+def measure_gaussian() -> dict[str, Any]:
+    """The squared error of each solver for noise of 1, which is its mean for noise from N(0, 1)."""
+    result: dict[str, Any] = {"command": "python benchmarks/ode_error.py --gaussian", "rows": []}
+    choices = [("ddim", 50), *(("dpm++", num_steps) for num_steps in GAUSSIAN_STEPS)]
+    noise = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for zero_snr in (True, False):
+        for std in GAUSSIAN_STDS:
+            teacher: Any = Gaussian(std, zero_snr)
+            row: dict[str, Any] = {"zero_terminal_snr": zero_snr, "std": std}
+            for solver, num_steps in choices:
+                cond: Any = None
+                latents = solve_ode(teacher, noise, cond, cond, num_steps, 1.0, solver)
+                error = (float(latents) - teacher.exact) ** 2
+                row[f"{solver}-{num_steps}"] = float(f"{error:.3g}")
+            result["rows"].append(row)
+            print(", ".join(f"{key} {value:.3g}" for key, value in row.items()))
+    return result
+
+
 def share_of_evaluations(rows: list[dict[str, Any]]) -> float:
     """Evaluations of dpm++ for the error of DDIM with 50 steps, as a share of DDIM's."""
     (ddim,) = [row for row in rows if row["solver"] == "ddim" and row["steps"] == 50]
@@ -165,8 +234,12 @@ def main() -> None:
     parser.add_argument("--reference-steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=1000, help="the first noise")
     parser.add_argument("--redraw", action="store_true", help="only draw the existing results")
+    parser.add_argument("--gaussian", action="store_true", help="normally distributed data")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.gaussian:
+        write_json(GAUSSIAN_RESULTS if args.out == RESULTS else args.out, measure_gaussian())
+        return
     if args.redraw:
         draw(read_json(RESULTS))
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from diffusion2gan.distill import steps
 
@@ -168,6 +170,32 @@ def test_peak_memory_of_a_recipe_is_that_of_a_step_with_r1(monkeypatch: pytest.M
     options = ["--recipe", "pocket", "--repeats", "1"]
     train_step.measure("pocket", train_step.parse_args(options))
     assert with_r1 == [True, False, False, True]
+
+
+def test_default_steps_with_zero_terminal_snr_follow_from_a_gaussian(tmp_path: Path) -> None:
+    """Another calculation than the benchmark's: the factor of each step, as a product of numbers.
+
+    The committed results are the benchmark's, and 40 steps are the first of its choices that reach
+    ddim's error with 50.
+    """
+    out = tmp_path / "gaussian.json"
+    run([sys.executable, "benchmarks/ode_error.py", "--gaussian", "--out", str(out)])
+    result = json.loads(out.read_text())
+    committed = json.loads((ROOT / "docs/results/ode_error_gaussian.json").read_text())
+    for row, committed_row in zip(result["rows"], committed["rows"], strict=True):
+        assert row == pytest.approx(committed_row, rel=0.02)
+
+    # ddim with 50 steps on N(0, 1): x0 = αx, ε = σx, so x' = (α'α + σ'σ)·x
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    roots = (1 - betas).cumprod(0).sqrt()
+    roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])
+    angles = [float(root.acos()) for root in roots[19::20].flip(0)]  # α = cos, σ = sin
+    factor = 1.0
+    for angle, next_angle in zip(angles, [*angles[1:], 0.0], strict=True):
+        factor *= math.cos(angle - next_angle)
+    (row,) = [row for row in result["rows"] if row["zero_terminal_snr"] and row["std"] == 1]
+    assert row["ddim-50"] == pytest.approx((factor - 1) ** 2, rel=0.01)
+    assert row["dpm++-40"] < row["ddim-50"] < row["dpm++-35"]
 
 
 @pytest.mark.slow

@@ -221,6 +221,11 @@ class Recipe(BaseModel):
         description="γ of the R1 penalty γ/2·‖∇ΣD‖², taken at one real sample. Σ is the sum of all "
         "logits, so with more of them the same γ is a stronger penalty.",
     )
+    r1_method: Literal["exact", "finite_differences"] = Field(
+        "exact",
+        description="`exact` differentiates twice, which needs far more memory than the rest of "
+        "the step; `finite_differences` estimates the penalty along one random direction.",
+    )
     r1_every: int = Field(
         16,
         ge=1,

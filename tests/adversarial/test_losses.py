@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusion2gan.adversarial.discriminator import DiffusionDiscriminator
 from diffusion2gan.adversarial.losses import (
     discriminator_loss,
+    finite_difference_r1,
     mix_and_match,
     r1_penalty,
     student_loss,
@@ -125,6 +126,37 @@ def make_inputs(batch_size: int = 1) -> tuple[Tensor, Conditioning, Tensor]:
     noise, latents = torch.randn(2, batch_size, 4, 4, 4, dtype=torch.float64, generator=generator)
     embeds = torch.randn(batch_size, 3, 12, dtype=torch.float64, generator=generator)
     return noise, Conditioning(embeds), latents
+
+
+def test_r1_by_finite_differences_is_r1_along_one_direction(
+    trained: DiffusionDiscriminator,
+) -> None:
+    """Its sum over an orthonormal basis is ‖∇_x ΣD‖², and so are its gradients."""
+    noise, cond, latents = make_inputs()
+    parameters = list(trained.parameters())
+    penalty = r1_penalty(trained, noise, cond, latents)
+    expected = torch.autograd.grad(penalty, parameters)
+
+    size = latents.numel()
+    basis = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0]
+    estimate = torch.zeros((), dtype=torch.float64)
+    for direction in basis.view(size, *latents.shape):
+        estimate = estimate + finite_difference_r1(trained, noise, cond, latents, direction)
+    found = torch.autograd.grad(estimate, parameters)
+    torch.testing.assert_close(estimate, penalty, rtol=1e-3, atol=0)
+    for gradient, expected_gradient in zip(found, expected, strict=True):
+        error = (gradient - expected_gradient).norm()
+        assert error <= 2e-3 * expected_gradient.norm() + 1e-9
+
+    # Two samples: the mean
+    noise, cond, latents = make_inputs(2)
+    direction = torch.randn_like(latents)
+    both = finite_difference_r1(trained, noise, cond, latents, direction)
+    single = []
+    for row in (slice(0, 1), slice(1, 2)):
+        inputs = noise[row], cond.rows(row), latents[row], direction[row]
+        single.append(finite_difference_r1(trained, *inputs))
+    torch.testing.assert_close(both, torch.stack(single).mean(), rtol=1e-6, atol=0)
 
 
 def test_r1_matches_finite_differences(trained: DiffusionDiscriminator) -> None:

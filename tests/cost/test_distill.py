@@ -10,11 +10,17 @@ from typing import Any
 import pytest
 import torch
 
+from diffusion2gan.adversarial.losses import (
+    exact_derivatives,
+    finite_difference_r1,
+    r1_penalty,
+)
 from diffusion2gan.cost.distill import dry_run
 from diffusion2gan.cost.pairs import estimate_pairs_cost
-from diffusion2gan.distill import train
-from diffusion2gan.distill.run import CHECKPOINT
-from diffusion2gan.errors import UserError
+from diffusion2gan.distill import checkpoints, train
+from diffusion2gan.distill.memory import AllocationCounter, count_r1_bytes
+from diffusion2gan.distill.run import CHECKPOINT, Run
+from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe
@@ -67,6 +73,77 @@ def test_dry_run_of_distill_matches_the_real_run(sdxl: Path, pairs: Path, tmp_pa
     train.distill(recipe, pairs, tmp_path / "run")
     size = (tmp_path / "run" / CHECKPOINT).stat().st_size / MIB
     assert float(cost["checkpoint_disk_mib"]) == pytest.approx(2 * size, rel=0.15)
+
+
+@pytest.mark.parametrize("method", ["exact", "finite_differences"])
+def test_memory_of_r1_is_counted_without_computing(sdxl: Path, method: str) -> None:
+    """The count is that of the real computation; the exact penalty needs more."""
+    teacher = load_teacher(str(sdxl))
+    run = Run(Recipe(teacher=str(sdxl), loss="mse", batch_size=2), teacher)
+    assert run.discriminator is not None
+    for parameter in run.discriminator.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    x = torch.randn(1, *teacher.latent_shape)
+    cond = teacher.unconditional()
+    with AllocationCounter() as counter:
+        if method == "exact":
+            with exact_derivatives("cpu"):
+                r1_penalty(run.discriminator, x, cond, x).backward()
+        else:
+            finite_difference_r1(run.discriminator, x, cond, x, x).backward()
+    counted = count_r1_bytes(run, method)
+    assert counted == pytest.approx(counter.peak, rel=0.1)
+    if method == "exact":
+        assert counted > 1.5 * count_r1_bytes(run, "finite_differences")
+
+
+def test_allocation_counter_knows_what_is_alive() -> None:
+    with AllocationCounter() as counter:
+        a = torch.zeros(1000)
+        b = a + 1  # 8 000 bytes alive
+        del a
+        c = b.view(10, 100)  # no memory
+        for _ in range(5):
+            d = c * 2  # 8 000 again, or 12 000 while the last one is replaced
+    assert d.shape == c.shape
+    assert counter.peak == 12_000
+
+
+def test_out_of_memory_names_the_counted_need_and_what_helps(
+    sdxl: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_step = train.step
+    num_steps = 0
+
+    def step(*args: Any) -> Any:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real_step(*args)
+
+    monkeypatch.setattr(train, "step", step)
+    recipe = Recipe(
+        teacher=str(sdxl),
+        loss="mse",
+        total_pairs=8,
+        batch_size=2,
+        adversarial_weight=0.1,
+        checkpoint_every_s=1e-9,
+    )
+    with pytest.raises(Failure) as failure:
+        train.distill(recipe, pairs, tmp_path)
+    message = str(failure.value)
+    assert message.startswith("out of memory after 4 pairs, on cpu (CUDA out of memory. Tried")
+    for words in (
+        "gradient_accumulation_steps=2 or less (it is 1, with micro-batches of 2)",
+        "gradient_checkpointing=true",
+        "r1_method=finite_differences",
+        "prompt_embeds=kept",
+        "GiB for the R1 penalty on one sample (counted)",
+    ):
+        assert words in message
+    assert checkpoints.read_meta(tmp_path / CHECKPOINT)["pairs_seen"] == 4
 
 
 def test_kept_embeddings_are_those_of_the_text_encoders_which_are_removed(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diffusion2gan.cost.distill import adam_bytes, dry_run
+from diffusion2gan.cost.distill import dry_run
 from diffusion2gan.distill import train
+from diffusion2gan.distill.memory import adam_bytes
 from diffusion2gan.distill.optimizer import discriminator_optimizer, student_optimizer
 from diffusion2gan.distill.run import CHECKPOINT
 from diffusion2gan.distill.steps import clip_and_step

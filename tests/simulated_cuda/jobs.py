@@ -11,7 +11,9 @@ import json
 import sys
 import tempfile
 from contextlib import nullcontext, suppress
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import device  # before torch
@@ -19,6 +21,7 @@ import device  # before torch
 CALLS = device.install()
 
 import torch
+from PIL import Image
 
 from diffusion2gan.cost.pairs import estimate_pairs_cost
 from diffusion2gan.distill import train
@@ -26,16 +29,19 @@ from diffusion2gan.distill.batches import prepare
 from diffusion2gan.distill.losses import build_distance
 from diffusion2gan.distill.run import Run
 from diffusion2gan.distill.steps import step
-from diffusion2gan.errors import Failure
+from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.evaluate.run import evaluate
 from diffusion2gan.evaluate.settings import EvaluateSettings
 from diffusion2gan.generate import generate
 from diffusion2gan.pairs.make import PairsSettings, build_spec, make_pairs
 from diffusion2gan.pairs.store import Pairs, read_shard
+from diffusion2gan.perceptual.fit import FitSettings, fit
 from diffusion2gan.pipelines.system import load_system
+from diffusion2gan.pocket import train as pocket_train
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.distributed import resolve_device
+from diffusion2gan.runtime.ema import EMA
 from diffusion2gan.runtime.stop import stop_signal
 from diffusion2gan.teacher.loading import load_teacher
 
@@ -180,6 +186,29 @@ def diverge(name: str) -> dict[str, Any]:
     }
 
 
+def refuse_r1(name: str) -> dict[str, Any]:
+    """`distill` with R1 on a GPU with less memory than that needs, by either method."""
+    teacher = load_teacher("pocket", name)
+    messages = []
+    with tempfile.TemporaryDirectory() as folder:
+        pairs = Path(folder) / "pairs"
+        spec = build_spec(teacher, PROMPTS, PairsSettings(count=4, num_inference_steps=1))
+        make_pairs(teacher, PROMPTS, spec, pairs)
+        for method, memory in (("exact", 100), ("finite_differences", 70), ("exact", 400)):
+            properties = SimpleNamespace(total_memory=memory * 2**20)
+            torch.cuda.get_device_properties = lambda device, found=properties: found
+            settings = {**ADVERSARIAL, "batch_size": 2, "total_pairs": 2, "r1_method": method}
+            recipe = Recipe.model_validate({**settings, "device": name})
+            out = Path(folder) / f"{method}-{memory}"
+            try:
+                train.distill(recipe, pairs, out)
+                messages.append("")
+            except UserError as error:
+                assert not (out / "recipe.json").exists()
+                messages.append(str(error))
+    return {"messages": messages}
+
+
 def make(name: str) -> dict[str, Any]:
     """Two pairs in two steps."""
     teacher = load_teacher("pocket", name)
@@ -188,7 +217,61 @@ def make(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         make_pairs(teacher, PROMPTS, spec, Path(folder))
         latents = read_shard(Path(folder), 0).latents
-    return {"latents": latents.flatten()[:64].tolist(), "device": str(teacher.device)}
+    return {
+        "latents": latents.flatten()[:64].tolist(),
+        "device": str(teacher.device),
+        "waits": named(device.waits),
+    }
+
+
+def count_fit_waits() -> list[tuple[EMA, str, list[int]]]:
+    """A list that gets (average, class of what is trained, waits so far at every step) per fit."""
+    update = EMA.update
+    fits: list[tuple[EMA, str, list[int]]] = []
+
+    def counted(self: EMA, module: torch.nn.Module, *args: Any) -> None:
+        if not fits or fits[-1][0] is not self:
+            fits.append((self, type(module).__name__, []))
+        fits[-1][2].append(device.totals["waits"])
+        update(self, module, *args)
+
+    EMA.update = counted  # type: ignore[method-assign]
+    return fits
+
+
+def waits_per_step(fits: list[tuple[EMA, str, list[int]]]) -> list[tuple[str, list[int]]]:
+    """Between the steps of each fit, but for the first and the last, which begin and save."""
+    counts = []
+    for _, name, numbers in fits:
+        counts.append((name, [b - a for a, b in pairwise(numbers[1:-1])]))
+    return counts
+
+
+def fit_perceptual(name: str) -> dict[str, Any]:
+    """`perceptual fit` on the pocket VAE's latents, of images in two colours."""
+    fits = count_fit_waits()
+    with tempfile.TemporaryDirectory() as folder:
+        for colour in ("blue", "red"):
+            (Path(folder) / "images" / colour).mkdir(parents=True)
+            for number in range(10):
+                image = Image.new("RGB", (16, 16), colour)
+                image.putpixel((number, 0), (255, 255, 255))
+                image.save(Path(folder) / "images" / colour / f"{number}.png")
+        settings = FitSettings((4, 4, 8, 8, 8), size=16, epochs=3, batch_size=8)
+        fit(Path(folder) / "images", Path(folder) / "out", "pocket", settings, name)
+        tensors, _ = checkpoint.load(Path(folder) / "out" / "model.safetensors")
+    return {
+        "waits_per_step": waits_per_step(fits),
+        "sum": float(sum(x.double().abs().sum() for x in tensors.values())),
+    }
+
+
+def train_pocket(name: str) -> dict[str, Any]:
+    """`pocket train` with the fewest images."""
+    fits = count_fit_waits()
+    with tempfile.TemporaryDirectory() as folder:
+        pocket_train.train(Path(folder), scale=1e-9, device=name)
+    return {"waits_per_step": waits_per_step(fits)}
 
 
 def measure_cost(name: str) -> dict[str, Any]:
@@ -242,8 +325,11 @@ def main() -> None:
     else:
         jobs = {
             "pairs": make,
+            "fit": fit_perceptual,
+            "pocket_train": train_pocket,
             "distill": run_distill,
             "diverge": diverge,
+            "refuse_r1": refuse_r1,
             "cost": measure_cost,
             "evaluate": evaluate_systems,
             "mixed_devices": refuse_mixed_devices,

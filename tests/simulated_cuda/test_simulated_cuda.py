@@ -115,6 +115,32 @@ def test_pairs_are_those_of_the_cpu(library: Path) -> None:
     assert result["latents"] == pytest.approx(run_job(library, "pairs", "cpu")["latents"], abs=1e-3)
 
 
+def test_r1_that_does_not_fit_is_refused_before_the_run(library: Path) -> None:
+    exact, finite_differences, enough = run_job(library, "refuse_r1")["messages"]
+    assert "r1_method = exact) needs 0." in exact and "cuda:0 has 0.10 GiB" in exact
+    assert "set r1_method=finite_differences, which needs 0." in exact
+    assert "To train here, set r1_weight=0, or a smaller resolution." in finite_differences
+    assert enough == ""
+
+
+def test_perceptual_fit_waits_once_per_step(library: Path) -> None:
+    result = run_job(library, "fit")
+    assert result["sum"] == pytest.approx(run_job(library, "fit", "cpu")["sum"], rel=1e-2)
+    ((name, counts),) = result["waits_per_step"]
+    assert name == "Classifier" and len(counts) > 3
+    assert set(counts) == {NUM_WAITS}
+
+
+def test_pocket_train_waits_once_per_step(library: Path) -> None:
+    """The heads are fitted on the CPU."""
+    counts = run_job(library, "pocket_train")["waits_per_step"]
+    expected = ["AutoencoderKL"] * 2 + ["CLIPModel", "Probe"] + ["ModuleDict"] * 2
+    assert [name for name, _ in counts] == [*expected, "Ranker", "Ranker", "Denoiser"]
+    for name, waits in counts:
+        if name != "CLIPModel":  # one step
+            assert set(waits) == {0 if name == "Ranker" else NUM_WAITS}, name
+
+
 def test_dry_run_of_pairs_waits_for_the_device_before_it_reads_a_clock(library: Path) -> None:
     assert run_job(library, "cost")["calls"] == ["synchronize"] * 3
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from diffusion2gan.distill.checks import check_discriminator, check_pairs
 from diffusion2gan.distill.losses import build_distance
+from diffusion2gan.distill.memory import (
+    adam_bytes,
+    count_r1_bytes,
+    memory_bytes,
+    num_bytes,
+    num_trainable,
+)
 from diffusion2gan.distill.run import Run, load_recipe_teacher
 from diffusion2gan.distill.steps import step
 from diffusion2gan.pairs.sampler import PairReader
@@ -84,6 +90,9 @@ def estimate_cost(
     for component, size in memory.items():
         cost[f"{component}_mib"] = round(size / MIB, 1)
     cost["memory_without_activations_mib"] = round(sum(memory.values()) / MIB, 1)
+    if run.discriminator is not None and recipe.r1_weight > 0:
+        # On one sample, beside the memory above: activations and both derivatives
+        cost["r1_peak_mib"] = round(count_r1_bytes(run, recipe.r1_method) / MIB, 1)
     cost["checkpoint_disk_mib"] = round(num_checkpoints * checkpoint_size / MIB, 1)
     cost["prompts_disk_mib"] = round(prompts_bytes(teacher, num_prompts, recipe) / MIB, 2)
     cost["steps"] = -(-recipe.total_pairs // recipe.batch_size)
@@ -96,84 +105,6 @@ def estimate_cost(
     if price_per_gpu_hour is not None:
         cost["money"] = round(hours * price_per_gpu_hour, 2)
     return cost
-
-
-def memory_bytes(run: Run) -> dict[str, int]:
-    """Bytes on the device during training, by component, without activations.
-
-    Activations come on top; they are measured (`peak_memory_mib`), not counted.
-    """
-    recipe = run.recipe
-    teacher = run.teacher
-    trained = run.student.trained
-    student = num_bytes(trained)
-    discriminator = num_bytes(run.discriminator)
-
-    # Models that are offloaded from a GPU stay in memory if the device is the CPU
-    is_cpu = teacher.device.type == "cpu"
-    teacher_weights = 0
-    if recipe.needs_teacher or is_cpu:
-        teacher_weights = num_bytes(teacher.network)
-    vae = 0
-    if recipe.needs_vae or is_cpu:
-        vae = num_bytes(teacher.vae)
-
-    text_encoders = 0
-    if recipe.prompt_embeds == "encoded":
-        components = teacher.pipeline.components.items()
-        encoders = [module for name, module in components if name.startswith("text_encoder")]
-        text_encoders = num_bytes(*encoders)
-
-    return {
-        "student_weights": student,
-        "student_gradients_adam_average": 2 * student + adam_bytes(recipe, trained),
-        "teacher_weights": teacher_weights,
-        "discriminator_weights_gradients_adam": (
-            2 * discriminator + adam_bytes(recipe, run.discriminator)
-        ),
-        "text_encoders": text_encoders,
-        "vae": vae,
-    }
-
-
-def num_bytes(*modules: nn.Module | None) -> int:
-    """Bytes of all parameters and buffers; shared tensors count once."""
-    sizes: dict[int, int] = {}
-    for module in modules:
-        if module is None:
-            continue
-        for tensor in (*module.parameters(), *module.buffers()):
-            sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-    return sum(sizes.values())
-
-
-def num_trainable(module: nn.Module | None) -> int:
-    """The number of trainable parameters."""
-    if module is None:
-        return 0
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-
-
-def adam_bytes(recipe: Recipe, module: nn.Module | None) -> int:
-    """Bytes of Adam's two averages.
-
-    With 8 bits, tensors of 4 096 elements or more have a byte per element and a float32 scale per
-    256 elements; smaller ones stay in float32.
-    """
-    if module is None or recipe.optimizer == "adamw":
-        return 2 * num_bytes(module)
-
-    total = 0
-    for parameter in module.parameters():
-        if not parameter.requires_grad:
-            continue
-        numel = parameter.numel()
-        if numel >= 4096:
-            num_blocks = -(-numel // 256)
-            total += 2 * (numel + 4 * num_blocks)
-        else:
-            total += 2 * 4 * numel
-    return total
 
 
 def measure_step(run: Run, take_step: Callable[[], None], pairs_seen: int) -> float:

@@ -6,7 +6,7 @@ with its source.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -36,12 +36,14 @@ class Model:
     """A teacher's UNet.
 
     `forward_gmacs`: multiply-adds of one forward pass. `activations_gib`: of one pair in training.
+    `r1_gib`: of the R1 penalty on one sample, by r1_method.
     """
 
     parameters: float
     forward_gmacs: float
     latent_shape: tuple[int, int, int]
     activations_gib: float
+    r1_gib: Mapping[str, float]
 
 
 # Peak, memory and NVLink: NVIDIA's data sheets (A100 SXM 80 GB, H100 SXM, H200 SXM). Network: one
@@ -54,10 +56,11 @@ GPUS = {
 }
 # Parameters: published. Multiply-adds: counted (torch's FlopCounterMode, attention included) in one
 # forward pass at 64×64 (SD 1.5) and 128×128 (SDXL) with 77 tokens. Activations: assumed, with
-# gradient checkpointing and bfloat16, student and discriminator together; not measured.
+# gradient checkpointing and bfloat16, student and discriminator together; not measured. R1: counted
+# by `distill.memory.count_r1_bytes`.
 MODELS = {
-    "sd15": Model(860e6, 402, (4, 64, 64), 2.0),
-    "sdxl": Model(2570e6, 3381, (4, 128, 128), 6.0),
+    "sd15": Model(860e6, 402, (4, 64, 64), 2.0, {"exact": 19.5, "finite_differences": 5.3}),
+    "sdxl": Model(2570e6, 3381, (4, 128, 128), 6.0, {"exact": 71.8, "finite_differences": 20.0}),
 }
 DEFAULT_MODEL = "sd15"
 GPUS_PER_NODE = 8
@@ -235,6 +238,12 @@ def _plan_training(model: Model, gpu: Gpu, num_gpus: int, recipe: Recipe) -> dic
     num_steps = recipe.total_pairs / batch
     rows = batch // (num_gpus * recipe.gradient_accumulation_steps)
     memory = _training_memory_gib(model, rows, num_gpus, recipe)
+
+    # A step with R1 has the states, and the penalty on one sample in place of the activations
+    memory_with_r1 = 0.0
+    if adversarial and recipe.r1_weight > 0:
+        states = _training_memory_gib(model, 0, num_gpus, recipe)
+        memory_with_r1 = states + model.r1_gib[recipe.r1_method]
     return {
         "gradient_accumulation_steps": recipe.gradient_accumulation_steps,
         "compute_s": compute_s,
@@ -243,7 +252,8 @@ def _plan_training(model: Model, gpu: Gpu, num_gpus: int, recipe: Recipe) -> dic
         "efficiency": compute_s / step_s,
         "pairs_per_s": pairs_per_s,
         "memory_gib_per_gpu": memory,
-        "fits": memory <= gpu.memory_gib,
+        "memory_with_r1_gib_per_gpu": memory_with_r1,
+        "fits": max(memory, memory_with_r1) <= gpu.memory_gib,
         "reader_cores_per_gpu": pairs_per_s / reads_per_core(model),
         "read_mb_per_s_per_node": pairs_per_s * 2 * prod(model.latent_shape) / 1e6,
         "steps": num_steps,

@@ -22,6 +22,7 @@ from diffusion2gan.adversarial.heads import set_spectral_norm_update
 from diffusion2gan.adversarial.losses import (
     discriminator_loss,
     exact_derivatives,
+    finite_difference_r1,
     mix_and_match,
     r1_penalty,
     student_loss,
@@ -36,6 +37,7 @@ from diffusion2gan.perceptual.augment import BatchRows
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import fsdp
 from diffusion2gan.runtime.distributed import Flags
+from diffusion2gan.runtime.precision import full_float32
 from diffusion2gan.runtime.schedule import cosine_decay
 from diffusion2gan.runtime.transfer import to_device
 from diffusion2gan.teacher.conditioning import Conditioning
@@ -250,7 +252,8 @@ def make_fakes(
 def r1_step(run: Run, batches: Sequence[MicroBatch], generator: torch.Generator) -> Tensor:
     """Adds the gradient of γ/2·‖∇_x ΣD‖² × `r1_every`, at one real sample, to D's gradients.
 
-    Returns ‖∇_x ΣD‖² on the rank that has the sample, zero on the others.
+    With r1_method = "finite_differences" it is estimated along one random direction. Returns
+    ‖∇_x ΣD‖² on the rank that has the sample, zero on the others.
     """
     assert run.discriminator is not None
     row = int(torch.randint(len(batches[0].pairs), (), generator=generator))
@@ -263,9 +266,18 @@ def r1_step(run: Run, batches: Sequence[MicroBatch], generator: torch.Generator)
             cond = batch.cond.rows(sample)
             latents = batch.latents[sample]
 
+            factor = run.recipe.r1_weight / 2 * run.recipe.r1_every
+            if run.recipe.r1_method == "finite_differences":
+                direction = torch.randn(latents.shape, generator=generator)
+                direction = to_device(direction, latents.device)
+                penalty = finite_difference_r1(run.discriminator, noise, cond, latents, direction)
+                with full_float32(latents.device.type):
+                    (factor * penalty).backward()
+                return penalty.detach()
+
             with exact_derivatives(latents.device.type):
                 penalty = r1_penalty(run.discriminator, noise, cond, latents)
-                loss = run.recipe.r1_weight / 2 * run.recipe.r1_every * penalty
+                loss = factor * penalty
                 loss.backward()
             return penalty.detach()
     return torch.zeros((), device=batches[0].noise.device)

@@ -9,10 +9,13 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import NoReturn
 
+import torch
+
 from diffusion2gan.distill.batches import prefetch
 from diffusion2gan.distill.checkpoints import CHECKPOINT
 from diffusion2gan.distill.checks import check_discriminator, check_pairs, check_ranks
 from diffusion2gan.distill.losses import Distance, build_distance
+from diffusion2gan.distill.memory import check_r1_memory, out_of_memory_failure
 from diffusion2gan.distill.metrics import StepMetrics
 from diffusion2gan.distill.reporting import log_step
 from diffusion2gan.distill.run import Run, load_recipe_teacher, open_run
@@ -58,10 +61,13 @@ def distill(recipe: Recipe, pairs: Location, out: Path, allow_change: Sequence[s
     lock = exclusive_lock(out / CHECKPOINT) if ranks.is_main else nullcontext()
     with lock, connect_ranks(device) as group:
         run = Run(recipe, teacher, group)
+        check_r1_memory(run)
         open_run(run, out, reader.spec, allow_change)
         free_memory(run, pairs, reader.spec)
         try:
             train(run, reader, distance, out)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory_failure(run, error) from error
         finally:
             run.wait_until_saved()
 

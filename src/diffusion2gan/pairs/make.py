@@ -22,6 +22,7 @@ from diffusion2gan.prompts import prompts_digest
 from diffusion2gan.runtime.distributed import BARRIER_TIMEOUT_S, get_ranks
 from diffusion2gan.runtime.progress import Bar, console
 from diffusion2gan.runtime.storage import Location
+from diffusion2gan.runtime.transfer import to_device
 from diffusion2gan.teacher.conditioning import Conditioning
 from diffusion2gan.teacher.ode import check_solver, solve_ode
 from diffusion2gan.teacher.pipeline import Teacher, warn_truncated
@@ -283,7 +284,7 @@ def solve_pairs(
     prompt or the set's negative prompt, as the stock pipeline has it (`Teacher.unconditional`).
     """
     seeds = [pair_seed(spec.seed, i) for i in indices]
-    noise = noise_from_seeds(seeds, spec.latent_shape).to(teacher.device)
+    noise = to_device(noise_from_seeds(seeds, spec.latent_shape), teacher.device)
     latents = solve_ode(
         teacher,
         noise,

@@ -27,6 +27,7 @@ from diffusion2gan.runtime.cache import Cache, Rows, ensure_settings, make_cache
 from diffusion2gan.runtime.distributed import require_single_process, resolve_device
 from diffusion2gan.runtime.files import sha256, write_json
 from diffusion2gan.runtime.lock import exclusive_lock
+from diffusion2gan.runtime.transfer import to_device
 from diffusion2gan.teacher.autoencoder import (
     encode,
     load_vae,
@@ -194,20 +195,23 @@ def cache_differences(
         return read_triplet(triplets, i, settings.size) | {"number": torch.tensor(i)}
 
     def to_input(pixels: Tensor) -> Tensor:
-        images = images_from_uint8(pixels).to(device)
+        images = to_device(images_from_uint8(pixels), device)
         return images if encoder is None else encode(encoder, images)
 
     @torch.no_grad()
     def compute(rows: Rows) -> Rows:
-        transform = transforms.select(rows["number"].to(device))
+        transform = transforms.select(to_device(rows["number"], device))
         inputs = []
         for name in ("ref", "p0", "p1"):
             untransformed = to_input(rows[name])
             inputs.append(apply_transform(untransformed, transform, settings.transforms.resampling))
         ref, p0, p1 = inputs
+        d0 = torch.cat(distance.differences(p0, ref), 1)
+        d1 = torch.cat(distance.differences(p1, ref), 1)
+        d0, d1 = torch.stack([d0, d1]).cpu()
         return {
-            "d0": torch.cat(distance.differences(p0, ref), 1).cpu(),
-            "d1": torch.cat(distance.differences(p1, ref), 1).cpu(),
+            "d0": d0.clone(),
+            "d1": d1.clone(),
             "judge": rows["judge"],
             "subset": rows["subset"],
         }

@@ -36,6 +36,7 @@ from diffusion2gan.runtime.cache import Cache, Rows, ensure_settings, make_cache
 from diffusion2gan.runtime.distributed import Group, connect_ranks, get_ranks, resolve_device
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.lock import exclusive_lock
+from diffusion2gan.runtime.transfer import to_device
 from diffusion2gan.teacher.autoencoder import (
     encode,
     load_vae,
@@ -133,11 +134,11 @@ def fit(
             def loss(numbers: range) -> Tensor:
                 order = trainer.shuffled(numbers, len(train_rows), settings.seed)
                 rows = train_rows[order].tolist()
-                inputs = decode_inputs(cache.load_rows("input", rows)).to(torch_device)
+                inputs = to_device(decode_inputs(cache.load_rows("input", rows)), torch_device)
                 # Without a generator of its own, T depends on the step's seed
                 transform = settings.transforms.draw(len(rows), None, torch_device)
                 inputs = apply_transform(inputs, transform, settings.transforms.resampling)
-                return F.cross_entropy(classifier(inputs), labels[rows].to(torch_device))
+                return F.cross_entropy(classifier(inputs), to_device(labels[rows], torch_device))
 
             config = trainer.FitConfig(
                 num_samples=settings.epochs * len(train_rows),
@@ -233,7 +234,7 @@ def cache_inputs(
     def compute(rows: Rows) -> Rows:
         if encoder is None:
             return rows
-        latents = encode(encoder, images_from_uint8(rows["input"]).to(device))
+        latents = encode(encoder, to_device(images_from_uint8(rows["input"]), device))
         return {"input": latents.half().cpu(), "label": rows["label"]}
 
     return make_cache(folder, spec, len(labelled.names), read, compute, "images", group=group)
@@ -256,10 +257,10 @@ def measure_top1(
     batch_size: int = 256,
 ) -> float:
     """The share of `rows` that the classifier labels correctly."""
-    num_correct = 0
+    num_correct = torch.zeros((), dtype=torch.int64, device=device)
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        inputs = decode_inputs(cache.load_rows("input", batch)).to(device)
-        predicted = classifier(inputs).argmax(1).cpu()
-        num_correct += int((predicted == labels[batch]).sum())
-    return num_correct / len(rows)
+        inputs = to_device(decode_inputs(cache.load_rows("input", batch)), device)
+        predicted = classifier(inputs).argmax(1)
+        num_correct += (predicted == to_device(labels[batch], device)).sum()
+    return int(num_correct) / len(rows)

@@ -27,6 +27,7 @@ from diffusion2gan.runtime import checkpoint, trainer
 from diffusion2gan.runtime.cache import load_or_compute
 from diffusion2gan.runtime.distributed import resolve_device
 from diffusion2gan.runtime.progress import Bar
+from diffusion2gan.runtime.transfer import to_device
 from diffusion2gan.teacher.autoencoder import encode
 
 Device = torch.device | str
@@ -113,7 +114,7 @@ def train(folder: Path, seed: int = 0, scale: float = 1.0, device: Device = "cpu
 
 def draw_images(indices: range, device: Device = "cpu") -> Tensor:
     """Training images, [B, 3, 64, 64] in [−1, 1]."""
-    return scenes.draw(indices, WORLD).images.to(device)
+    return to_device(scenes.draw(indices, WORLD).images, device)
 
 
 # Stages "vae" and "vae_crops"
@@ -137,7 +138,7 @@ def train_vae(run: Run) -> AutoencoderKL:
 
     # 2. Crops
     def crop_loss(numbers: range) -> Tensor:
-        return vae_loss(vae, draw_crops(numbers).to(run.device), mse_weight=4.0)
+        return vae_loss(vae, to_device(draw_crops(numbers), run.device), mse_weight=4.0)
 
     vae.requires_grad_(True)
     run.fit("vae_crops", vae, crop_loss)
@@ -197,7 +198,7 @@ def train_clip(run: Run) -> CLIPModel:
         batch = scenes.draw(numbers, WORLD)
         output = clip(
             input_ids=token_ids(tokenizer, batch.captions, run.device),
-            pixel_values=batch.images.to(run.device),
+            pixel_values=to_device(batch.images, run.device),
         )
         logits = output.logits_per_image  # [images, captions]
         matching = torch.arange(len(numbers), device=run.device)
@@ -214,7 +215,7 @@ def token_ids(tokenizer: CLIPTokenizer, captions: list[str], device: Device) -> 
     ids = tokenizer(
         captions, padding="max_length", max_length=models.MAX_LENGTH, return_tensors="pt"
     ).input_ids
-    return torch.as_tensor(ids).to(device)
+    return to_device(torch.as_tensor(ids), device)
 
 
 # Stage "probe"
@@ -229,7 +230,7 @@ def train_probe(run: Run) -> models.Probe:
         batch = scenes.draw(numbers, WORLD)
         noise_level = 0.06 * torch.rand(len(numbers), 1, 1, 1)
         images = batch.images + noise_level * torch.randn_like(batch.images)
-        return attribute_loss(probe(images.to(run.device)), attribute_targets(batch))
+        return attribute_loss(probe(to_device(images, run.device)), attribute_targets(batch))
 
     run.fit("probe", probe, loss)
     return probe
@@ -271,7 +272,7 @@ def attribute_loss(logits: Tensor, targets: dict[str, Tensor]) -> Tensor:
     classes. `logits` [B, ΣATTRIBUTES].
     """
     predicted = models.split_logits(logits)
-    targets = {name: target.to(logits.device) for name, target in targets.items()}
+    targets = {name: to_device(target, logits.device) for name, target in targets.items()}
 
     count_loss = F.cross_entropy(predicted["count"], targets["count"])
     ground_loss = F.cross_entropy(predicted["ground"], targets["ground"])
@@ -318,11 +319,15 @@ def cache_latents(run: Run, vae: AutoencoderKL) -> Tensor:
     return torch.cat(files).to(run.device)
 
 
+def select_rows(latents: Tensor, rows: list[int]) -> Tensor:
+    return latents[to_device(torch.tensor(rows), latents.device)]
+
+
 def train_latent_vgg(run: Run, latents: Tensor) -> VGG:
     """Trains the feature network of LatentLPIPS to classify attributes from `latents`."""
 
     def inputs(batch: scenes.Scenes, rows: list[int]) -> Tensor:
-        return latents[rows].float()
+        return select_rows(latents, rows).float()
 
     torch.manual_seed(run.seed)
     return _train_vgg(run, "latent_vgg", models.latent_vgg(), inputs, len(latents))
@@ -332,7 +337,7 @@ def train_pixel_vgg(run: Run, num_images: int) -> VGG:
     """Trains the feature network of PixelLPIPS to classify attributes from the same images."""
 
     def inputs(batch: scenes.Scenes, rows: list[int]) -> Tensor:
-        return batch.images.to(run.device)
+        return to_device(batch.images, run.device)
 
     torch.manual_seed(run.seed)
     return _train_vgg(run, "pixel_vgg", models.pixel_vgg(), inputs, num_images)
@@ -391,7 +396,8 @@ def compute_differences(
             for number in range(num_triplets):
                 # The network's inputs
                 triplet = triplets.make_triplet(number, subset, seed)
-                inputs = torch.stack([triplet.p0, triplet.p1, triplet.ref]).to(device)
+                images = torch.stack([triplet.p0, triplet.p1, triplet.ref])
+                inputs = to_device(images, device)
                 if vae is not None:
                     inputs = encode(vae, inputs)
                 p0, p1, ref = inputs.chunk(3)
@@ -399,12 +405,12 @@ def compute_differences(
                 # The differences of all layers, concatenated
                 d0 = torch.cat(distance.differences(p0, ref), 1)
                 d1 = torch.cat(distance.differences(p1, ref), 1)
-                d0s.append(d0.cpu())
-                d1s.append(d1.cpu())
+                d0s.append(d0)
+                d1s.append(d1)
                 judgements.append(triplet.judge)
                 bar.advance(1)
 
-    return JudgedDifferences(torch.cat(d0s), torch.cat(d1s), torch.tensor(judgements))
+    return JudgedDifferences(torch.cat(d0s).cpu(), torch.cat(d1s).cpu(), torch.tensor(judgements))
 
 
 # Stage "unet"
@@ -432,7 +438,7 @@ def train_unet(run: Run, latents: Tensor) -> Denoiser:
 
     def loss(numbers: range) -> Tensor:
         rows = [number % len(latents) for number in numbers]
-        x0 = latents[rows].float()
+        x0 = select_rows(latents, rows).float()
 
         # Captions, some of them dropped
         captions = scenes.captions(rows, WORLD)
@@ -444,7 +450,7 @@ def train_unet(run: Run, latents: Tensor) -> Denoiser:
         embeds = denoiser.text_encoder(ids).last_hidden_state
 
         # Noisy latents and the loss
-        timesteps = draw_timesteps(len(rows)).to(run.device)
+        timesteps = to_device(draw_timesteps(len(rows)), run.device)
         noise = torch.randn_like(x0)
         x_t = scheduler.add_noise(x0, noise, timesteps)
         v = scheduler.get_velocity(x0, noise, timesteps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +17,7 @@ from diffusion2gan.runtime.ema import EMA
 from diffusion2gan.runtime.progress import Bar
 from diffusion2gan.runtime.schedule import cosine_decay
 from diffusion2gan.runtime.stop import StepControl, stop_signal
+from diffusion2gan.runtime.transfer import HostCopy
 
 CHECKPOINT_EVERY_S = 120.0
 LOSS_SMOOTHING = 0.98  # of the running average that the progress bar shows
@@ -84,8 +86,13 @@ def fit(
     ranks = group.ranks
     rows_per_rank = config.batch_size // ranks.world_size
     path = folder / f"{stage}.safetensors"
+    on_gpu = next(module.parameters()).device.type == "cuda"
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=config.peak_lr, betas=config.betas, weight_decay=config.weight_decay
+        module.parameters(),
+        lr=config.peak_lr,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True if on_gpu else None,
     )
     ema = EMA(module, config.ema_decay)
 
@@ -99,8 +106,12 @@ def fit(
     if seen > 0:
         load_state(path, module, optimizer, ema)
 
-    module.train()
+    # Losses that are not shown yet. On a GPU they are read a step later: the host does not wait.
+    losses: deque[HostCopy] = deque()
+    lag = 1 if on_gpu else 0
     running_loss = None
+
+    module.train()
     with stop_signal() as stopped, Bar(stage, config.num_samples, seen) as bar:
         control = StepControl(stopped, ranks.is_main, CHECKPOINT_EVERY_S)
         while seen < config.num_samples:
@@ -134,11 +145,14 @@ def fit(
             seen += config.batch_size
 
             # Progress
-            last_loss = float(value)
-            if running_loss is None:
-                running_loss = last_loss
-            running_loss = LOSS_SMOOTHING * running_loss + (1 - LOSS_SMOOTHING) * last_loss
-            bar.advance(config.batch_size, f"loss {running_loss:.4f}")
+            losses.append(HostCopy(value))
+            if len(losses) > lag:
+                last_loss = float(losses.popleft().read())
+                if running_loss is None:
+                    running_loss = last_loss
+                running_loss = LOSS_SMOOTHING * running_loss + (1 - LOSS_SMOOTHING) * last_loss
+            status = "" if running_loss is None else f"loss {running_loss:.4f}"
+            bar.advance(config.batch_size, status)
 
             # Checkpoint
             if flags.stop or flags.save or seen >= config.num_samples:

@@ -115,9 +115,11 @@ def run_distill(name: str) -> dict[str, Any]:
     settings = {**ADVERSARIAL, "batch_size": 2, "total_pairs": 12, "prompt_embeds": "kept"}
     recipe = Recipe.model_validate({**settings, "device": name, "sample_every": 10**6})
     waits_at_step: list[int] = []
+    precisions: set[str] = {torch.get_float32_matmul_precision()}
 
     def take_step(run: Run, *args: Any) -> Any:
         waits_at_step.append(device.totals["waits"])
+        precisions.add(torch.get_float32_matmul_precision())
         factor = float("nan") if len(waits_at_step) == 2 else 1.0
         hook = scale_gradients(run, factor)
         try:
@@ -146,6 +148,7 @@ def run_distill(name: str) -> dict[str, Any]:
     return {
         "num_waits": waits_at_step[3] - waits_at_step[2],
         "num_steps": [num_steps_before, len(waits_at_step)],
+        "matmul_precisions": sorted(precisions),
         "num_updates": header["num_updates"],
         "losses": [line["loss"] for line in lines],
         "skipped": [line["skipped"] for line in lines],

@@ -95,6 +95,8 @@ def test_distill_waits_once_per_step_and_resumes(library: Path) -> None:
     expected = run_job(library, "distill", "cpu")
     assert result["num_waits"] == NUM_WAITS
     assert result["num_steps"] == expected["num_steps"] == [5, 6]
+    assert result["matmul_precisions"] == ["high", "highest"]  # TF32 in the steps alone
+    assert expected["matmul_precisions"] == ["highest"]
     assert result["num_updates"] == expected["num_updates"] == 5
     assert result["skipped"] == expected["skipped"] == [0, 1, 1, 1, 1, 1]
     assert result["losses"] == pytest.approx(expected["losses"], rel=1e-3)

@@ -27,6 +27,7 @@ from diffusion2gan.pairs.store import PairsSpec, read_shard
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime.distributed import connect_ranks, get_ranks, resolve_device
 from diffusion2gan.runtime.lock import exclusive_lock
+from diffusion2gan.runtime.precision import tf32_matmul
 from diffusion2gan.runtime.progress import Bar, console
 from diffusion2gan.runtime.stop import StepControl, stop_signal
 from diffusion2gan.runtime.storage import Location
@@ -59,7 +60,7 @@ def distill(recipe: Recipe, pairs: Location, out: Path, allow_change: Sequence[s
 
     # Run: a new one, or the one in `out`
     lock = exclusive_lock(out / CHECKPOINT) if ranks.is_main else nullcontext()
-    with lock, connect_ranks(device) as group:
+    with lock, connect_ranks(device) as group, tf32_matmul(device.type):
         run = Run(recipe, teacher, group)
         check_r1_memory(run)
         open_run(run, out, reader.spec, allow_change)

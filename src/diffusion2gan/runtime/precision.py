@@ -1,4 +1,4 @@
-"""Computing in float32 whatever the precision of the rest of the network."""
+"""The precision of float32 kernels: TF32 for the networks, full float32 for what needs it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+
+@contextmanager
+def tf32_matmul(device_type: str) -> Iterator[None]:
+    """Inside the block, matrix products in float32 may use TF32 on a GPU, as convolutions do.
+
+    `full_float32` takes precedence inside of it.
+    """
+    matmul_precision = torch.get_float32_matmul_precision()
+    if device_type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul_precision)
 
 
 @contextmanager

@@ -248,12 +248,12 @@ def gpu_rows() -> list[Row]:
             rows.append(loss_row(row, options))
 
     # Options that may pay, and the full recipe
-    for option in ("fused", "channels-last"):
-        options = f"{sd15} {batch} --{option}"
-        rows.append(training_row(f"step: sd15, mse, {option}", "mse", options, tflop=STUDENT_TFLOP))
+    options = f"{sd15} {batch} --channels-last"
+    name = "step: sd15, mse, channels-last"
+    rows.append(training_row(name, "mse", options, tflop=STUDENT_TFLOP))
     full = f"{sd15} --repeats 1 --recipe sd15"
     rows.append(training_row("recipe: sd15", "sd15", full, needed_s=25))
-    compiled = f"{sd15} {batch} --fused --compile"
+    compiled = f"{sd15} {batch} --compile"
     limits = {"needed_s": 150.0, "limit_s": 240.0}
     name = "step: sd15, mse, compiled"
     rows.append(training_row(name, "mse", compiled, tflop=STUDENT_TFLOP, **limits))

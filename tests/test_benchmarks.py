@@ -37,7 +37,7 @@ def run(command: list[str], **environment: str) -> str:
 def test_train_step_measures_a_step_with_discriminator_and_r1(tmp_path: Path) -> None:
     """The row that uses everything; the others use less."""
     out = tmp_path / "train_step.json"
-    options = ["--rows", "with_d_and_r1", "--batch", "2", "--repeats", "1", "--fused"]
+    options = ["--rows", "with_d_and_r1", "--batch", "2", "--repeats", "1", "--channels-last"]
     command = [sys.executable, "benchmarks/train_step.py", *FLAGS, *options, "--out", str(out)]
     output = run(command)
 
@@ -162,14 +162,15 @@ def test_peak_memory_of_a_recipe_is_that_of_a_step_with_r1(monkeypatch: pytest.M
     train_step = importlib.import_module("train_step")
     with_r1 = []
 
-    def take_step(run: Any, pairs: Any, distance: Any) -> None:
-        entry = steps.step(run, pairs, distance)[0].read()
-        with_r1.append("r1" in entry)
+    def take_step(run: Any, pairs: Any, distance: Any) -> Any:
+        result = steps.step(run, pairs, distance)
+        with_r1.append("r1" in result[0].read())
+        return result
 
     monkeypatch.setattr(train_step, "step", take_step)
     options = ["--recipe", "pocket", "--repeats", "1"]
     train_step.measure("pocket", train_step.parse_args(options))
-    assert with_r1 == [True, False, False, True]
+    assert with_r1 == [True, False, False, False, True]
 
 
 def test_default_steps_with_zero_terminal_snr_follow_from_a_gaussian(tmp_path: Path) -> None:

@@ -392,6 +392,35 @@ def test_share_of_pairs_that_fail_the_sanity_check_is_reported(
     assert "2 of 9 pairs (22.2%) fail the sanity check" in " ".join(capsys.readouterr().err.split())
 
 
+def test_out_of_memory_names_the_counted_need_and_what_helps(
+    teacher: Teacher, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second shard; the same command with another batch size makes the rest."""
+    solve = make.solve_pairs
+    num_batches = 0
+
+    def too_large(*args: Any) -> Pairs:
+        nonlocal num_batches
+        num_batches += 1
+        if num_batches == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return solve(*args)
+
+    spec = spec_of(teacher)
+    with monkeypatch.context() as patch:
+        patch.setattr(make, "solve_pairs", too_large)
+        with pytest.raises(Failure) as failure:
+            make_pairs(teacher, prompts_of, spec, tmp_path, batch_size=2)
+    message = str(failure.value)
+    assert message.startswith("out of memory with batches of 2 on cpu (CUDA out of memory. Tried")
+    assert "What needs less: --batch-size 1; --offload, which" in message
+    assert "; --precision bfloat16, in a new set. Finished" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs-00000.parquet", "pairs.json"]
+
+    make_pairs(teacher, prompts_of, spec, tmp_path, batch_size=1)
+    assert torch.equal(read_all(tmp_path, spec).latents, read_all(made, spec).latents)
+
+
 def test_latents_that_are_not_finite_are_not_written(tiny_teacher: Path, tmp_path: Path) -> None:
     teacher = load_teacher(str(tiny_teacher))
     with torch.no_grad():

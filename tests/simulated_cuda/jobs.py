@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,12 +19,15 @@ from typing import Any
 
 import device  # before torch
 
+sys.path.append(str(Path(__file__).parents[1]))
+
 CALLS = device.install()
 
+import tiny_families
 import torch
 from PIL import Image
 
-from diffusion2gan.cost.pairs import estimate_pairs_cost
+from diffusion2gan.cost import pairs as pairs_cost
 from diffusion2gan.distill import train
 from diffusion2gan.distill.batches import prepare
 from diffusion2gan.distill.losses import build_distance
@@ -67,8 +71,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 def take_two_steps(settings: dict[str, Any], name: str) -> dict[str, Any]:
     """Two steps; the waits are those of the second. Then a checkpoint, loaded by another run."""
-    teacher = load_teacher("pocket", name)
     recipe = Recipe.model_validate({"batch_size": len(PROMPTS), "device": name, **settings})
+    teacher = load_teacher(recipe.teacher, name)
     run = Run(recipe, teacher)
     distance = build_distance(recipe, teacher.device, teacher)
     seeds = list(range(len(PROMPTS)))
@@ -281,9 +285,43 @@ def measure_cost(name: str) -> dict[str, Any]:
     """The dry run of pairs: how often it waits for the device before it reads a clock."""
     teacher = load_teacher("pocket", name)
     spec = build_spec(teacher, PROMPTS, PairsSettings(count=2))
+
+    def read_clock() -> float:
+        CALLS.append("clock")
+        return float(len(CALLS))
+
     CALLS.clear()
-    estimate_pairs_cost(teacher, spec, PROMPTS)
+    clock = SimpleNamespace(monotonic=read_clock)
+    setattr(pairs_cost, "time", clock)  # noqa: B010
+    pairs_cost.estimate_pairs_cost(teacher, spec, PROMPTS)
     return {"calls": list(CALLS)}
+
+
+def make_in_bfloat16(name: str) -> dict[str, Any]:
+    """Two pairs with the network in bfloat16, and the VAE and the text encoders offloaded."""
+    teacher = load_teacher("pocket", name)
+    teacher.set_precision("bfloat16")
+    settings = PairsSettings(count=2, num_inference_steps=2)
+    spec = replace(build_spec(teacher, PROMPTS, settings), precision="bfloat16")
+    with tempfile.TemporaryDirectory() as folder:
+        make_pairs(teacher, PROMPTS, spec, Path(folder), offload=True)
+        latents = read_shard(Path(folder), 0).latents
+    return {
+        "latents": latents.flatten()[:64].tolist(),
+        "devices": {
+            "network": str(next(teacher.network.parameters()).device),
+            "vae": str(next(teacher.vae.parameters()).device),
+            "text_encoder": str(teacher.pipeline.text_encoder.device),
+        },
+    }
+
+
+def train_family(family: str, name: str) -> dict[str, Any]:
+    """Two steps of a tiny pipeline of this family, with the discriminator and R1."""
+    with tempfile.TemporaryDirectory() as folder:
+        teacher = tiny_families.save(family, Path(folder) / "teacher")
+        settings = {**ADVERSARIAL, "teacher": str(teacher), "loss": "mse", "mix_share": 0.5}
+        return take_two_steps(settings, name)
 
 
 def evaluate_systems(name: str) -> dict[str, Any]:
@@ -323,11 +361,14 @@ def named(waits: dict[tuple[str, str], int]) -> dict[str, int]:
 
 def main() -> None:
     job, name = sys.argv[1:]
-    if job in RECIPES:
+    if job.startswith("family-"):
+        result = train_family(job.removeprefix("family-"), name)
+    elif job in RECIPES:
         result = take_two_steps(RECIPES[job], name)
     else:
         jobs = {
             "pairs": make,
+            "pairs_in_bfloat16": make_in_bfloat16,
             "fit": fit_perceptual,
             "pocket_train": train_pocket,
             "distill": run_distill,

@@ -30,6 +30,8 @@ TRAINING = [
     "teacher_features",
 ]
 NUM_WAITS = 1
+# At most, of tiny pipelines with the discriminator and R1
+NUM_FAMILY_WAITS = {"sdxl": 1, "sd3": 1, "flux_dev": 1, "sana": 1}
 
 pytestmark = [
     pytest.mark.slow,
@@ -89,6 +91,16 @@ def test_training_mixes_no_devices_and_waits_once_per_step(library: Path, name: 
     assert sum(waits.values()) == NUM_WAITS, report
 
 
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux_dev", "sana"])
+def test_every_family_trains_on_the_device(library: Path, family: str) -> None:
+    """With the discriminator and R1. Waits are inside of diffusers' networks, if at all."""
+    result = run_job(library, f"family-{family}")
+    assert result["device"] == "cuda:0"
+    expected = run_job(library, f"family-{family}", "cpu")
+    assert result["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert sum(result["waits"].values()) <= NUM_FAMILY_WAITS[family], result["waits"]
+
+
 def test_distill_waits_once_per_step_and_resumes(library: Path) -> None:
     """Also with batches from a thread, numbers logged a step later, and a step that is skipped."""
     result = run_job(library, "distill")
@@ -143,8 +155,15 @@ def test_pocket_train_waits_once_per_step(library: Path) -> None:
             assert set(waits) == {0 if name == "Ranker" else NUM_WAITS}, name
 
 
+def test_pairs_in_bfloat16_with_offloading_are_those_of_the_cpu(library: Path) -> None:
+    result = run_job(library, "pairs_in_bfloat16")
+    expected = run_job(library, "pairs_in_bfloat16", "cpu")
+    assert result["latents"] == pytest.approx(expected["latents"], abs=1e-2)
+    assert result["devices"] == {"network": "cuda:0", "vae": "cpu", "text_encoder": "cpu"}
+
+
 def test_dry_run_of_pairs_waits_for_the_device_before_it_reads_a_clock(library: Path) -> None:
-    assert run_job(library, "cost")["calls"] == ["synchronize"] * 3
+    assert run_job(library, "cost")["calls"] == ["synchronize", "clock"] * 3
 
 
 def test_generate_and_evaluate_run_on_the_device(library: Path) -> None:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from diffusion2gan.distill.run import Run
@@ -42,7 +43,7 @@ def prepare(run: Run, pairs: Pairs) -> HostBatch:
     return HostBatch(pairs, to_pinned(pairs.latents), rows, to_pinned(noise), cond)
 
 
-def prefetch(run: Run, batches: Iterator[Pairs]) -> Generator[HostBatch]:
+def prefetch(run: Run, batches: Iterator[Pairs]) -> Generator[HostBatch, None, None]:
     """`batches`, prepared; for a GPU, each in a thread while the one before it is in use.
 
     On a CPU a thread would only take time from the step.
@@ -56,7 +57,12 @@ def prefetch(run: Run, batches: Iterator[Pairs]) -> Generator[HostBatch]:
         pairs = next(batches, None)
         return None if pairs is None else prepare(run, pairs)
 
-    with ThreadPoolExecutor(1, "batches") as pool:
+    def start_thread() -> None:
+        # Pinned memory belongs to the thread's current GPU, which would be the first
+        if run.teacher.device.type == "cuda":
+            torch.cuda.set_device(run.teacher.device)
+
+    with ThreadPoolExecutor(1, "batches", initializer=start_thread) as pool:
         pending = pool.submit(prepare_next)
         while (batch := pending.result()) is not None:
             pending = pool.submit(prepare_next)

@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import nn
+
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.noise import noise_from_seeds, pair_seed
 from diffusion2gan.pairs.store import (
@@ -171,7 +174,10 @@ def make_pairs(
         encoded = encode_and_offload(teacher, prompts) if offload else None
         for i, batch in enumerate(batches):
             cond = teacher.encode(prompts[i]) if encoded is None else encoded[i].to(teacher.device)
-            pairs = solve_pairs(teacher, spec, batch, prompts[i], uncond, cond)
+            try:
+                pairs = solve_pairs(teacher, spec, batch, prompts[i], uncond, cond)
+            except torch.OutOfMemoryError as error:
+                raise out_of_memory_failure(teacher, len(batch), offload, error) from error
             num_implausible += count_implausible(pairs.latents)
             num_made += len(pairs)
             yield pairs
@@ -227,6 +233,31 @@ def encode_and_offload(teacher: Teacher, prompts: list[list[str]]) -> list[Condi
     encoded = [teacher.encode(batch).to("cpu") for batch in prompts]
     teacher.move_text_encoders("cpu")
     return encoded
+
+
+def out_of_memory_failure(
+    teacher: Teacher, batch_size: int, offload: bool, error: torch.OutOfMemoryError
+) -> Failure:
+    """The error for a batch that the GPU has too little memory for: what is needed, what helps."""
+    num_bytes = 0
+    for component in teacher.pipeline.components.values():
+        if isinstance(component, nn.Module):
+            for parameter in component.parameters():
+                num_bytes += parameter.numel() * parameter.element_size()
+    remedies = []
+    if batch_size > 1:
+        remedies.append(f"--batch-size {batch_size // 2}")
+    if not offload:
+        remedies.append("--offload, which keeps the VAE and the text encoders on the CPU")
+    if teacher.precision == "float32":
+        remedies.append("--precision bfloat16, in a new set")
+    remedy = f" What needs less: {'; '.join(remedies)}." if remedies else ""
+    return Failure(
+        f"out of memory with batches of {batch_size} on {teacher.device} "
+        f"({str(error).splitlines()[0]}). The teacher's weights take {num_bytes / 2**30:.2f} GiB "
+        f"(counted), and the network's activations more.{remedy} Finished shards are kept; a set "
+        "continues with another batch size, and with or without --offload."
+    )
 
 
 def report_implausible(num_implausible: int, num_made: int, precision: str) -> None:

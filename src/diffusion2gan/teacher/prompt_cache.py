@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.runtime.files import atomic_write
@@ -32,6 +33,9 @@ class PromptCache:
         encode: Callable[[list[str]], Conditioning],
         dtype: torch.dtype = torch.float16,
     ) -> None:
+        # Memory-mapped tensors of the files that have been read, by name
+        self._files: dict[Path, dict[str, Tensor]] = {}
+
         # Where each prompt is stored: path and row
         unique = list(dict.fromkeys(prompts))
         self._location: dict[str, tuple[Path, int]] = {}
@@ -55,7 +59,7 @@ class PromptCache:
 
     def read(self, prompts: Sequence[str]) -> Conditioning:
         """The stored rows of `prompts`, in order. Raises UserError if a prompt is not stored."""
-        rows = []
+        rows: dict[str, list[Tensor]] = {}
         for prompt in prompts:
             if prompt not in self._location:
                 raise UserError(
@@ -63,12 +67,18 @@ class PromptCache:
                     "set prompt_embeds=encoded to encode prompts during training"
                 )
             path, row = self._location[prompt]
+            for name, tensor in self._open(path).items():
+                rows.setdefault(name, []).append(tensor[row])
+        return Conditioning(**{name: torch.stack(values).float() for name, values in rows.items()})
+
+    def _open(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of a file, mapped into memory: only the rows that are used are read."""
+        tensors = self._files.get(path)
+        if tensors is None:
             with safe_open(path, framework="pt") as file:
-                tensors = {}
-                for name in list(file.keys()):
-                    tensors[name] = file.get_slice(name)[row : row + 1].float()
-            rows.append(Conditioning(**tensors))
-        return Conditioning.concat(*rows)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self._files[path] = tensors
+        return tensors
 
 
 def _file_name(prompts: list[str]) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusion2gan.adversarial.discriminator import DiffusionDiscriminator
 from diffusion2gan.cost.plan import (
     ASSUMED,
     GPUS,
@@ -20,8 +21,10 @@ from diffusion2gan.cost.plan import (
     table,
 )
 from diffusion2gan.distill.checks import check_ranks
+from diffusion2gan.distill.memory import count_penalty_bytes
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import SHIPPED, Recipe, load_recipe
+from diffusion2gan.teacher.conditioning import Conditioning
 
 ROOT = Path(__file__).parents[2]
 RECIPE = Recipe(
@@ -73,11 +76,39 @@ def test_multiply_adds_and_parameters_match_a_count_of_the_network(
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["exact", "finite_differences"])
+def test_memory_of_r1_matches_a_count_of_the_network(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stable Diffusion 1.5; SDXL takes minutes."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    real_sizes = importlib.import_module("real_sizes")
+    with torch.device("meta"):
+        discriminator = DiffusionDiscriminator(real_sizes.sd15_unet())
+        row = Conditioning(torch.zeros(1, 77, 768))
+    counted = count_penalty_bytes(discriminator, row, MODELS["sd15"].latent_shape, method)
+    assert counted / 2**30 == pytest.approx(MODELS["sd15"].r1_gib[method], rel=0.01)
+
+
+def test_exact_r1_decides_whether_a_model_fits() -> None:
+    fsdp = RECIPE.model_copy(update={"strategy": "fsdp"})
+    training = plan("sdxl", "h100", 8, 8e6, fsdp, gradient_accumulation_steps=64)["distill"]
+    memory = (9 / 8 + 4) * 4 * 2570e6 / 2**30 + 71.8
+    assert training["memory_with_r1_gib_per_gpu"] == pytest.approx(memory)
+    assert training["memory_gib_per_gpu"] < 80 < memory and not training["fits"]
+
+    without_r1 = fsdp.model_copy(update={"r1_weight": 0.0})
+    training = plan("sdxl", "h100", 8, 8e6, without_r1, gradient_accumulation_steps=64)["distill"]
+    assert training["memory_with_r1_gib_per_gpu"] == 0 and training["fits"]
+
+
 def test_fsdp_figures_match_a_calculation_by_hand() -> None:
     """SDXL over 8 GPUs: per parameter, 9 numbers are sharded and 4 are full; more is sent."""
     figures = {}
     for strategy in ("fsdp", "ddp"):
-        recipe = RECIPE.model_copy(update={"strategy": strategy})
+        update = {"strategy": strategy, "r1_method": "finite_differences"}
+        recipe = RECIPE.model_copy(update=update)
         stages = plan("sdxl", "h100", 8, 8e6, recipe, gradient_accumulation_steps=64)
         figures[strategy] = stages["distill"]
     fsdp = figures["fsdp"]
@@ -86,6 +117,7 @@ def test_fsdp_figures_match_a_calculation_by_hand() -> None:
     memory = (9 / 8 + 4) * 4 * 2570e6 / 2**30 + 2 * 6.0
     assert fsdp["memory_gib_per_gpu"] == pytest.approx(memory)
     assert fsdp["fits"] and not ddp["fits"]
+    assert fsdp["memory_with_r1_gib_per_gpu"] == pytest.approx(memory - 2 * 6.0 + 20.0)
     assert fsdp["compute_s"] == ddp["compute_s"]
     gathered_s = 7 / 8 * 2 * 4 * 2570e6 / 450e9
     assert fsdp["communication_s"] - ddp["communication_s"] == pytest.approx(gathered_s)
@@ -184,7 +216,8 @@ def test_model_is_chosen_by_the_name_of_the_recipes_teacher() -> None:
 def test_document_has_the_rows_of_the_calculator() -> None:
     text = (ROOT / "docs" / "scale.md").read_text("utf-8")
     recipe = load_recipe("sd15")
-    fsdp = recipe.model_copy(update={"strategy": "fsdp"})
+    update = {"strategy": "fsdp", "r1_method": "finite_differences"}
+    fsdp = recipe.model_copy(update=update)
     sizes = (8, 64, 512)
     rows = table((("sd15", 3e6), ("sd15", 12e6), ("sdxl", 8e6)), "h100", sizes, recipe)
     rows += table((("sdxl", 8e6),), "h100", sizes, fsdp)

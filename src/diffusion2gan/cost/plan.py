@@ -57,7 +57,7 @@ GPUS = {
 # Parameters: published. Multiply-adds: counted (torch's FlopCounterMode, attention included) in one
 # forward pass at 64×64 (SD 1.5) and 128×128 (SDXL) with 77 tokens. Activations: assumed, with
 # gradient checkpointing and bfloat16, student and discriminator together; not measured. R1: counted
-# by `distill.memory.count_r1_bytes`.
+# by `distill.memory.count_penalty_bytes`.
 MODELS = {
     "sd15": Model(860e6, 402, (4, 64, 64), 2.0, {"exact": 19.5, "finite_differences": 5.3}),
     "sdxl": Model(2570e6, 3381, (4, 128, 128), 6.0, {"exact": 71.8, "finite_differences": 20.0}),

@@ -18,6 +18,7 @@ from diffusion2gan.distill.run import Run
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime.precision import full_float32
+from diffusion2gan.teacher.conditioning import Conditioning
 
 GIB = 2**30
 
@@ -132,17 +133,25 @@ class AllocationCounter(TorchDispatchMode):
 
 
 def count_r1_bytes(run: Run, method: str) -> int:
-    """The most memory that the R1 penalty and its backward pass take at once, on one sample.
-
-    Beside the weights and their gradients. Nothing is computed: torch's fake tensors have shapes
-    and no numbers. Kernels' scratch memory is not counted.
-    """
+    """`count_penalty_bytes` of the run's discriminator and teacher. It needs the text encoders."""
     assert run.discriminator is not None
     row = run.teacher.unconditional()
-    shape = (1, *run.teacher.latent_shape)
+    return count_penalty_bytes(run.discriminator, row, run.teacher.latent_shape, method)
+
+
+def count_penalty_bytes(
+    discriminator: nn.Module, row: Conditioning, latent_shape: tuple[int, int, int], method: str
+) -> int:
+    """The most memory that the R1 penalty and its backward pass take at once, on one sample.
+
+    Beside the weights and their gradients, in bytes; `row` is the conditioning of one prompt.
+    Nothing is computed: torch's fake tensors have shapes and no numbers. Kernels' scratch memory
+    is not counted.
+    """
+    shape = (1, *latent_shape)
     with FakeTensorMode(allow_non_fake_inputs=True):
         # Inputs, and the discriminator with gradients
-        discriminator = copy_without_numbers(run.discriminator)
+        discriminator = copy_without_numbers(discriminator)
         cond = row.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
         noise = torch.empty(shape)
         latents = torch.empty(shape)

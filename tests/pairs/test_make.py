@@ -418,7 +418,8 @@ def test_out_of_memory_names_the_counted_need_and_what_helps(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs-00000.parquet", "pairs.json"]
 
     make_pairs(teacher, prompts_of, spec, tmp_path, batch_size=1)
-    assert torch.equal(read_all(tmp_path, spec).latents, read_all(made, spec).latents)
+    found, expected = read_all(tmp_path, spec), read_all(made, spec)
+    torch.testing.assert_close(found.latents, expected.latents, rtol=1e-3, atol=1e-4)
 
 
 def test_latents_that_are_not_finite_are_not_written(tiny_teacher: Path, tmp_path: Path) -> None:

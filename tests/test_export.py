@@ -10,17 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from cli import runner
 from safetensors.torch import load_file, save_file
 
 from diffusion2gan.distill.run import load_student
 from diffusion2gan.distill.student import Student
 from diffusion2gan.distill.train import distill
 from diffusion2gan.errors import UserError
-from diffusion2gan.export import export, write_pipeline
+from diffusion2gan.export import export, model_card, write_pipeline
 from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.store import PairsSpec
+from diffusion2gan.pipelines.system import load_system
 from diffusion2gan.recipe import Recipe
+from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.lock import exclusive_lock
 from diffusion2gan.teacher.loading import load_teacher
 
@@ -145,6 +149,72 @@ def test_folder_describes_its_run(runs: dict[str, Path], tmp_path: Path) -> None
     assert [path.name for path in out.parent.iterdir()] == ["export"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+    ],
+)
+def test_flipped_bit_in_an_export_is_refused(
+    name: str, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "export"
+    export(runs["tiny_teacher"], out)
+    written = json.loads((out / "diffusion2gan.json").read_text())["sha256"]
+    names = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert written.keys() == names - {"README.md", "diffusion2gan.json", "model_index.json"}
+    load_system(str(out))
+
+    # One bit near the end of the file: the last weight, or a digit of the JSON
+    content = bytearray((out / name).read_bytes())
+    position = len(content) - 2
+    while name.endswith(".json") and not chr(content[position]).isdigit():
+        position -= 1
+    content[position] ^= 1
+    (out / name).write_bytes(content)
+
+    # Every command refuses it
+    (tmp_path / "prompts.txt").write_text("a red ring\n")
+    commands = [
+        ["generate", out, "--prompt", "a red ring", "--out", tmp_path / "x.png"],
+        ["evaluate", out, "--out", tmp_path / "metrics.json"],
+        [
+            "compare",
+            "--system",
+            f"a={out}",
+            "--prompts",
+            tmp_path / "prompts.txt",
+            "--out",
+            tmp_path / "compare",
+        ],
+        ["serve", out, "--port", 0],
+    ]
+    for command in commands:
+        runner.assert_refused(
+            runner.run(*command), 1, f"{out / name} is damaged", "sha256", written[name][:16]
+        )
+    assert not (tmp_path / "x.png").exists() and not (tmp_path / "metrics.json").exists()
+
+    # A changed file may be used on purpose
+    monkeypatch.setenv("DIFFUSION2GAN_VERIFY", "0")
+    load_system(str(out))
+
+
+def test_files_of_runs_and_exports_follow_the_umask(runs: dict[str, Path], tmp_path: Path) -> None:
+    previous = os.umask(0o027)
+    try:
+        export(runs["tiny_teacher"], tmp_path / "export")
+        checkpoint.save(tmp_path / "run" / "checkpoint.safetensors", {"a": torch.ones(2)}, {})
+    finally:
+        os.umask(previous)
+    for path in tmp_path.rglob("*"):
+        expected = 0o750 if path.is_dir() else 0o640
+        assert path.stat().st_mode & 0o777 == expected, path
+
+
 def test_configs_do_not_contain_the_teachers_path(runs: dict[str, Path], tmp_path: Path) -> None:
     for style, run in runs.items():
         export(run, tmp_path / style)
@@ -224,3 +294,32 @@ def test_missing_run_and_missing_checkpoint_are_reported(
     with pytest.raises(UserError, match="has no checkpoint yet"):
         export(new_run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_model_card_shows_odd_names_as_they_are(runs: dict[str, Path], tmp_path: Path) -> None:
+    teacher, _, description = load_student(runs["tiny_teacher"])
+    description["pairs"]["teacher"] = "a`b``\n---\nlicense: mit\n# [x](http://example.com) <b>"
+    description["metrics"] = {"a|b\n# heading": 1.0}
+    source = tmp_path / "teacher"
+    source.mkdir()
+    (source / "README.md").write_bytes(b"---\nlicense: [&x\n---\n\xff")
+    teacher.folder = source
+    export(runs["tiny_teacher"], tmp_path / "export")
+    card = model_card(description, teacher, tmp_path / "export")
+
+    _, header, body = card.split("---\n", 2)
+    assert yaml.safe_load(header)["license"] == "[&x"
+    headings = [line for line in body.splitlines() if line.startswith("#")]
+    assert [line.split()[1] for line in headings] == [
+        "One-step",
+        "Usage",
+        "Training",
+        "Evaluation",
+        "License",
+    ]
+    assert (
+        r"# One-step student of a\`b\`\` --- license: mit \# \[x\](http://example.com) &lt;b&gt;"
+        in body
+    )
+    assert "- Teacher: ``` a`b`` --- license: mit # [x](http://example.com) <b> ```, " in body
+    assert r"a&#124;b \# heading 1" in body

@@ -18,8 +18,9 @@ from diffusion2gan.distill.student import Student
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import parse_recipe
 from diffusion2gan.runtime import checkpoint
-from diffusion2gan.runtime.files import atomic_write, read_json
+from diffusion2gan.runtime.files import atomic_write, hash_files, read_json
 from diffusion2gan.runtime.lock import exclusive_lock
+from diffusion2gan.runtime.markdown import inline_code, markdown_text, yaml_text
 from diffusion2gan.teacher.loading import absent_components
 from diffusion2gan.teacher.one_step import one_step_scheduler
 from diffusion2gan.teacher.pipeline import Teacher
@@ -35,7 +36,7 @@ license: {licence}
 # One-step student of {teacher}
 
 This text-to-image pipeline generates an image in one step, without classifier-free guidance.
-It was distilled from `{teacher}` with diffusion2gan, an implementation of *Distilling Diffusion
+It was distilled from {teacher_code} with diffusion2gan, an implementation of *Distilling Diffusion
 Models into Conditional GANs* (Kang et al., ECCV 2024).
 
 ## Usage
@@ -49,11 +50,11 @@ image = pipe("a prompt"{size}, num_inference_steps=1, guidance_scale=0).images[0
 {lora}
 ## Training
 
-- Teacher: `{teacher}`, weights {revision}
+- Teacher: {teacher_code}, weights {revision}
 - Training data: {num_pairs} noise→image pairs from the teacher ({steps} steps of the
-  deterministic solver `{solver}`, guidance scale {guidance})
+  deterministic solver {solver}, guidance scale {guidance})
 - Pairs seen in training: {pairs_seen}
-- Loss: `{loss}`
+- Loss: {loss}
 - Trained weights: {trained_weights}
 
 All settings of the run are in `diffusion2gan.json`.
@@ -105,13 +106,20 @@ def export(run: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
     if (run / "metrics.json").is_file():
         description = {**description, "metrics": read_json(run / "metrics.json")}
 
-    # 3. Pipeline, LoRA, model card and description
+    # 3. Pipeline and LoRA
     with exclusive_lock(out), atomic_write(out) as temporary:
         write_pipeline(teacher, student.fused(), temporary, dtype)
         lora = student.lora()
         if lora is not None:
             write_lora(teacher, lora, temporary / "lora", dtype)
 
+        # 4. Digests; model_index.json may be edited later, to leave a text encoder out
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        names = [path.relative_to(temporary).as_posix() for path in files]
+        names.remove("model_index.json")
+        description = {**description, "sha256": hash_files(temporary, names)}
+
+        # 5. Model card and description
         card = model_card(description, teacher, temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         (temporary / "diffusion2gan.json").write_text(
@@ -193,21 +201,24 @@ def model_card(description: dict[str, Any], teacher: Teacher, folder: Path) -> s
 
     licence = read_licence(teacher)
     return MODEL_CARD.format(
-        teacher=pairs["teacher"],
-        revision=pairs["revision"],
+        teacher=markdown_text(pairs["teacher"]),
+        teacher_code=inline_code(pairs["teacher"]),
+        revision=markdown_text(pairs["revision"]),
         num_pairs=pairs["count"],
-        solver=pairs.get("solver", "ddim"),  # sets from before the choice
+        solver=inline_code(pairs.get("solver", "ddim")),  # sets from before the choice
         steps=pairs["num_inference_steps"],
         guidance=pairs["guidance_scale"],
         pairs_seen=description["pairs_seen"],
-        loss=recipe["loss"],
+        loss=inline_code(recipe["loss"]),
         trained_weights=trained_weights,
         absent=absent,
         size=size,
         lora=lora,
         metrics=format_metrics(description),
-        licence=licence or "other",
-        licence_note=licence or "its folder does not state it; see where the teacher was published",
+        licence=yaml_text(licence or "other"),
+        licence_note=markdown_text(
+            licence or "its folder does not state it; see where the teacher was published"
+        ),
     )
 
 
@@ -219,12 +230,18 @@ def read_licence(teacher: Teacher) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    field = re.search(r"^license(?:_name)?: *(\S+)", card.read_text("utf-8"), re.M)
-    return field.group(1) if field else None
+    text = card.read_text("utf-8", errors="replace")
+    field = re.search(r"^license(?:_name)?: *(\S+)", text, re.M)
+    return field.group(1).strip("\"'") if field else None
 
 
 def format_metrics(description: dict[str, Any]) -> str:
     """The metrics that `evaluate` wrote to the run's metrics.json, if any."""
     metrics = description.get("metrics") or {}
-    numbers = [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, float)]
+    if not isinstance(metrics, dict):
+        return "not measured"
+    numbers = []
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            numbers.append(f"{markdown_text(name)} {value:.4g}")
     return ", ".join(numbers) if numbers else "not measured"

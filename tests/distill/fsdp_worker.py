@@ -17,6 +17,7 @@ from torch import Tensor
 from diffusion2gan.distill.losses import build_distance
 from diffusion2gan.distill.run import Run
 from diffusion2gan.distill.steps import step
+from diffusion2gan.errors import Failure
 from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import fsdp
@@ -51,6 +52,19 @@ def finite_norms(entry: dict[str, Any]) -> list[bool]:
     return [math.isfinite(entry["grad_norm"]), math.isfinite(entry["d_grad_norm"])]
 
 
+def save_with_nan(run: Run, folder: Path) -> str:
+    """The error of saving while a weight in the shard of rank 1 is NaN."""
+    weight = next(iter(run.student.trained.parameters()))
+    with torch.no_grad():
+        if run.group.ranks.rank == 1:
+            fsdp.local_shard(weight).view(-1)[-1] = math.nan
+    try:
+        run.save(folder)
+    except Failure as error:
+        return str(error)
+    return ""
+
+
 def main(folder: Path, out: Path) -> None:
     settings = json.loads((folder / "recipe.json").read_text())
     recipe = Recipe(**{**settings, "strategy": "fsdp"})
@@ -76,6 +90,9 @@ def main(folder: Path, out: Path) -> None:
         good_entry = step(run, next(batches), distance)[0].read()
         change = float((full_state(run) - before).abs().max())
 
+        # A weight that is NaN in the shard of rank 1 alone: no rank writes a checkpoint
+        message = save_with_nan(run, out / "run")
+
         tensors = sharded_tensors(run)
         num_local = sum(tensor.to_local().numel() for tensor in tensors)  # type: ignore[attr-defined]
         result = {
@@ -83,6 +100,7 @@ def main(folder: Path, out: Path) -> None:
             "finite": finite_norms(good_entry),
             "change_with_nan": change_with_nan,
             "change": change,
+            "message": message,
             "local_share": num_local / sum(tensor.numel() for tensor in tensors),
         }
         (out / f"{group.ranks.rank}.json").write_text(json.dumps(result))

@@ -86,6 +86,10 @@ def test_memory_is_shared_and_nan_on_one_rank_skips_on_all(
         assert result["change_with_nan"] == 0.0
         assert result["change"] > 0.0
 
+        # A weight that is NaN on rank 1: both ranks end, and nothing is written
+        assert "1 of the " in result["message"] and "no checkpoint was written" in result["message"]
+        assert not (tmp_path / "run").exists()
+
         # Weights, Adam's averages and the EMA
         assert 0.45 < result["local_share"] < 0.55
 

@@ -14,7 +14,7 @@ from torch import from_numpy
 
 from diffusion2gan import assets
 from diffusion2gan.evaluate import pocket
-from diffusion2gan.evaluate.features import PocketClip, load_probe, score_attributes
+from diffusion2gan.evaluate.features import PocketClip, load_probe, probe_features, score_attributes
 from diffusion2gan.evaluate.images import ImageSet
 from diffusion2gan.evaluate.metrics import accuracy, clip_score
 from diffusion2gan.evaluate.pocket import HELD_OUT_WORLD, collect_pocket_images, real_images
@@ -184,3 +184,18 @@ def test_device_and_precision_apply_to_the_systems(tmp_path: Path) -> None:
 def load_teacher_in_two_steps(name: str, **options: str) -> System:
     assert options["precision"] in ("float32", "bfloat16")
     return load_system(name, 2, **options)
+
+
+def test_images_from_the_cache_have_the_features_of_fresh_ones_bit_for_bit(tmp_path: Path) -> None:
+    """Convolutions round differently if their input has another order in memory."""
+    prompts = scenes.captions(range(6), 1000)
+    image_set = ImageSet(load_system("pocket-student"), prompts, 0, tmp_path)
+    fresh = collect_pocket_images(image_set)
+    cached = collect_pocket_images(image_set)
+    assert fresh.strides == cached.strides and np.array_equal(fresh, cached)
+    probe = load_probe()
+    expected = probe_features(probe, cached)
+    assert np.array_equal(probe_features(probe, fresh), expected)
+    other_order = np.ascontiguousarray(cached.transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+    assert other_order.strides != cached.strides
+    assert np.array_equal(probe_features(probe, other_order), expected)

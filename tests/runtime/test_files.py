@@ -228,3 +228,45 @@ def test_json_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(UserError, match="is not JSON"):
             read_json(path)
+
+
+def test_temporary_folders_of_killed_processes_are_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f"serve.{files.HOST}-{dead.pid}.abc" / "deep").mkdir(parents=True)
+    kept = [
+        f"serve.another-{dead.pid}.abc",
+        f"serve.{files.HOST}-{os.getppid()}.abc",
+        f"other.{files.HOST}-{dead.pid}.abc",
+    ]
+    for name in kept:
+        (tmp_path / name).mkdir()
+    with files.temporary_folder("serve") as folder:
+        assert folder.parent == tmp_path and folder.is_dir()
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert names(tmp_path) == sorted([*kept, folder.name])
+    assert names(tmp_path) == sorted(kept)
+
+    # Killed inside the block, and found by the next process
+    program = (
+        "import os, signal; from diffusion2gan.runtime.files import temporary_folder\n"
+        "with temporary_folder('serve'): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=False)
+    assert len(names(tmp_path)) == len(kept) + 1
+    with files.temporary_folder("serve"):
+        assert len(names(tmp_path)) == len(kept) + 1
+    assert names(tmp_path) == sorted(kept)
+
+
+def test_json_with_file_names_that_are_not_utf8(tmp_path: Path) -> None:
+    value = {"file": os.fsdecode(b"caf\xe9.png"), "prompt": "café ✓"}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    assert "✓" not in (tmp_path / "a.json").read_text()
+    write_json(tmp_path / "a.json", {"prompt": "café ✓"})
+    assert "✓" in (tmp_path / "a.json").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import shutil
 import subprocess
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from diffusion2gan.errors import Failure
 from diffusion2gan.runtime import checkpoint, sharded_checkpoint
+from diffusion2gan.runtime.files import sha256
 
 WRITE = """
-import os, sys
+import json, os, sys
 from pathlib import Path
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -39,7 +41,8 @@ def main(out):
         write = sharded_checkpoint.prepare_write(out / "parts", tensors, second_group)
         for value in tensors.values():
             value.zero_()  # training continues before the shards are written
-        write()
+        digests = write()
+        (out / f"digests{group.ranks.rank}").write_text(json.dumps(digests))
         folder = out / "no" / "such" if group.ranks.is_main else Path(__file__) / "below"
         failing_write = sharded_checkpoint.prepare_write(folder, tensors, second_group)
         try:
@@ -79,7 +82,7 @@ def test_one_process_reads_the_shards_of_two_ranks(written: Path) -> None:
     numels = {key: value.numel() for key, value in state().items()}
     files = sharded_checkpoint.check_written(written / "parts", numels)
     assert list(files) == NAMES and min(files.values()) > 0
-    found = sharded_checkpoint.load(written / "parts", files)
+    found = sharded_checkpoint.load(written / "parts", files, {})
     assert found.keys() == state().keys()
     for key, value in state().items():
         assert found[key].dtype == value.dtype and torch.equal(found[key], value), key
@@ -137,6 +140,26 @@ def test_a_missing_altered_or_extra_shard_is_named(written: Path, tmp_path: Path
                 checkpoint.load(tmp_path / "newest")
 
 
+def test_a_flipped_bit_in_a_shard_is_noticed(written: Path, tmp_path: Path) -> None:
+    """Sizes and headers fit, so that only the digests, equal on both ranks, show it."""
+    digests = json.loads((written / "digests0").read_text())
+    assert digests == json.loads((written / "digests1").read_text())
+    assert digests == {name: sha256(written / "parts" / name) for name in NAMES}
+    files = sharded_checkpoint.file_sizes(written / "parts")
+    shutil.copytree(written / "parts", tmp_path / "parts")
+    parts = {"folder": "parts", "files": files, "sha256": digests}
+    checkpoint.save(tmp_path / "newest", {}, {"parts": parts})
+    assert torch.equal(checkpoint.load(tmp_path / "newest")[0]["rows/5"], state()["rows/5"])
+
+    for name in NAMES:
+        path = tmp_path / "parts" / name
+        intact = path.read_bytes()
+        path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+        with pytest.raises(Failure, match=rf"{name} is damaged .*{digests[name][:16]}"):
+            checkpoint.load(tmp_path / "newest")
+        path.write_bytes(intact)
+
+
 class Bomb:
     def __reduce__(self) -> tuple[object, tuple[str]]:
         return (exec, ("raise SystemExit('unpickled')",))
@@ -149,7 +172,7 @@ def test_pickled_metadata_is_never_loaded(written: Path, tmp_path: Path) -> None
         pickle.loads((tmp_path / "parts" / ".metadata").read_bytes())
     assert (
         sharded_checkpoint.load(
-            tmp_path / "parts", sharded_checkpoint.file_sizes(written / "parts")
+            tmp_path / "parts", sharded_checkpoint.file_sizes(written / "parts"), {}
         ).keys()
         == state().keys()
     )

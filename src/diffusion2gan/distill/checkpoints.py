@@ -18,7 +18,7 @@ from torch import Tensor
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import Recipe
 from diffusion2gan.runtime import checkpoint
-from diffusion2gan.runtime.files import atomic_write
+from diffusion2gan.runtime.files import atomic_write, flush_folder
 
 CHECKPOINT = "checkpoint.safetensors"  # the newest, from which the run resumes
 BEST = "checkpoint-best.safetensors"
@@ -49,11 +49,15 @@ def unfinished_shards(folder: Path, pairs_seen: int) -> Path:
 
 
 def write_sharded(
-    folder: Path, files: dict[str, int], meta: dict[str, Any], recipe: Recipe
+    folder: Path,
+    files: dict[str, int],
+    digests: dict[str, str],
+    meta: dict[str, Any],
+    recipe: Recipe,
 ) -> None:
     """As `write`, for shards that all ranks have written to `unfinished_shards`.
 
-    `files`: the names and sizes in bytes of the shard files.
+    `files`: the names and sizes in bytes of the shard files. `digests`: their names and sha256.
     """
     # A resumed run may save again at the same progress, while the earlier folder is still in use
     pairs_seen = meta["pairs_seen"]
@@ -62,8 +66,11 @@ def write_sharded(
         number += 1
     name = f"parts-{pairs_seen:09d}-{number}"
 
-    os.replace(unfinished_shards(folder, pairs_seen), folder / name)
-    write(folder, {}, {**meta, "parts": {"folder": name, "files": files}}, recipe)
+    unfinished = unfinished_shards(folder, pairs_seen)
+    flush_folder(unfinished)
+    os.replace(unfinished, folder / name)
+    parts = {"folder": name, "files": files, "sha256": digests}
+    write(folder, {}, {**meta, "parts": parts}, recipe)
 
 
 def keep(folder: Path, recipe: Recipe) -> None:

@@ -192,10 +192,10 @@ class Run:
         numels = {key: value.numel() for key, value in tensors.items()}
 
         def write() -> None:
-            write_shards()
+            digests = write_shards()
             if self.group.ranks.is_main:
                 files = sharded_checkpoint.check_written(shards_folder, numels)
-                checkpoints.write_sharded(folder, files, meta, self.recipe)
+                checkpoints.write_sharded(folder, files, digests, meta, self.recipe)
 
         self._background.start(write)
 

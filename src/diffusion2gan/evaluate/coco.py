@@ -301,4 +301,4 @@ def _frechet_distance(a: metrics.Features, b: metrics.Features) -> float:
 def _digest_files(files: Sequence[Path]) -> str:
     """sha256 of the names and contents of `files`."""
     lines = [f"{path.name}:{sha256(path)}\n" for path in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

@@ -126,7 +126,8 @@ def _load_or_generate(
             rows = slice(first, first + image_set.batch_size)
             noise = noise_from_seeds(seeds[rows], system.latent_shape)  # [B, C, h, w]
             batches.append(system.generate(prompts[rows], noise))
-        return {"pictures": torch.from_numpy(np.concatenate(batches))}
+        # As they are read from the cache: channels last in memory
+        return {"pictures": torch.from_numpy(np.ascontiguousarray(np.concatenate(batches)))}
 
     path = image_set.folder / f"{start:06d}-{len(prompts)}.safetensors"
     tensors = load_or_compute(path, {"prompts": prompts}, generate)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.runtime.cache import Unreadable
-from diffusion2gan.runtime.files import walk_files
+from diffusion2gan.runtime.files import translate_error, walk_files
 from diffusion2gan.runtime.images import from_uint8, read_rgb
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -90,7 +90,7 @@ def _open_folders(folder: Path) -> LabelledImages:
     # The set is identified by its files' names and sizes.
     digest = hashlib.sha256()
     for name, path in zip(names, paths, strict=True):
-        digest.update(f"{name}:{file_size(path)}\n".encode())
+        digest.update(f"{name}:{file_size(path)}\n".encode("utf-8", "surrogateescape"))
     return LabelledImages(classes, names, labels, paths.__getitem__, digest.hexdigest()[:16])
 
 
@@ -194,13 +194,17 @@ def read_labels(column: Iterable[Any], folder: Path) -> list[int]:
 def read_image(source: Path | bytes, name: str, size: int | None = None) -> Tensor:
     """[3, size, size] uint8: the shorter side resized (Lanczos), then cropped at the centre.
 
-    With size None the image keeps its size. Raises Unreadable with `name` if it is damaged.
+    With size None the image keeps its size. Raises Unreadable with `name` if it is damaged,
+    Failure if the machine cannot read it.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         image = read_rgb(file)
     except Exception as error:
         # Pillow raises many kinds for damaged files: OSError, SyntaxError, struct.error, …
+        failure = translate_error(name, error)
+        if failure is not None:
+            raise failure from error
         raise Unreadable(f"{name} ({type(error).__name__})") from error
 
     if size is not None:

@@ -17,6 +17,7 @@ from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import atomic_write, read_json, write_json
+from diffusion2gan.runtime.markdown import markdown_text
 from diffusion2gan.runtime.progress import console
 
 POCKET_FACTOR = 4  # the pocket VAE's downsampling factor
@@ -223,6 +224,6 @@ def render_card(config: dict[str, Any], note: str) -> str:
         norm=norm,
         widths=", ".join(map(str, config["widths"])),
         num_dropped=config["num_dropped"],
-        note=f"\n\n{note}" if note else "",
+        note=f"\n\n{markdown_text(note)}" if note else "",
         **usage,
     )

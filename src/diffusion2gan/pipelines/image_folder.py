@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.pipelines.system import System, load_system
-from diffusion2gan.runtime.files import check_downloaded, sha256, walk_files
+from diffusion2gan.runtime.files import check_downloaded, sha256, translate_error, walk_files
 from diffusion2gan.runtime.images import read_rgb
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -128,6 +128,9 @@ def read_image(path: Path) -> Images:
         return np.asarray(read_rgb(path))
     except Exception as error:
         # For damaged files Pillow raises many kinds: OSError, SyntaxError, struct.error, …
+        failure = translate_error(path, error)
+        if failure is not None:
+            raise failure from error
         raise UserError(
             f"{path} cannot be read as an image ({type(error).__name__}: {error}); replace it"
         ) from error

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.runtime.files import check_downloaded
+from diffusion2gan.runtime.files import check_downloaded, translate_error
 from diffusion2gan.teacher import strict_loading
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
@@ -255,6 +255,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:
         # Damaged files raise errors of their format: safetensors, zip, unpickling
+        failure = translate_error(path, error)
+        if failure is not None:
+            raise failure from error
         raise UserError(f"{path} cannot be read ({error}); download it again") from error
 
 
@@ -263,9 +266,12 @@ def _merge_lora(pipeline: DiffusionPipeline, path: Path, tensors: dict[str, Tens
         strict_loading.load_lora(pipeline, path, tensors)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:
+        failure = translate_error(path, error)
+        if failure is not None:
+            raise failure from error
         # A LoRA of other layers or sizes raises many kinds: ValueError, KeyError, RuntimeError, …
         if "peft" in str(error).lower():
             raise UserError(

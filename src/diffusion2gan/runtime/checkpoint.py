@@ -7,7 +7,8 @@ The tensors may instead be in a folder of shards beside the file, written by sev
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion2gan.errors import Failure, UserError
-from diffusion2gan.runtime import fsdp, sharded_checkpoint
-from diffusion2gan.runtime.files import atomic_write
+from diffusion2gan.runtime import fsdp, integrity, sharded_checkpoint
+from diffusion2gan.runtime.files import atomic_write, translate_error
+
+DIGESTS = "sha256"  # the header's key for the digests
 
 
 class Stateful(Protocol):
@@ -28,15 +31,22 @@ class Stateful(Protocol):
 
 
 def save(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Writes `tensors` and `meta` (JSON) atomically."""
+    """Writes `tensors` and `meta` (JSON) atomically, with digests of both."""
     on_cpu = {key: value.detach().contiguous().cpu() for key, value in tensors.items()}
+    digests = {
+        "meta": integrity.hash_text(json.dumps(meta)),
+        "tensors": integrity.hash_tensors(on_cpu),
+    }
+    # One entry in the file's header: safetensors writes several in a random order
+    header = json.dumps({**meta, DIGESTS: digests})
     with atomic_write(path) as temporary:
-        save_file(on_cpu, temporary, {"meta": json.dumps(meta)})
+        save_file(on_cpu, temporary, {"meta": header})
 
 
 def meta(path: Path) -> dict[str, Any]:
     """The `meta` given to `save`, without reading the tensors. Raises as `load` does."""
-    return _read(path, with_tensors=False)[1]
+    with open_checkpoint(path) as (_, header, _):
+        return header
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -44,39 +54,59 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises UserError if there is no such file, Failure if it or one of its shards is damaged.
     """
-    tensors, header = _read(path, with_tensors=True)
+    tensors: dict[str, Tensor] = {}
+    with open_checkpoint(path) as (file, header, written):
+        for key in file.keys():  # noqa: SIM118
+            tensors[key] = file.get_tensor(key)
+        if written is not None and integrity.is_verifying():
+            found = integrity.hash_tensors(tensors)
+            if found != written:
+                raise damaged(path, integrity.describe_difference(found, written))
+
     if "parts" in header:
         shards = header["parts"]
-        tensors = sharded_checkpoint.load(path.parent / shards["folder"], shards["files"])
+        is_named = isinstance(shards, dict) and isinstance(shards.get("folder"), str)
+        if not is_named or not isinstance(shards.get("files"), dict):
+            raise damaged(path, "its header does not name the files of its shards")
+        folder = path.parent / shards["folder"]
+        tensors = sharded_checkpoint.load(folder, shards["files"], shards.get("sha256", {}))
     return tensors, header
 
 
-def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors: dict[str, Tensor] = {}
+@contextmanager
+def open_checkpoint(path: Path) -> Iterator[tuple[Any, dict[str, Any], str | None]]:
+    """Yields (the open safetensors file, `meta` as given to `save`, the digest of the tensors).
+
+    The digest is None if the file has none. Errors of reading in the block are translated: raises
+    UserError if there is no such file, Failure if it is damaged or cannot be read.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("meta", "{}"))
-            if with_tensors:
-                for key in file.keys():  # noqa: SIM118
-                    tensors[key] = file.get_tensor(key)
-    except OSError as error:
+            if not isinstance(header, dict):
+                raise damaged(path, "its header is not a JSON object")
+            digests = header.pop(DIGESTS, None) or {}
+
+            if "meta" in digests and integrity.is_verifying():
+                found = integrity.hash_text(json.dumps(header))
+                if found != digests["meta"]:
+                    difference = integrity.describe_difference(found, digests["meta"])
+                    raise damaged(path, f"header: {difference}")
+            yield file, header, digests.get("tensors")
+    except (OSError, MemoryError) as error:
         raise _reading_error(path, error) from error
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
-
-    if not isinstance(header, dict):
-        raise _damaged(path, "its header is not a JSON object")
-    return tensors, header
+    except (SafetensorError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise translate_error(path, error) or damaged(path, str(error)) from error
 
 
-def _damaged(path: Path, problem: str) -> Failure:
+def damaged(path: Path, problem: str) -> Failure:
     return Failure(
-        f"checkpoint {path} is damaged ({problem}). Restore it from a copy, or move it away to "
-        "start this stage again."
+        f"{path} is damaged ({problem}). Restore it from a copy, or move it away and run the "
+        "command that made it again."
     )
 
 
-def _reading_error(path: Path, error: OSError) -> UserError | Failure:
+def _reading_error(path: Path, error: OSError | MemoryError) -> UserError | Failure:
     """What to raise for a file that cannot be opened.
 
     safetensors reports every such error as a missing file, so it is opened again to find out.
@@ -88,10 +118,7 @@ def _reading_error(path: Path, error: OSError) -> UserError | Failure:
         return UserError(f"no such file: {path}")
     except OSError as cause:
         error = cause
-    return Failure(
-        f"checkpoint {path} cannot be read ({error.strerror or error}). It may be intact: check "
-        "its permissions and the disk, and run the same command again."
-    )
+    return translate_error(path, error) or Failure(f"{path} cannot be read ({error}).")
 
 
 def find_non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -151,7 +178,7 @@ def check_counts(path: Path, header: dict[str, Any], *keys: str) -> None:
     for key in keys:
         value = header.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise _damaged(path, f"its header has {key} = {value!r}")
+            raise damaged(path, f"its header has {key} = {value!r}")
 
 
 def pack(name: str, source: Stateful) -> dict[str, Tensor]:

@@ -252,7 +252,7 @@ class Group:
                 self._run_collective(partial(fsdp.unshard, module))
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's `tensor`, in rank order. On the CPU, and of one shape on all ranks."""
+        """Every rank's `tensor`, in rank order: of one shape, and on each rank's device."""
         if self.ranks.world_size == 1:
             return [tensor]
         gathered = [torch.empty_like(tensor) for _ in range(self.ranks.world_size)]

@@ -11,7 +11,9 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,20 +27,29 @@ from diffusion2gan.errors import Failure, UserError
 HOST = re.sub(r"[^\w]", "_", socket.gethostname())
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LFS_POINTER = b"version https://git-lfs"  # how the pointer file of Git LFS begins
+NUM_HASH_THREADS = min(4, os.cpu_count() or 1)  # sha256 releases the GIL
+# Some network disks cannot flush a folder
+NO_FLUSH_ERRORS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
+# Not the machine's: no file of that name, or (EINVAL, of torch) a file that is cut off
+OTHER_ERRORS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+# torch's error for main memory is a RuntimeError, "DefaultCPUAllocator: can't allocate memory"
+NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory")
 # What follows `.NAME.` in the temporary names of a file NAME: `HOST-PID.tmp`, `HOST-PID.old`, …
 LEFTOVER_SUFFIX = re.compile(r"(?:(?P<host>\w+)-)?(?P<number>\d+)\.(?P<kind>tmp.*|old)")
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path, flush_to_disk: bool = True) -> Iterator[Path]:
     """Yields a temporary path, renamed to `path` (file or folder) if the block succeeds.
 
     The temporary path has the name of `path` and is in a temporary folder beside it, which also
     holds whatever a library writes beside its target (safetensors writes to `.tmpXXXXXX` first);
     the next writer of `path` deletes the folder if this process is killed. After a crash, Ctrl-C
     or a full disk `path` is what it was before. Files get the permissions that `open` gives a new
-    file, whatever the block wrote them with. Raises Failure if the disk is full, OSError if `path`
-    cannot be written.
+    file, whatever the block wrote them with. The contents are flushed to the disk before the
+    rename and the folder after it, so that a power loss leaves the old or the new `path`; that
+    takes some 10 ms, which `flush_to_disk=False` saves for many small files on which nothing
+    relies. Raises Failure if the disk is full, OSError if `path` cannot be written.
     """
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
@@ -55,10 +66,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
             for file in temporary.rglob("*"):
                 if file.is_file() and not file.is_symlink():
                     _apply_umask(file)
+            if flush_to_disk:
+                flush_folder(temporary)
             _replace_folder(temporary, path)
         else:
             _apply_umask(temporary)
+            if flush_to_disk:
+                _flush(temporary)
             os.replace(temporary, path)
+        if flush_to_disk:
+            _flush(path.parent)
         _remove_abandoned(path)
     except (OSError, SafetensorError) as error:
         number = _error_number(error)
@@ -74,6 +91,43 @@ def atomic_write(path: Path) -> Iterator[Path]:
         # On a read-only disk there is no temporary, and the attempt to delete it fails.
         with contextlib.suppress(OSError):
             delete(scratch)
+
+
+def flush_folder(folder: Path) -> None:
+    """Waits until a folder and all files in it are on the disk."""
+    for path in folder.rglob("*"):
+        if not path.is_symlink():
+            _flush(path)
+    _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file's contents, or a folder's list of names, are on the disk."""
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (is_folder and error.errno in NO_FLUSH_ERRORS):
+            raise
+
+
+@contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """Yields a new folder in the system's temporary folder, deleted at the end.
+
+    Folders of this name that killed processes of this machine left are deleted too.
+    """
+    base = Path(tempfile.gettempdir())
+    for folder in base.glob(f"{name}.{HOST}-*"):
+        match = re.fullmatch(rf"{re.escape(name)}\.{HOST}-(\d+)\.\w+", folder.name)
+        if match and not _is_alive(int(match[1])):
+            delete(folder)
+    with tempfile.TemporaryDirectory(prefix=f"{name}.{HOST}-{os.getpid()}.", dir=base) as created:
+        yield Path(created)
 
 
 def _apply_umask(file: Path) -> None:
@@ -143,12 +197,33 @@ def delete(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _error_number(error: Exception) -> int | None:
+def _error_number(error: BaseException) -> int | None:
     """The operating system's error number; safetensors has it only in its message."""
     match = re.search(r"os error (\d+)", str(error))
     if match:
         return int(match[1])
     return getattr(error, "errno", None)
+
+
+def translate_error(name: object, error: BaseException) -> Failure | None:
+    """The Failure to raise if `error` is the machine's and `name` may be intact.
+
+    That is an error of permissions, of the disk, of too many open files or of too little memory.
+    None for all others, such as those of a file's contents.
+    """
+    number = _error_number(error)
+    is_memory = isinstance(error, MemoryError) or NO_MEMORY.search(str(error))
+    if is_memory or number == errno.ENOMEM:
+        return Failure(
+            f"there is not enough memory to read {name}. It may be intact: free some memory, or "
+            "use a machine with more, and run the same command again."
+        )
+    if number and number not in OTHER_ERRORS:
+        return Failure(
+            f"{name} cannot be read ({os.strerror(number)}). It may be intact: check its "
+            "permissions and the disk, and run the same command again."
+        )
+    return None
 
 
 def _replace_folder(new: Path, path: Path) -> None:
@@ -169,8 +244,18 @@ def _replace_folder(new: Path, path: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    if not _is_utf8(text):
+        text = json.dumps(value, indent=2) + "\n"  # names of files may be in another encoding
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_json(path: Path) -> Any:
@@ -234,14 +319,25 @@ def sha256(path: Path) -> str:
     if path.is_file():
         with path.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest()
-    lines = []
+    names = []
     for file in walk_files(path):
         if file.suffix == ".safetensors" or file.name == "scheduler_config.json":
-            lines.append(f"{file.relative_to(path)}:{sha256(file)}\n")
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+            names.append(str(file.relative_to(path)))
+    lines = [f"{name}:{digest}\n" for name, digest in hash_files(path, names).items()]
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def write_image(path: Path, save: Callable[[Path], None]) -> None:
-    """Writes an image atomically by `save(temporary)`; Pillow infers the format from the suffix."""
-    with atomic_write(path) as temporary:
+def hash_files(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """{name: sha256} of files in `folder`, in the order of `names`."""
+    with ThreadPoolExecutor(NUM_HASH_THREADS) as pool:
+        digests = pool.map(sha256, [folder / name for name in names])
+        return dict(zip(names, digests, strict=True))
+
+
+def write_image(path: Path, save: Callable[[Path], None], flush_to_disk: bool = True) -> None:
+    """Writes an image atomically by `save(temporary)`; Pillow infers the format from the suffix.
+
+    `flush_to_disk` as in `atomic_write`.
+    """
+    with atomic_write(path, flush_to_disk) as temporary:
         save(temporary)

@@ -57,8 +57,13 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 
 def from_uint8(images: np.ndarray) -> Tensor:
-    """[B, H, W, 3] uint8 → [B, 3, H, W] float32 in [−1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """[B, H, W, 3] uint8 → [B, 3, H, W] float32 in [−1, 1], contiguous.
+
+    A convolution's last bit depends on the order of its input in memory, which must not depend on
+    where the images come from.
+    """
+    channels_first = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return channels_first.float() / 127.5 - 1
 
 
 def to_pillow(images: Tensor) -> list[Image.Image]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,26 +27,30 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from diffusion2gan.errors import Failure
+from diffusion2gan.runtime import integrity
+from diffusion2gan.runtime.files import hash_files, translate_error
 
 REMEDY = "Restore the original file, or use another checkpoint of the run."
 
 
 def prepare_write(
     folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup
-) -> Callable[[], None]:
+) -> Callable[[], dict[str, str]]:
     """Copies this rank's shards of `tensors` to CPU memory; returns the function that writes them.
 
     All ranks must call both, the second possibly in a thread: it communicates over `group`, which
-    must not be used otherwise meanwhile. It returns when the shards of all ranks are on disk, and
-    raises Failure if one could not be written.
+    must not be used otherwise meanwhile. When the shards of all ranks are on disk, it returns
+    {file name: sha256} of them. It raises Failure if one could not be written.
     """
     storage = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     copied = storage.stage(tensors)
 
-    def write() -> None:
+    def write() -> dict[str, str]:
         try:
+            # DCP flushes each file
             state_dict_saver.save(copied, storage_writer=storage, process_group=group)
-        except (CheckpointException, RuntimeError) as error:
+            return _hash_shards(folder, group)
+        except (CheckpointException, RuntimeError, OSError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise Failure(
                 f"the shards of a checkpoint could not be written to {folder} "
@@ -53,6 +59,28 @@ def prepare_write(
             ) from error
 
     return write
+
+
+def _hash_shards(folder: Path, group: dist.ProcessGroup) -> dict[str, str]:
+    """{file name: sha256} of the shards of all ranks; each rank reads those that it has written."""
+    rank = dist.get_rank(group)
+    names = [path.name for path in folder.glob(f"shard-{rank + 1:05d}-*.safetensors")]
+    problem = None
+    found: dict[str, str] = {}
+    try:
+        found = hash_files(folder, names)
+    except OSError as error:
+        problem = str(error)
+
+    # Also to all ranks: if one has failed
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, (found, problem), group=group)
+    digests: dict[str, str] = {}
+    for rank, (found, problem) in enumerate(gathered):
+        if problem is not None:
+            raise OSError(f"rank {rank}: {problem}")
+        digests |= found
+    return digests
 
 
 def describe_error(error: BaseException) -> str:
@@ -97,26 +125,51 @@ def file_sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}
 
 
-def load(folder: Path, expected: Mapping[str, int]) -> dict[str, Tensor]:
+def load(
+    folder: Path, expected: Mapping[str, int], digests: Mapping[str, str]
+) -> dict[str, Tensor]:
     """The full tensors, read by one process from the shards of any number of ranks.
 
     Raises Failure if the files are not those of `expected` {name: bytes} (DCP itself would leave
-    the elements of a missing shard uninitialised), or are damaged.
+    the elements of a missing shard uninitialised), or differ from their `digests` {name: sha256}.
     """
     _check_sizes(folder, expected)
+    with _translated_errors(folder):
+        integrity.check_files(folder, digests, REMEDY)
     storage = HuggingFaceStorageReader(str(folder))
-    try:
+    with _translated_errors(folder):
         # DCP loads into existing tensors
         tensors = {}
         for key, entry in _tensor_metadata(storage).items():
             tensors[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
         with warnings.catch_warnings(action="ignore"):  # DCP warns that one process reads it
             state_dict_loader.load(tensors, storage_reader=storage, no_dist=True)
-    except (SafetensorError, CheckpointException, KeyError, ValueError) as error:
+    return tensors
+
+
+@contextmanager
+def _translated_errors(folder: Path) -> Iterator[None]:
+    """Raises Failure for the errors of reading shards in the block."""
+    try:
+        yield
+    except (
+        SafetensorError,
+        CheckpointException,
+        KeyError,
+        ValueError,
+        OSError,
+        MemoryError,
+        RuntimeError,
+    ) as error:
+        # DCP collects the errors of the ranks
+        causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
+        for cause in causes:
+            failure = translate_error(folder, cause)
+            if failure is not None:
+                raise failure from error
         raise Failure(
             f"the shards in {folder} are damaged ({describe_error(error)}). {REMEDY}"
         ) from error
-    return tensors
 
 
 def _check_sizes(folder: Path, expected: Mapping[str, int]) -> None:

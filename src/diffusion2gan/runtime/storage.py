@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from typing import Any, TypeVar
 
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.runtime.environment import env_number
-from diffusion2gan.runtime.files import atomic_write
+from diffusion2gan.runtime.files import atomic_write, temporary_folder
 from diffusion2gan.runtime.progress import console
 
 T = TypeVar("T")
@@ -182,8 +181,8 @@ def atomic_put(location: Location, name: str) -> Iterator[Path]:
         return
 
     fs, path = _filesystem(location.url)
-    with tempfile.TemporaryDirectory(prefix="diffusion2gan-") as scratch:
-        temporary = Path(scratch) / name
+    with temporary_folder("diffusion2gan-upload") as scratch:
+        temporary = scratch / name
         yield temporary
         try:
             retry_with_backoff(

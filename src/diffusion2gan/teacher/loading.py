@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from diffusion2gan import assets
 from diffusion2gan.errors import UserError
+from diffusion2gan.runtime import integrity
 from diffusion2gan.runtime.distributed import resolve_device
 from diffusion2gan.runtime.files import read_json
 from diffusion2gan.teacher import hub, strict_loading, variants
@@ -133,10 +134,30 @@ def load_pipeline(folder: Path) -> DiffusionPipeline:
         options["safety_checker"] = None
         options["requires_safety_checker"] = False
     check_complete(folder, index, options)
+    check_digests(folder)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return strict_loading.load_pipeline(DiffusionPipeline, folder, options)
+
+
+def check_digests(folder: Path) -> None:
+    """Raises Failure if a file of an export differs from its digest in diffusion2gan.json.
+
+    Does nothing for other folders, and for exports of earlier versions, which have no digests.
+    """
+    path = folder / "diffusion2gan.json"
+    if not path.is_file():
+        return
+    description = read_json(path)
+    digests = description.get("sha256") if isinstance(description, dict) else None
+    if isinstance(digests, dict):
+        integrity.check_files(
+            folder,
+            {name: str(digest) for name, digest in digests.items()},
+            "Restore it from a copy, or export the run again. If you changed it on purpose, set "
+            f"{integrity.VARIABLE}=0 in the environment to use it as it is.",
+        )
 
 
 def absent_components(folder: Path) -> dict[str, None]:

@@ -4,19 +4,46 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.runtime.files import atomic_write
+from diffusion2gan.runtime import checkpoint, integrity
 from diffusion2gan.runtime.progress import Bar
 from diffusion2gan.teacher.conditioning import Conditioning
 
 PROMPTS_PER_FILE = 128
+ROW_DIGESTS = "prompts_sha256"  # the header's key for the digests of the prompts
+
+
+@dataclass
+class _File:
+    """The tensors of a file, mapped into memory: only the rows that are used are read.
+
+    Each row is compared with its digest when it is read for the first time.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    digests: list[str] | None
+    checked: set[int] = field(default_factory=set)
+
+    def read(self, row: int) -> dict[str, Tensor]:
+        """A prompt's tensors as they are stored. Raises Failure if its digest differs."""
+        if self.digests is not None and row not in self.checked and integrity.is_verifying():
+            found = _hash_row(self.tensors, row)
+            if found != self.digests[row]:
+                difference = integrity.describe_difference(found, self.digests[row])
+                raise checkpoint.damaged(self.path, f"prompt {row}: {difference}")
+            self.checked.add(row)
+        return {name: tensor[row] for name, tensor in self.tensors.items()}
+
+
+def _hash_row(tensors: dict[str, Tensor], row: int) -> str:
+    return integrity.hash_tensors({name: tensor[row] for name, tensor in tensors.items()})
 
 
 class PromptCache:
@@ -33,8 +60,8 @@ class PromptCache:
         encode: Callable[[list[str]], Conditioning],
         dtype: torch.dtype = torch.float16,
     ) -> None:
-        # Memory-mapped tensors of the files that have been read, by name
-        self._files: dict[Path, dict[str, Tensor]] = {}
+        # The files that have been read
+        self._files: dict[Path, _File] = {}
 
         # Where each prompt is stored: path and row
         unique = list(dict.fromkeys(prompts))
@@ -67,18 +94,16 @@ class PromptCache:
                     "set prompt_embeds=encoded to encode prompts during training"
                 )
             path, row = self._location[prompt]
-            for name, tensor in self._open(path).items():
-                rows.setdefault(name, []).append(tensor[row])
+            for name, tensor in self._open(path).read(row).items():
+                rows.setdefault(name, []).append(tensor)
         return Conditioning(**{name: torch.stack(values).float() for name, values in rows.items()})
 
-    def _open(self, path: Path) -> dict[str, Tensor]:
-        """The tensors of a file, mapped into memory: only the rows that are used are read."""
-        tensors = self._files.get(path)
-        if tensors is None:
-            with safe_open(path, framework="pt") as file:
+    def _open(self, path: Path) -> _File:
+        if path not in self._files:
+            with checkpoint.open_checkpoint(path) as (file, header, _):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            self._files[path] = tensors
-        return tensors
+            self._files[path] = _File(path, tensors, header.get(ROW_DIGESTS))
+        return self._files[path]
 
 
 def _file_name(prompts: list[str]) -> str:
@@ -99,6 +124,8 @@ def _write(path: Path, cond: Conditioning, dtype: torch.dtype) -> None:
             f"prompt embeddings are too large for {dtype}; "
             "set prompt_embeds=encoded to encode prompts during training"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary)
+
+    # A digest per prompt, because prompts are read one by one
+    num_rows = len(next(iter(tensors.values())))
+    digests = [_hash_row(tensors, row) for row in range(num_rows)]
+    checkpoint.save(path, tensors, {ROW_DIGESTS: digests})

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusion2gan.errors import Diffusion2GANError, UserError
-from diffusion2gan.runtime.files import check_downloaded, is_hidden, read_json
+from diffusion2gan.runtime.files import check_downloaded, is_hidden, read_json, translate_error
 from diffusion2gan.teacher import hub
 
 # Entries that are recomputed, or that belong to an output layer which the model does not have.
@@ -64,14 +64,17 @@ REMEDY = (
 def translated_errors(description: str, problem: str = "does not load") -> Iterator[None]:
     """Raises UserError `{description} {problem}: …` in place of any error of the libraries.
 
-    Incomplete and damaged folders raise all kinds of errors in them. This package's errors, and
-    those of a machine without memory, stay as they are.
+    Incomplete and damaged folders raise all kinds of errors in them. Raises Failure for errors of
+    the machine, such as too little memory. This package's errors stay as they are.
     """
     try:
         yield
-    except (Diffusion2GANError, MemoryError, torch.OutOfMemoryError):
+    except (Diffusion2GANError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        failure = translate_error(description, error)
+        if failure is not None:
+            raise failure from error
         raise UserError(f"{description} {problem}: {describe_error(error)}. {REMEDY}") from error
 
 

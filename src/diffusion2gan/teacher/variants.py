@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.runtime.files import check_downloaded, read_json, sha256
+from diffusion2gan.runtime.files import check_downloaded, read_json, sha256, translate_error
 from diffusion2gan.teacher import autoencoder, strict_loading
 from diffusion2gan.teacher.families import FAMILIES
 
@@ -224,17 +224,19 @@ def merge_loras(pipeline: Any, loras: str) -> None:
             strict_loading.load_lora(
                 pipeline, path, str(path), adapter_name="merged", local_files_only=True
             )
-        except (UserError, MemoryError):
+        except UserError:
             raise
-        except (OSError, SafetensorError) as error:
-            reason = strict_loading.describe_error(error)
-            raise UserError(
-                f"the LoRA {path} does not load: {reason}. Compare it with the original, or copy "
-                "or download it again."
-            ) from error
         except Exception as error:
-            # A LoRA of other layers or sizes raises many kinds: ValueError, KeyError, IndexError, …
+            failure = translate_error(f"the LoRA {path}", error)
+            if failure is not None:
+                raise failure from error
             reason = strict_loading.describe_error(error)
+            if isinstance(error, OSError | SafetensorError):
+                raise UserError(
+                    f"the LoRA {path} does not load: {reason}. Compare it with the original, or "
+                    "copy or download it again."
+                ) from error
+            # A LoRA of other layers or sizes raises many kinds: ValueError, KeyError, IndexError, …
             raise UserError(
                 f"the LoRA {path} does not fit this teacher's {kind} ({reason}); it was probably "
                 "made for another base model."

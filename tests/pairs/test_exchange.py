@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -108,3 +109,81 @@ def test_damaged_and_foreign_exports_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="other pairs than its name indicates"):
         import_webdataset(tmp_path / "tars", tmp_path / "back")
     assert read_shard(tmp_path / "back", 0).index == [0, 1, 2, 3]
+
+
+def rewrite(tar: Path, changes: dict[str, bytes], mode: str = "w") -> None:
+    """Writes a tar file again, with other contents for some of its files."""
+    with tarfile.open(tar) as file:
+        contents = {member.name: file.extractfile(member).read() for member in file}
+    with tarfile.open(tar, mode) as file:
+        for name, content in (contents | changes).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+
+
+def npy(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
+
+
+def huge_npy() -> bytes:
+    """The header of an array of 2 TB, and none of its numbers."""
+    buffer = io.BytesIO()
+    header = {"descr": "<f2", "fortran_order": False, "shape": (10**6, 10**6)}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
+
+
+def description(index: object, seed: object, prompt: object) -> bytes:
+    return json.dumps({"index": index, "seed": seed, "prompt": prompt}).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("00000005.json", description(5, 1, "a"), "other pairs than its name indicates"),
+        ("00000005.json", description("5", 5, "a"), "other pairs than its name indicates"),
+        ("00000005.json", description(5, pair_seed(3, 5), None), "a pair has no prompt"),
+        ("00000005.json", description(5, pair_seed(3, 5), 7), "a pair has no prompt"),
+        ("00000005.json", b"[" * 100_000, "is damaged"),
+        ("00000005.latents.npy", npy(np.full((4, 2, 3), np.nan, np.float16)), "not all finite"),
+        ("00000005.latents.npy", npy(np.zeros((4, 2, 3), np.float32)), "is damaged"),
+        ("00000005.latents.npy", huge_npy(), "is damaged"),
+        ("00000005.latents.npy", npy(np.zeros((4, 2, 3), np.float16))[:-2], "is damaged"),
+        ("00000005.noise.npy", npy(np.zeros((4, 2, 3), np.float16)), "not that of its seeds"),
+    ],
+)
+def test_import_refuses_values_that_no_export_writes(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    made = write(tmp_path / "made", range(3), dataclasses.replace(SPEC, keep_noise=True))
+    export_webdataset(made, tmp_path / "tars")
+    tar = tmp_path / "tars" / tar_name(1)
+    rewrite(tar, {})
+    assert import_webdataset(tmp_path / "tars", tmp_path / "same") == 3
+    rewrite(tar, {name: content})
+    with pytest.raises(Failure, match=rf"pairs-00001\.tar .*{message}"):
+        import_webdataset(tmp_path / "tars", tmp_path / "back")
+    assert not shard_path(tmp_path / "back", 1).exists()
+
+
+def test_import_reads_nothing_that_is_larger_in_memory_than_on_the_disk(tmp_path: Path) -> None:
+    made = write(tmp_path / "made", range(3))
+    export_webdataset(made, tmp_path / "tars")
+    tar = tmp_path / "tars" / tar_name(1)
+    content = tar.read_bytes()
+    rewrite(tar, {"bomb": bytes(10**6)}, "w:gz")
+    assert tar.stat().st_size < 10**5
+    with pytest.raises(Failure, match=r"pairs-00001\.tar is damaged"):
+        import_webdataset(tmp_path / "tars", tmp_path / "back")
+
+    # A sparse file of 1 TB, as GNU tar stores it
+    tar.write_bytes(content)
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    command = ["tar", "--append", "--sparse", "-f", str(tar), "-C", str(tmp_path), "sparse"]
+    if subprocess.run(command, check=False).returncode != 0:
+        pytest.skip("this tar has no --sparse")
+    assert import_webdataset(tmp_path / "tars", tmp_path / "back") == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +234,65 @@ def test_no_message_advises_deleting_a_shard_that_may_be_good(tmp_path: Path) ->
         read_shard(tmp_path, 2)
     for error in (raised, loop, damage):
         assert "delete" not in str(error.value).lower()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("count", 0),
+        ("count", -1),
+        ("count", 10**11),
+        ("count", "24"),
+        ("count", 24.0),
+        ("count", True),
+        ("count", None),
+        ("shard_size", 0),
+        ("shard_size", -4),
+        ("shard_size", "4"),
+        ("seed", 256),
+        ("seed", -1),
+        ("num_inference_steps", 0),
+        ("guidance_scale", "3"),
+        ("guidance_scale", -1.0),
+        ("guidance_scale", math.nan),
+        ("guidance_scale", math.inf),
+        ("latent_shape", [4, 2]),
+        ("latent_shape", [4, 2, 0]),
+        ("latent_shape", [4, 2, "3"]),
+        ("latent_shape", [4, 2, 10**9]),
+        ("keep_noise", 1),
+        ("teacher", 3),
+        ("prompts", None),
+        ("negative_prompt", ["a"]),
+        ("dtype", "float32"),
+        ("format", 2),
+    ],
+)
+def test_values_that_no_set_has_are_refused(key: str, value: object, tmp_path: Path) -> None:
+    write_set(tmp_path)
+    values = json.loads((tmp_path / "pairs.json").read_text())
+    (tmp_path / "pairs.json").write_text(json.dumps(values | {key: value}))
+    with pytest.raises(UserError, match=rf"pairs\.json does not describe .*{key} = "):
+        verify(tmp_path)
+    with pytest.raises(UserError, match=rf"pairs\.json does not describe .*{key} = "):
+        PairReader(tmp_path, 0)
+
+
+def test_shard_under_another_name_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    write_set(tmp_path)
+    shard_path(tmp_path, 1).write_bytes(shard_path(tmp_path, 0).read_bytes())
+    with pytest.raises(
+        Failure, match=r"00001\.parquet .*its pairs are not 4…7 \(first index \[0\]"
+    ):
+        read_shard(tmp_path, 1)
+    read_shard(tmp_path, 0)
+
+    # Seeds and prompts
+    pairs = some_pairs(SPEC, range(4, 8))
+    wrong_seed = dataclasses.replace(pairs, seed=[*pairs.seed[:3], 5])
+    no_prompt = dataclasses.replace(pairs, prompts=[*pairs.prompts[:3], None])
+    for changed, message in ((wrong_seed, "its pairs are not 4…7"), (no_prompt, "no prompt")):
+        store.write_shard(tmp_path, 1, SPEC, changed)
+        with pytest.raises(Failure, match=message):
+            read_shard(tmp_path, 1)
+        assert any(message in problem for problem in verify(tmp_path))

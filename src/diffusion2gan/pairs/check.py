@@ -12,16 +12,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diffusion2gan.errors import Failure, UserError
-from diffusion2gan.noise import noise_from_seeds, pair_seed
+from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pairs.make import check_same_precision, solve_pairs
 from diffusion2gan.pairs.store import (
     Pairs,
     PairsSpec,
+    check_pairs,
     column_to_tensor,
     open_set,
     present_shards,
     read_shard,
     read_table,
+    read_unchecked,
     shard_name,
 )
 from diffusion2gan.runtime.progress import Bar, clock
@@ -144,8 +146,7 @@ def verify(folder: Location) -> list[str]:
             except (Failure, UserError) as error:
                 problems.append(str(error))
                 continue
-            for problem in _check_shard(pairs, noise, spec, shard):
-                problems.append(f"{folder}/{shard_name(shard)}: {problem}")
+            problems += _check_shard(pairs, noise, spec, shard, f"{folder}/{shard_name(shard)}")
             seeds.append(np.array(pairs.seed))
             noises.append(digests(noise))
             latents.append(digests(pairs.latents))
@@ -161,22 +162,22 @@ def verify(folder: Location) -> list[str]:
 
 def _read_with_noise(folder: Location, shard: int, spec: PairsSpec) -> tuple[Pairs, Tensor]:
     """The pairs and their noise [B, C, h, w] float16: stored, or generated from the seeds."""
-    pairs = read_shard(folder, shard, spec=spec)
+    pairs = read_unchecked(folder, shard, spec)
     if spec.keep_noise:
         return pairs, column_to_tensor(read_table(folder, shard, spec), "noise", spec)
     return pairs, noise_from_seeds(pairs.seed, spec.latent_shape).half()
 
 
-def _check_shard(pairs: Pairs, noise: Tensor, spec: PairsSpec, shard: int) -> list[str]:
+def _check_shard(pairs: Pairs, noise: Tensor, spec: PairsSpec, shard: int, name: str) -> list[str]:
     problems = []
-    indices = spec.shard_indices(shard)
-    seeds = [pair_seed(spec.seed, i) for i in indices]
-    if pairs.index != list(indices) or pairs.seed != seeds:
-        problems.append(f"its pairs are not {indices.start}…{indices.stop - 1}")
+    try:
+        check_pairs(pairs, spec, shard, name)
+    except Failure as error:
+        problems.append(str(error))
     if spec.keep_noise:
         expected = noise_from_seeds(pairs.seed, spec.latent_shape).half()
         if not torch.equal(noise, expected):
-            problems.append("stored noise that does not match its seed")
+            problems.append(f"{name}: stored noise that does not match its seed")
     return problems
 
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import tarfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.errors import Failure, UserError
+from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pairs.store import (
     SPEC_FILE,
     Pairs,
     PairsSpec,
+    check_pairs,
     column_to_tensor,
     lock_shard,
     open_set,
@@ -29,7 +31,7 @@ from diffusion2gan.pairs.store import (
     start_set,
     write_shard,
 )
-from diffusion2gan.runtime.files import atomic_write, read_json, write_json
+from diffusion2gan.runtime.files import atomic_write, read_json, translate_error, write_json
 from diffusion2gan.runtime.progress import Bar
 from diffusion2gan.runtime.storage import Location, atomic_put, with_local_copy
 
@@ -69,11 +71,7 @@ def merge(folders: Sequence[Location], out: Location) -> tuple[int, int]:
 
 def _copy_shard(folder: Location, out: Location, shard: int, spec: PairsSpec) -> None:
     name = shard_name(shard)
-    if read_shard(folder, shard, spec=spec).index != list(spec.shard_indices(shard)):
-        raise Failure(
-            f"{folder}/{name} contains other pairs than its name indicates; rename it, or "
-            "move it away, and continue"
-        )
+    read_shard(folder, shard, spec=spec)  # raises Failure if something is wrong with it
     with lock_shard(out, shard), atomic_put(out, name) as temporary:
         with_local_copy(folder, name, lambda path: shutil.copyfile(path, temporary))
 
@@ -165,14 +163,15 @@ def import_webdataset(folder: Path, out: Location) -> int:
 def read_tar(path: Path, spec: PairsSpec) -> tuple[Pairs, Tensor | None]:
     """The pairs of an exported tar file, and their noise if the set keeps it.
 
-    Raises Failure if the file is damaged.
+    Raises Failure if the file is damaged, or contains other pairs than those of its number.
     """
     try:
-        # All files in memory, by name
+        # All files in memory, by name. Compressed archives and sparse files are not read: they
+        # could be larger in memory than on the disk.
         files: dict[str, bytes] = {}
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if member.isfile():
+                if member.isfile() and not member.issparse():
                     files[member.name] = _read_member(tar, member)
 
         # The pairs, in the order of their keys
@@ -191,16 +190,23 @@ def read_tar(path: Path, spec: PairsSpec) -> tuple[Pairs, Tensor | None]:
         TypeError,
         ValueError,
         OSError,
+        MemoryError,
         RuntimeError,  # and RecursionError, of JSON
         EOFError,
     ) as error:
-        raise Failure(f"{path} is damaged ({error}); export it again") from error
+        failure = translate_error(path, error)
+        raise failure or Failure(f"{path} is damaged ({error}); export it again") from error
 
-    # The name must be that of these pairs
+    # They must be the pairs of its name, with finite latents and the noise of their seeds
     shard = int(path.stem.removeprefix("pairs-"))
-    if index != list(spec.shard_indices(shard)):
-        raise Failure(f"{path} contains other pairs than its name indicates; export it again")
-    return Pairs(index, seed, prompts, latents.float()), noise
+    pairs = Pairs(index, seed, prompts, latents)
+    shape = spec.latent_shape
+    check_pairs(pairs, spec, shard, str(path))
+    if not latents.isfinite().all():
+        raise Failure(f"{path} is damaged (its latents are not all finite); export it again")
+    if noise is not None and not torch.equal(noise, noise_from_seeds(seed, shape).half()):
+        raise Failure(f"{path} is damaged (its noise is not that of its seeds); export it again")
+    return replace(pairs, latents=latents.float()), noise
 
 
 def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -209,9 +215,16 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 
 def _from_npy(content: bytes, spec: PairsSpec) -> Tensor:
-    """[C, h, w] float16. Raises ValueError if it has another shape or type."""
-    values = np.load(io.BytesIO(content), allow_pickle=False)
+    """[C, h, w] float16. Raises ValueError if it has another shape or type.
+
+    The header is checked before an array of the size that it states is created.
+    """
+    file = io.BytesIO(content)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("not a .npy file of version 1.0")
+    found, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
     shape = tuple(spec.latent_shape)
-    if values.shape != shape or values.dtype != np.float16:
-        raise ValueError(f"{values.dtype} {values.shape} where float16 {shape} was expected")
-    return torch.from_numpy(values)
+    if found != shape or dtype != np.float16 or is_fortran:
+        raise ValueError(f"{dtype} {found} where float16 {shape} was expected")
+    values = np.frombuffer(content, np.float16, offset=file.tell())
+    return torch.from_numpy(values.reshape(shape).copy())

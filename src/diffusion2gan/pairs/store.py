@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,29 @@ import torch
 from torch import Tensor
 
 from diffusion2gan.errors import Failure, UserError
-from diffusion2gan.runtime.files import read_json
+from diffusion2gan.noise import NUM_SET_SEEDS, PAIRS_PER_SEED, pair_seed
+from diffusion2gan.runtime.files import read_json, translate_error
 from diffusion2gan.runtime.lock import exclusive_lock
 from diffusion2gan.runtime.storage import Location, atomic_put, list_names, with_local_copy
 
 SPEC_FILE = "pairs.json"
 SPEC_KEY = b"diffusion2gan"  # key of the description in a shard's metadata
 ROW_GROUP = 128
+
+
+MAX_SIDE = 2**16
+# The settings that are whole numbers: their least and greatest values
+WHOLE_NUMBERS = {
+    "count": (1, PAIRS_PER_SEED),
+    "seed": (0, NUM_SET_SEEDS - 1),
+    "num_inference_steps": (1, 1000),
+    "shard_size": (1, 2**31),
+    "format": (1, 1),
+}
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -65,9 +82,42 @@ class PairsSpec:
         """From JSON. Raises UserError, naming the file `where`, if it is not a description."""
         try:
             values = json.loads(text) if isinstance(text, str) else text
-            return cls(**{**values, "latent_shape": tuple(values["latent_shape"])})
+            spec = cls(**{**values, "latent_shape": tuple(values["latent_shape"])})
         except (TypeError, KeyError, ValueError, RecursionError) as error:
             raise UserError(f"{where} does not describe a set of pairs: {error}") from error
+        spec.check(where)
+        return spec
+
+    def check(self, where: Path | str) -> None:
+        """Raises UserError, naming the file `where`, if a value is not possible."""
+        problem = None
+        for key, (low, high) in WHOLE_NUMBERS.items():
+            value = getattr(self, key)
+            if not (_is_whole(value) and low <= value <= high):
+                problem = f"{key} = {value!r}, but it is a whole number from {low} to {high}"
+        for key in ("teacher", "revision", "prompts", "noise", "solver", "precision"):
+            if not isinstance(getattr(self, key), str):
+                problem = f"{key} = {getattr(self, key)!r}, but it is a text"
+        if not isinstance(self.negative_prompt, str):
+            problem = f"negative_prompt = {self.negative_prompt!r}, but it is a text"
+
+        # The rest
+        shape = self.latent_shape
+        if len(shape) != 3 or not all(_is_whole(side) and 1 <= side <= MAX_SIDE for side in shape):
+            problem = f"latent_shape = {list(shape)!r}, but it is three whole numbers above 0"
+        guidance = self.guidance_scale
+        is_number = isinstance(guidance, int | float) and not isinstance(guidance, bool)
+        if not is_number or not 0 <= guidance < math.inf:
+            problem = f"guidance_scale = {guidance!r}, but it is a number of at least 0"
+        if not isinstance(self.keep_noise, bool):
+            problem = f"keep_noise = {self.keep_noise!r}, but it is true or false"
+        if self.dtype != "float16":
+            problem = f"dtype = {self.dtype!r}, but it is 'float16'"
+        if problem is not None:
+            raise UserError(
+                f"{where} does not describe a set of pairs: it has {problem}. Restore the original "
+                "file."
+            )
 
 
 @dataclass(frozen=True)
@@ -128,6 +178,7 @@ def start_set(folder: Location, spec: PairsSpec) -> None:
     Raises UserError, naming the settings that differ, if it is not.
     """
     if SPEC_FILE not in list_names(folder):
+        spec.check(f"{folder}/{SPEC_FILE}")
         text = json.dumps(asdict(spec), indent=2, ensure_ascii=False) + "\n"
         with atomic_put(folder, SPEC_FILE) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -197,26 +248,60 @@ def read_shard(
     spec: PairsSpec | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Pairs:
-    """One shard. Raises UserError if it is missing, Failure if it is damaged or of another set.
+    """One shard.
+
+    Raises UserError if it is missing, Failure if it is damaged, of another set, or contains other
+    pairs than those of its number.
 
     `spec`, if given, saves reading the set's description; `dtype` float16 is as stored.
     """
     spec = spec or open_set(folder)
+    pairs = read_unchecked(folder, shard, spec)
+    check_pairs(pairs, spec, shard, f"{folder}/{shard_name(shard)}")
+    return replace(pairs, latents=pairs.latents.to(dtype))
+
+
+def read_unchecked(folder: Location, shard: int, spec: PairsSpec) -> Pairs:
+    """One shard as it is stored, float16: as `read_shard`, but it may contain any pairs."""
     table = read_table(folder, shard, spec)
     with translate_read_errors(folder, shard):
         pairs = Pairs(
             table["index"].to_pylist(),
             table["seed"].to_pylist(),
             table["prompt"].to_pylist(),
-            column_to_tensor(table, "latents", spec).to(dtype),
+            column_to_tensor(table, "latents", spec),
         )
     check_latents_finite(pairs, f"{folder}/{shard_name(shard)}")
     return pairs
 
 
+def check_pairs(pairs: Pairs, spec: PairsSpec, shard: int, name: str) -> None:
+    """Raises Failure if `pairs`, read from `name`, are not those of this shard.
+
+    Compares their indices and seeds, and looks for prompts that are missing.
+    """
+    indices = spec.shard_indices(shard)
+    seeds = [pair_seed(spec.seed, index) for index in indices]
+    if pairs.index != list(indices) or pairs.seed != seeds:
+        raise Failure(
+            f"{name} contains other pairs than its name indicates: its pairs are not "
+            f"{indices.start}…{indices.stop - 1} (first index {pairs.index[:1]}, seed "
+            f"{pairs.seed[:1]}; expected [{indices.start}], {seeds[:1]}). If the file was renamed, "
+            "give it its name back; if not, move it away and run the same command again."
+        )
+    if not all(isinstance(prompt, str) for prompt in pairs.prompts):
+        raise Failure(
+            f"{name} is damaged (a pair has no prompt). Restore it from a copy, or move it away "
+            "and run the same command again."
+        )
+
+
 def check_latents_finite(pairs: Pairs, name: str) -> None:
     """Raises Failure if a latent in `name` is not finite as float16, as which it is stored."""
-    finite = pairs.latents.half().isfinite().flatten(1).all(1)
+    latents = pairs.latents
+    if latents.dtype != torch.float16:
+        latents = latents.half()
+    finite = latents.isfinite().flatten(1).all(1)
     if not finite.all():
         bad = [pairs.index[row] for row in (~finite).nonzero().flatten().tolist()]
         raise Failure(
@@ -271,13 +356,11 @@ def translate_read_errors(folder: Location, shard: int) -> Iterator[None]:
         raise UserError(
             f"{name} is missing: the set is not complete; run the same `pairs` command again."
         ) from None
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+    except (pa.ArrowException, OSError, MemoryError, KeyError, ValueError) as error:
         # The operating system's errors have a number; those of the format do not
-        if isinstance(error, OSError) and error.errno:
-            raise Failure(
-                f"{name} cannot be read ({error.strerror or error}). It may be intact: check its "
-                "permissions and the disk, and run the same command again."
-            ) from error
+        failure = translate_error(name, error)
+        if failure is not None:
+            raise failure from error
         # KeyError and ValueError: altered column names or lengths
         raise Failure(
             f"{name} is damaged ({str(error).splitlines()[0]}). Restore it from a copy, or move it "

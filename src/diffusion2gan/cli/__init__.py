@@ -6,6 +6,9 @@ imported inside the commands, so `--help` and shell completion stay fast.
 
 from __future__ import annotations
 
-from diffusion2gan.cli.application import app, main
+from diffusion2gan.cli.startup import quiet_signals
+
+with quiet_signals():
+    from diffusion2gan.cli.application import app, main
 
 __all__ = ["app", "main"]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -21,7 +24,8 @@ from diffusion2gan.cli.perceptual import perceptual_app
 from diffusion2gan.cli.plan import plan
 from diffusion2gan.cli.pocket import pocket_app
 from diffusion2gan.cli.recipe import recipe_app
-from diffusion2gan.errors import Diffusion2GANError
+from diffusion2gan.cli.startup import INTERRUPTED
+from diffusion2gan.errors import Diffusion2GANError, UserError
 
 # Commands inherit `-h` from the app's context settings.
 app = typer.Typer(
@@ -89,10 +93,16 @@ def main() -> None:
     Exit codes: 0 done, 2 a mistake of the user, 1 a failure, 130 interrupted.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may not be UTF-8
+    signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
 
     try:
+        _check_arguments(sys.argv[1:])
         app(standalone_mode=True)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except Diffusion2GANError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -105,6 +115,27 @@ def main() -> None:
         sys.exit(1)
 
 
-def _interrupt(signal_number: int, frame: object) -> None:
-    """SIGTERM ends a command as Ctrl-C does."""
+def _interrupt(signal_number: int, frame: FrameType | None) -> None:
+    """Ctrl-C and SIGTERM end a command by KeyboardInterrupt, while it imports libraries at once.
+
+    Some libraries, such as numpy, do not survive an exception while they are imported: they raise
+    errors of their own, or abort the process. Nothing is being written at that time.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
     raise KeyboardInterrupt
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Raises UserError if an argument is not UTF-8: safetensors and JSON take no other paths."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = argument.encode("utf-8", "backslashreplace").decode()
+            raise UserError(
+                f"the argument {shown} is not valid UTF-8. Rename the file or folder, or reach it "
+                "by a link whose name is."
+            ) from None

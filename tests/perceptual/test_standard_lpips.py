@@ -233,7 +233,14 @@ def test_the_scaling_layer_is_in_the_config_and_is_used(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     assert config["input_scale"] == [0.3, 0.3, 0.3]
     a, b = images(1), images(2)
-    standard = LatentLPIPS.from_pretrained(tmp_path / "out")(a, b)
+    distance = LatentLPIPS.from_pretrained(tmp_path / "out")
+    standard = distance(a, b)
+    with pytest.raises(UserError, match="the two images differ in shape"):
+        distance(a, b[:1])
+    with pytest.raises(UserError, match="it compares images; for latents, decode them first"):
+        distance(torch.zeros(1, 4, 48, 48), torch.zeros(1, 4, 48, 48))
+    with pytest.raises(UserError, match="the first images are not finite"):
+        distance(a / 0, b)
     other = LatentLPIPS.from_pretrained(tmp_path / "other")(a, b)
     assert not torch.allclose(standard, other, rtol=1e-3)
 
@@ -289,6 +296,14 @@ TRUNK, HEADS = random_trunk(), random_heads()
         (
             (change(complete_state(TRUNK, HEADS), "scaling_layer.shift", 3),),
             r"scaling_layer\.shift is \[3\], \[1, 3, 1, 1\] is expected",
+        ),
+        (
+            (without(complete_state(TRUNK, HEADS), "scaling_layer.shift"),),
+            r"has scaling_layer\.scale but not the other one",
+        ),
+        (
+            (without(complete_state(TRUNK, HEADS), "scaling_layer.scale"),),
+            r"has scaling_layer\.shift but not the other one",
         ),
         (
             (change(complete_state(TRUNK, HEADS), "scaling_layer.scale", 1, 3, 1, 1),),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffusion2gan.errors import UserError
 from diffusion2gan.perceptual.triplets import open_triplets, read_triplet
 from diffusion2gan.pocket import scenes
 from diffusion2gan.pocket.triplets import (
@@ -81,3 +82,21 @@ def test_written_triplets_are_read_back(tmp_path: Path) -> None:
         for name in ("ref", "p0", "p1"):
             image = rows[name].float() / 127.5 - 1
             torch.testing.assert_close(image, getattr(triplet, name), rtol=0, atol=0.5 / 127)
+
+
+def test_triplets_are_only_written_to_a_folder_of_their_own(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    (mine / "blur").mkdir(parents=True)
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"contains no triplets of this command .* another --out"):
+        write_triplets(mine, 1, seed=0)
+    assert sorted(path.name for path in mine.rglob("*")) == ["blur", "thesis.txt"]
+
+    # An empty folder is used, and a set continued, but not with another seed
+    own = tmp_path / "own"
+    own.mkdir()
+    write_triplets(own, 1, seed=0)
+    write_triplets(own, 2, seed=0)
+    assert len(open_triplets(own).refs) == 2 * len(SUBSETS)
+    with pytest.raises(UserError, match="was made with seed = 0, but this command has 1"):
+        write_triplets(own, 2, seed=1)

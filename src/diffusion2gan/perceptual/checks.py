@@ -15,23 +15,35 @@ from diffusion2gan.runtime.progress import console
 
 # Plausible standard deviations of latents × scaling_factor. Unscaled: SD 5.5, SDXL 7.7, FLUX 2.8.
 LIKELY_STD = (0.4, 2.5)
+IMAGE_CHANNELS = 3  # the VAEs of the supported families have latents of four or more
+
+
+def describe_inputs(channels: int) -> str:
+    """`images` or `latents`, for messages."""
+    return "images" if channels == IMAGE_CHANNELS else "latents"
 
 
 def check_shapes(a: Tensor, b: Tensor, channels: int, smallest_side: int) -> None:
     """Raises UserError unless both are [B, channels, h, w] with sides that the pools can halve."""
     if a.shape != b.shape:
-        raise UserError(f"the two latents differ in shape: {tuple(a.shape)} and {tuple(b.shape)}")
+        raise UserError(
+            f"the two {describe_inputs(channels)} differ in shape: {tuple(a.shape)} and "
+            f"{tuple(b.shape)}"
+        )
 
     if a.ndim != 4 or a.shape[1] != channels:
+        remedy = "use the network that was fitted to the same VAE"
+        if channels == IMAGE_CHANNELS:
+            remedy = "it compares images; for latents, decode them first, as PixelLPIPS does"
         raise UserError(
-            f"latents of shape {tuple(a.shape)}: this network reads [B, {channels}, h, w]; "
-            "use the network that was fitted to the same VAE"
+            f"inputs of shape {tuple(a.shape)}: this network reads [B, {channels}, h, w]; {remedy}"
         )
 
     height, width = a.shape[2:]
     if min(height, width) < smallest_side:
         raise UserError(
-            f"latents of {height}×{width}: this network needs {smallest_side}×{smallest_side}"
+            f"{describe_inputs(channels)} of {height}×{width}: this network needs "
+            f"{smallest_side}×{smallest_side}"
         )
 
 
@@ -64,12 +76,18 @@ def check_finite(a: Tensor, b: Tensor) -> None:
             continue
         bad_rows = [i for i, row in enumerate(x) if not torch.isfinite(row).all()]
         raise UserError(
-            f"the {name} latents are not finite (NaN or infinity) in batch rows {bad_rows[:8]}"
+            f"the {name} {describe_inputs(x.shape[1])} are not finite (NaN or infinity) in batch "
+            f"rows {bad_rows[:8]}"
         )
 
 
 def warn_if_unscaled(x: Tensor) -> bool:
-    """Prints a warning if latents look unscaled; returns whether it did."""
+    """Prints a warning if latents look unscaled; returns whether it did.
+
+    Images in [−1, 1] may have any standard deviation.
+    """
+    if x.shape[1] == IMAGE_CHANNELS:
+        return False
     std = float(x.detach().float().std())
     low, high = LIKELY_STD
     if low <= std <= high:

@@ -22,6 +22,7 @@ from diffusion2gan.errors import UserError, nearest
 from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.vgg import STAGES, VGG, WIDTHS
 from diffusion2gan.perceptual.weights import Shapes, find_difference
+from diffusion2gan.runtime.files import translate_error
 
 # Standard LPIPS (Zhang et al. 2018): the numbers of the convolutions of each stage in torchvision's
 # VGG-16 without norm, and the scaling of images in [−1, 1]
@@ -48,6 +49,9 @@ class Format:
     usage: str
     # What the files must contain, for error messages.
     contents: str
+    # Whether it is standard LPIPS: a trunk without norm, with a scaling layer and heads of 0 or
+    # more, whose layers are numbered as in torchvision.
+    is_standard: bool = False
 
 
 FORMATS = {
@@ -105,6 +109,7 @@ FORMATS = {
             "torchvision's VGG-16 without norm (vgg16-397923af.pth), and the lpips package's heads "
             "for it (weights/v0.1/vgg.pth), as two files; or a state dict of lpips.LPIPS(net='vgg')"
         ),
+        is_standard=True,
     ),
 }
 
@@ -126,7 +131,7 @@ def import_network(
 
     # Build the network that the files should contain, and match its keys
     network = dict(layout.network)
-    if format_ == "lpips":
+    if layout.is_standard:
         network |= pop_scaling_layer(found, source)
         found = {key: value for key, value in found.items() if not key.startswith("classifier.")}
         vgg = VGG(3, widths, **network)
@@ -157,7 +162,7 @@ def import_network(
         else:
             state[name] = found[key].float()
     vgg.load_state_dict(state)
-    if format_ == "lpips":
+    if layout.is_standard:
         refuse_negative_heads(heads, source)
 
     # Write it
@@ -204,6 +209,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
+        failure = translate_error(file, error)
+        if failure is not None:
+            raise failure from error
         # torch, zip and pickle raise many kinds. For a pickle that needs more than tensors, torch's
         # message names the first function or class that it needs.
         needed = re.search(r"GLOBAL (\S+)", str(error))
@@ -241,9 +249,16 @@ def is_among(value: Tensor, tensors: list[Tensor]) -> bool:
 def pop_scaling_layer(found: dict[str, Tensor], source: str) -> dict[str, tuple[float, ...]]:
     """Removes lpips's `scaling_layer.*` from `found`; returns them as settings of `VGG`.
 
-    Empty if there are none, as in a trunk of torchvision. Raises UserError for other shapes than
-    [1, 3, 1, 1].
+    Empty if there are none, as in a trunk of torchvision. Raises UserError if one of the two is
+    missing, or has another shape than [1, 3, 1, 1].
     """
+    names = [key for key in ("scaling_layer.shift", "scaling_layer.scale") if key in found]
+    if len(names) == 1:
+        raise UserError(
+            f"{source} has {names[0]} but not the other one of scaling_layer.shift and "
+            "scaling_layer.scale: the file is incomplete. Take both from the lpips package's state "
+            "dict, or none."
+        )
     settings = {}
     for name in ("shift", "scale"):
         values = found.pop(f"scaling_layer.{name}", None)

@@ -80,7 +80,8 @@ def compute_digest(folder: Path, refs: list[Path]) -> str:
     digest = hashlib.sha256()
     for ref in refs:
         for path in (ref, *distorted_paths(ref)):
-            digest.update(f"{path.relative_to(folder)}:{file_size(path)}\n".encode())
+            line = f"{path.relative_to(folder)}:{file_size(path)}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
         digest.update(judgement_path(ref).read_bytes())
     return digest.hexdigest()[:16]
 

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffusion2gan.errors import UserError
 from diffusion2gan.pocket import scenes
+from diffusion2gan.runtime.cache import ensure_settings
 from diffusion2gan.runtime.files import atomic_write, write_image
 from diffusion2gan.runtime.images import to_pillow
 from diffusion2gan.runtime.progress import Bar
@@ -135,8 +137,17 @@ def displace(image: Tensor, pixels: Tensor) -> Tensor:
 def write_triplets(folder: Path, count: int, seed: int) -> None:
     """Writes `count` triplets of each subset in the layout of BAPPS.
 
-    FOLDER/<subset>/{ref,p0,p1}/*.png and judge/*.npy, see `perceptual/triplets.py`.
+    FOLDER/<subset>/{ref,p0,p1}/*.png and judge/*.npy, see `perceptual/triplets.py`. Raises
+    UserError, and writes nothing, if `folder` contains anything else, or triplets of another seed.
     """
+    settings = folder / "triplets.json"
+    if folder.exists() and not settings.is_file() and any(folder.iterdir()):
+        raise UserError(
+            f"{folder} already exists and contains no triplets of this command "
+            f"({settings.name} is missing), so nothing is written to it; choose another --out."
+        )
+    ensure_settings(settings, {"world": "pocket", "seed": seed})
+
     with Bar("triplets", count * len(SUBSETS)) as bar:
         for subset in SUBSETS:
             for number in range(count):
@@ -149,11 +160,12 @@ def _write(folder: Path, name: str, triplet: Triplet) -> None:
     """Writes `ref` last: a triplet is complete if its `ref` exists."""
     # Judgement
     judgement = np.array([triplet.judge], np.float32)
-    with atomic_write(folder / "judge" / f"{name}.npy") as temporary, temporary.open("wb") as file:
+    path = folder / "judge" / f"{name}.npy"
+    with atomic_write(path, flush_to_disk=False) as temporary, temporary.open("wb") as file:
         np.save(file, judgement)
 
     # Images
     images = {"p0": triplet.p0, "p1": triplet.p1, "ref": triplet.ref}
     for key, image in images.items():
         pillow_image = to_pillow(image[None])[0]
-        write_image(folder / key / f"{name}.png", pillow_image.save)
+        write_image(folder / key / f"{name}.png", pillow_image.save, flush_to_disk=False)

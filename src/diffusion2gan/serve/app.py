@@ -10,7 +10,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffusion2gan.compare.images import generate_images, parse_system, short_di
 from diffusion2gan.errors import UserError
 from diffusion2gan.pipelines.image_folder import ImageFolder
 from diffusion2gan.pipelines.system import System
+from diffusion2gan.runtime.files import temporary_folder
 from diffusion2gan.runtime.progress import console
 from diffusion2gan.serve.generation import SharedSystem
 from diffusion2gan.serve.votes import Study, check_study
@@ -126,10 +126,10 @@ def prepare_gradio(host: str, port: int) -> Iterator[int]:
             soft_wrap=True,
         )
 
-    with tempfile.TemporaryDirectory(prefix="diffusion2gan-serve-") as temporary:
+    with temporary_folder("diffusion2gan-serve") as temporary:
         # Gradio reads these when it is imported
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        os.environ["GRADIO_TEMP_DIR"] = temporary
+        os.environ["GRADIO_TEMP_DIR"] = str(temporary)
         os.environ["HF_HUB_OFFLINE"] = "1"
         bypass_proxy(host)
         try:

@@ -16,7 +16,8 @@ from diffusion2gan.compare.text import shorten
 from diffusion2gan.runtime.files import write_image
 
 METADATA_KEY = "diffusion2gan"
-MAX_PROMPT_LENGTH = 80  # characters of a prompt in a caption
+MAX_LENGTH = 80  # characters of a prompt, of a seed or of a name in a caption
+MAX_SIDE = 8192  # pixels; the size is read from the header, before the pixels
 
 
 def save_image(folder: Path, image: Image.Image, metadata: dict[str, Any]) -> Path:
@@ -34,15 +35,18 @@ def save_image(folder: Path, image: Image.Image, metadata: dict[str, Any]) -> Pa
 def load_history(folder: Path, count: int) -> list[tuple[Image.Image, str]]:
     """Loads the latest `count` saved images, newest first, each with a caption.
 
-    Files that are not readable images are skipped.
+    Files that are not readable images of at most MAX_SIDE pixels are skipped.
     """
     images = []
     for path in sorted(folder.glob("*.png"), reverse=True)[:count]:
         try:
             with Image.open(path) as file:
+                if max(file.size) > MAX_SIDE:
+                    continue
                 image = file.convert("RGB")
                 caption = _build_caption(json.loads(file.info.get(METADATA_KEY, "{}")))
-        except (OSError, ValueError, AttributeError, RecursionError):
+        except Exception:
+            # Pillow and JSON raise many kinds for damaged files, and none may end the page
             continue
         images.append((image, caption))
     return images
@@ -50,8 +54,15 @@ def load_history(folder: Path, count: int) -> list[tuple[Image.Image, str]]:
 
 def _build_caption(metadata: dict[str, Any]) -> str:
     """`prompt · seed 3 · system`."""
-    prompt = " ".join(str(metadata.get("prompt", "")).split())
-    caption = f"{shorten(prompt, MAX_PROMPT_LENGTH)} · seed {metadata.get('seed', '?')}"
+    caption = (
+        f"{_one_line(metadata.get('prompt', ''))} · seed {_one_line(metadata.get('seed', '?'))}"
+    )
     if "system" in metadata:
-        caption += f" · {metadata['system']}"
+        caption += f" · {_one_line(metadata['system'])}"
     return caption
+
+
+def _one_line(value: object) -> str:
+    """`value` as a short line. Half of a surrogate pair, which cannot be sent, is replaced."""
+    text = str(value)[: 4 * MAX_LENGTH].encode("utf-8", "replace").decode()
+    return shorten(" ".join(text.split()), MAX_LENGTH)

@@ -36,6 +36,7 @@ WHOLE_NUMBERS = {
     "shard_size": (1, 2**31),
     "format": (1, 1),
 }
+TEXTS = ("teacher", "revision", "prompts", "noise", "solver", "precision", "negative_prompt")
 
 
 def _is_whole(value: object) -> bool:
@@ -95,11 +96,9 @@ class PairsSpec:
             value = getattr(self, key)
             if not (_is_whole(value) and low <= value <= high):
                 problem = f"{key} = {value!r}, but it is a whole number from {low} to {high}"
-        for key in ("teacher", "revision", "prompts", "noise", "solver", "precision"):
+        for key in TEXTS:
             if not isinstance(getattr(self, key), str):
                 problem = f"{key} = {getattr(self, key)!r}, but it is a text"
-        if not isinstance(self.negative_prompt, str):
-            problem = f"negative_prompt = {self.negative_prompt!r}, but it is a text"
 
         # The rest
         shape = self.latent_shape

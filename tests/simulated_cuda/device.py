@@ -143,8 +143,10 @@ def dispatch(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         result_on_cuda = is_cuda(device) if device is not None else bool(simulated)
         if simulated and not result_on_cuda:
             count_wait("copy to the CPU")
-        queued = kwargs.get("non_blocking") and is_pinned(args[0])
-        if result_on_cuda and not simulated and not queued:
+        nothing_to_wait_for = args[0].numel() == 0 or (
+            kwargs.get("non_blocking") and is_pinned(args[0])
+        )
+        if result_on_cuda and not simulated and not nothing_to_wait_for:
             count_wait("copy to the GPU")
     elif name == "copy_":
         result_on_cuda = isinstance(args[0], SimulatedTensor)
@@ -236,7 +238,7 @@ def address(x: torch.Tensor) -> int:
 def is_pinned(x: torch.Tensor) -> bool:
     if isinstance(x, SimulatedTensor):
         return False
-    return address(x) in pinned or x.numel() == 0
+    return address(x) in pinned
 
 
 def pin_memory(self: torch.Tensor) -> torch.Tensor:

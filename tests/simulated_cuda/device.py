@@ -97,6 +97,9 @@ class SimulatedTensor(torch.Tensor):
     def __repr__(self) -> str:
         return f"SimulatedTensor({self.inner!r})"
 
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 

@@ -201,7 +201,7 @@ def refuse_r1(name: str) -> dict[str, Any]:
         pairs = Path(folder) / "pairs"
         spec = build_spec(teacher, PROMPTS, PairsSettings(count=4, num_inference_steps=1))
         make_pairs(teacher, PROMPTS, spec, pairs)
-        for method, memory in (("exact", 100), ("finite_differences", 70), ("exact", 400)):
+        for method, memory in (("exact", 200), ("finite_differences", 200), ("exact", 400)):
             properties = SimpleNamespace(total_memory=memory * 2**20)
             torch.cuda.get_device_properties = lambda device, found=properties: found
             settings = {**ADVERSARIAL, "batch_size": 2, "total_pairs": 2, "r1_method": method}

@@ -131,7 +131,7 @@ def test_pairs_are_those_of_the_cpu(library: Path) -> None:
 
 def test_r1_that_does_not_fit_is_refused_before_the_run(library: Path) -> None:
     exact, finite_differences, enough = run_job(library, "refuse_r1")["messages"]
-    assert "r1_method = exact) needs 0." in exact and "cuda:0 has 0.10 GiB" in exact
+    assert "r1_method = exact) needs 0." in exact and "cuda:0 has 0.20 GiB" in exact
     assert "set r1_method=finite_differences, which needs 0." in exact
     assert "To train here, set r1_weight=0, or a smaller resolution." in finite_differences
     assert enough == ""
@@ -158,7 +158,8 @@ def test_pocket_train_waits_once_per_step(library: Path) -> None:
 def test_pairs_in_bfloat16_with_offloading_are_those_of_the_cpu(library: Path) -> None:
     result = run_job(library, "pairs_in_bfloat16")
     expected = run_job(library, "pairs_in_bfloat16", "cpu")
-    assert result["latents"] == pytest.approx(expected["latents"], abs=1e-2)
+    # Numbers up to 2, rounded to 8 bits in every layer of two steps
+    assert result["latents"] == pytest.approx(expected["latents"], abs=0.05)
     assert result["devices"] == {"network": "cuda:0", "vae": "cpu", "text_encoder": "cpu"}
 
 

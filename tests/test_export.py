@@ -244,6 +244,17 @@ def test_export_replaces_an_earlier_export_and_nothing_else(
     half = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(half[key], first[key].half()) for key in first)
 
+    # The export of another run stays, unless it is to be replaced
+    other = next(run for name, run in runs.items() if name != "tiny_teacher")
+    with pytest.raises(UserError, match=r"the export of another run .*--overwrite"):
+        export(other, out)
+    kept = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(kept[key], half[key]) for key in half)
+    export(other, out, overwrite=True)
+    assert json.loads((out / "diffusion2gan.json").read_text())["recipe"]["teacher"] != str(
+        load_student(runs["tiny_teacher"])[2]["recipe"]["teacher"]
+    )
+
     # Other folders and files stay
     mine = tmp_path / "mine"
     mine.mkdir()

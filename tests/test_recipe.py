@@ -107,13 +107,18 @@ def test_renamed_setting_is_refused_with_its_new_name(old: str, new: str, tmp_pa
             "gradient_accumulation_steps=5",
             "batch_size 16 cannot be divided into gradient_accumulation_steps = 5 micro-batches",
         ),
-        ("precision=bfloat16", "precision 'bfloat16' is for cuda, but device is 'cpu'"),
         ("seed=4294967296", "seed = '4294967296': .*less than 2147483648"),
     ],
 )
 def test_invalid_value_is_refused_with_setting_and_value(setting: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_recipe("pocket", [setting])
+
+
+def test_bfloat16_is_refused_on_a_cpu() -> None:
+    with pytest.raises(UserError, match="precision 'bfloat16' is for cuda, but device is 'cpu'"):
+        load_recipe("pocket", ["precision=bfloat16", "device=cpu"])
+    assert load_recipe("pocket", ["precision=bfloat16"]).precision == "bfloat16"
 
 
 def test_only_infinity_that_means_never_is_allowed() -> None:

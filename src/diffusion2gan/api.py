@@ -39,7 +39,7 @@ PATH_OPTIONS = ("cache", "captions", "reference", "inception")  # of EvaluateSet
 
 def load_teacher(
     teacher: str | Path | DiffusionPipeline = "pocket",
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
     resolution: int | None = None,
     *,
     config: str | None = None,
@@ -53,7 +53,7 @@ def load_teacher(
         which is looked up in this machine's hub cache; or a loaded `DiffusionPipeline`, which is
         saved once to `teachers/CLASS-REVISION` in the working directory and read from there, so
         that runs can be resumed and exported without it. Nothing is downloaded.
-    `device`: `cpu`, `cuda`, …
+    `device`: `cpu`, `cuda`, …, or `auto`: `cuda` if there is a GPU, otherwise `cpu`.
     `resolution`: side of the images in pixels, the model's default if not given.
     `config`: for a single file, the pipeline folder with configs, scheduler and tokenizers.
     `loras`: LoRAs to merge into the weights, `PATH[@SCALE]`, separated by commas.
@@ -77,7 +77,7 @@ def make_pairs(
     negative_prompt: str = "",
     seed: int = 0,
     precision: str = "float32",
-    device: str = "cpu",
+    device: str = "auto",
     resolution: int | None = None,
     teacher_config: str | None = None,
     teacher_lora: str | None = None,
@@ -91,8 +91,9 @@ def make_pairs(
 
     `teacher`: as for `load_teacher`; `teacher_config`, `teacher_lora`, `vae` and `resolution` are
         its `config`, `loras`, `vae` and `resolution`.
-    `prompts`: a list of texts, the path of a text file with one per line, or `pocket` for the
-        captions of the embedded teacher's world. A list shorter than `count` is repeated.
+    `prompts`: a list of texts, the path of a file of any format that the command reads, `starter`
+        for the prompts in the package, or `pocket` for the captions of the embedded teacher's
+        world. A list shorter than `count` is repeated.
     `out`: the folder of the set, or a URL such as s3://bucket/set. Shards that are there are kept,
         so calling the function again continues.
     `count`: the number of pairs. `seed`, 0 to 255: sets of different seeds share no noise.
@@ -170,19 +171,30 @@ def distill(
     return folder
 
 
-def export(run: str | Path, out: str | Path, *, half: bool = False) -> Path:
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    half: bool = False,
+    overwrite: bool = False,
+    metrics: str | Path | None = None,
+) -> Path:
     """Writes a run's student as a pipeline folder for stock diffusers; returns `out`.
 
     `run`: a run's folder, or one of its checkpoints.
     `out`: the folder to write, atomically.
     `half`: float16 weights instead of float32.
+    `overwrite`: replaces the export of another run in `out`.
+    `metrics`: the file that `evaluate` wrote, for the model card.
 
     `DiffusionPipeline.from_pretrained(out)` loads it. It generates an image in one step, called
     with `num_inference_steps=1, guidance_scale=0`. Raises UserError if there is no run, or `out`
     contains something else.
     """
     folder = _local_path(out, "out")
-    export_run(_local_path(run, "run"), folder, torch.float16 if half else torch.float32)
+    metrics_file = None if metrics is None else _local_path(metrics, "metrics")
+    dtype = torch.float16 if half else torch.float32
+    export_run(_local_path(run, "run"), folder, dtype, overwrite=overwrite, metrics=metrics_file)
     return folder
 
 
@@ -228,7 +240,7 @@ def compare(
     *,
     metrics: Mapping[str, Mapping[str, Any] | str | Path] | None = None,
     seed: int = 255,
-    device: str = "cpu",
+    device: str = "auto",
     precision: str = "float32",
 ) -> Path:
     """Writes a page with the images of several systems, as `diffusion2gan compare` does.

@@ -85,7 +85,7 @@ def complete_shipped_pairs(folder: Path) -> None:
             shutil.copytree(assets.folder("pairs"), temporary)
 
     spec = open_set(folder)
-    make_pairs(load_teacher(), scenes.pairs_captions(spec.seed), spec, folder)
+    make_pairs(load_teacher(device="auto"), scenes.pairs_captions(spec.seed), spec, folder)
 
 
 def print_stage(number: int, text: str) -> None:

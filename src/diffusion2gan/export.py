@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion2gan.callable_module import make_callable
-from diffusion2gan.distill.run import load_student
+from diffusion2gan.distill.run import FREE_SETTINGS, ROUNDING_SETTINGS, load_student
 from diffusion2gan.distill.student import Student
 from diffusion2gan.errors import UserError
 from diffusion2gan.recipe import parse_recipe
@@ -82,12 +82,20 @@ image = pipe("a prompt"{size}, num_inference_steps=1, guidance_scale=0).images[0
 """
 
 
-def export(run: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
+def export(
+    run: Path,
+    out: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    overwrite: bool = False,
+    metrics: Path | None = None,
+) -> None:
     """Writes the averaged student of `run` to the folder `out`, for `from_pretrained`.
 
     `run` is a run's folder or one of its checkpoints. `out` is written atomically and replaces an
-    earlier export. Raises UserError if `out` contains anything else, or another process is writing
-    to it.
+    earlier export of the same run, and with `overwrite` that of another. `metrics`: what `evaluate`
+    wrote, for the model card; by default the run's metrics.json, if it has one. Raises UserError if
+    `out` contains anything else, or another process is writing to it.
     """
     # 1. Only an earlier export may be replaced
     is_export = (out / "diffusion2gan.json").is_file()
@@ -100,11 +108,15 @@ def export(run: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
 
     # 2. The student with its averaged weights
     teacher, average, description = load_student(run)
+    if is_export and not overwrite:
+        check_same_run(out, description)
     student = Student.from_recipe(parse_recipe(description["recipe"], str(run)), teacher)
     checkpoint.check_weights(run, student.trained.state_dict(), average)
     student.trained.load_state_dict(average)
-    if (run / "metrics.json").is_file():
-        description = {**description, "metrics": read_json(run / "metrics.json")}
+    if metrics is None and (run / "metrics.json").is_file():
+        metrics = run / "metrics.json"
+    if metrics is not None:
+        description = {**description, "metrics": read_metrics(metrics)}
 
     # 3. Pipeline and LoRA
     with exclusive_lock(out), atomic_write(out) as temporary:
@@ -125,6 +137,43 @@ def export(run: Path, out: Path, dtype: torch.dtype = torch.float32) -> None:
         (temporary / "diffusion2gan.json").write_text(
             json.dumps(description, indent=2) + "\n", encoding="utf-8"
         )
+
+
+def check_same_run(out: Path, description: dict[str, Any]) -> None:
+    """Raises UserError unless the export in `out` is of the described run, at any point of it."""
+    existing = read_json(out / "diffusion2gan.json")
+    if not isinstance(existing, dict) or not isinstance(existing.get("recipe"), dict):
+        existing = {"recipe": {}, "pairs": {}}
+
+    # Settings that may change while a run is resumed
+    changeable = FREE_SETTINGS | ROUNDING_SETTINGS
+    differences = []
+    for key, value in description["recipe"].items():
+        existing_value = existing["recipe"].get(key, "not set")
+        if key not in changeable and existing_value != value:
+            differences.append(f"{key}: {existing_value!r} there, {value!r} in this run")
+    if existing.get("pairs") != description["pairs"]:
+        differences.append("other pairs")
+    if differences:
+        raise UserError(
+            f"{out} contains the export of another run ({'; '.join(differences[:3])}), which is "
+            "not replaced. Choose another --out, or replace it with --overwrite."
+        )
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """What `evaluate` wrote. Raises UserError if the file is missing or contains something else."""
+    metrics = read_json(path)
+    if not isinstance(metrics, dict) or not any(map(is_number, metrics.values())):
+        raise UserError(
+            f"{path} does not contain the metrics of one system; `diffusion2gan evaluate` writes "
+            "such a file"
+        )
+    return metrics
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
 
 
 def write_pipeline(

@@ -83,7 +83,8 @@ class Recipe(BaseModel):
     perceptual: str = Field(
         "pocket",
         description="The network of an LPIPS loss: `pocket`, a folder made by `perceptual fit`, "
-        "`teacher` for the teacher's features, or `decoder` for those of its VAE's decoder.",
+        "`teacher` for the teacher's features, or `decoder` for those of its VAE's decoder. "
+        "`auto`: the folder networks/TEACHER if there is one, otherwise `decoder`.",
     )
     loss: LossName = Field(
         "e_latent_lpips",
@@ -249,10 +250,15 @@ class Recipe(BaseModel):
         False,
         description="Recomputes activations in the backward pass: less memory, slower.",
     )
-    device: str = Field("cpu", description="cpu, cuda, cuda:1, …")
-    precision: Literal["float32", "bfloat16"] = Field(
+    device: str = Field(
+        "auto",
+        description="cpu, cuda, cuda:1, …, or auto: that of the run to resume, otherwise cuda if "
+        "there is a GPU, otherwise cpu.",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
         "float32",
-        description="bfloat16: autocast, on cuda only; weights stay in float32.",
+        description="bfloat16: autocast, on cuda only; weights stay in float32. auto: bfloat16 if "
+        "the device is a GPU that has it.",
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of all random numbers of the run.")
     strategy: Literal["ddp", "fsdp"] = Field(
@@ -308,7 +314,8 @@ class Recipe(BaseModel):
             )
 
         # Device
-        if self.precision != "float32" and not self.device.startswith("cuda"):
+        is_gpu = self.device.startswith("cuda") or self.device == "auto"
+        if self.precision == "bfloat16" and not is_gpu:
             raise ValueError(
                 f"precision {self.precision!r} is for cuda, but device is {self.device!r}; set "
                 "precision=float32 or device=cuda"

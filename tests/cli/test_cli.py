@@ -7,9 +7,11 @@ the console script's `main`; where a signal is needed, in a process.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -41,7 +43,7 @@ def pairs_command(teacher: Path, out: Path, *more: object) -> list[object]:
     """Makes twelve pairs in three shards."""
     return [
         "pairs",
-        *("--teacher", teacher, "--out", out),
+        *("--teacher", teacher, "--prompts", "pocket", "--out", out),
         *("--count", NUM_PAIRS, "--shard-size", SHARD_SIZE),
         *("--num-inference-steps", 2, "--guidance-scale", 1),
         *more,
@@ -171,7 +173,7 @@ PATH_PARAMETERS = list(find_path_parameters())
 
 
 def test_all_path_parameters_are_found() -> None:
-    assert len(PATH_PARAMETERS) == 27
+    assert len(PATH_PARAMETERS) == 28
     for expected in (
         ["distill", "--out"],
         ["export"],
@@ -224,7 +226,7 @@ def test_folders_that_are_no_supported_pipeline_are_refused(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ring\n")
     for argv in (
-        ["pairs", "--teacher", "{}", "--out", tmp_path / "p"],
+        ["pairs", "--teacher", "{}", "--prompts", "starter", "--out", tmp_path / "p"],
         [
             *("distill", "pocket", "--pairs", shared_pairs, "--out", tmp_path / "r"),
             *("--set", "teacher={}"),
@@ -417,10 +419,66 @@ def test_pairs_of_another_teacher_are_refused(
     save_file(weights, path, {"format": "pt"})
 
     result = run(*distill_command(other, shared_pairs, tmp_path / "run"))
-    assert_refused(result, 2, "were made by teacher", sha256(other)[:16], sha256(tiny_teacher)[:16])
+    assert_refused(
+        result,
+        2,
+        *("were made by teacher", sha256(other)[:16], sha256(tiny_teacher)[:16]),
+        f"--set teacher=PATH, the path of '{tiny_teacher.name}'",
+        f"diffusion2gan pairs --teacher {other} --prompts FILE --out NEW_FOLDER",
+    )
     result = run(*pairs_command(other, shared_pairs))
     assert_refused(result, 2, "already contains other pairs", "revision")
     assert not (tmp_path / "run").exists()
+
+
+def test_recipe_whose_teacher_is_not_here_names_that_of_the_pairs(
+    shared_pairs: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / tiny_teacher.name).symlink_to(tiny_teacher)
+    monkeypatch.chdir(tmp_path)
+    result = run("distill", "sd15", "--pairs", shared_pairs, "--out", "run")
+    assert_refused(
+        result,
+        2,
+        "sd15 is not a diffusers pipeline",
+        f"made by teacher '{tiny_teacher.name}': to distil it, add --set teacher=tiny_teacher",
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_pairs_of_another_teacher_than_the_pocket_teacher_need_prompts(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    result = run("pairs", "--teacher", tiny_teacher, "--out", tmp_path / "p")
+    assert_refused(result, 2, "--prompts is missing", "--prompts FILE", "--prompts starter")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_next_command_of_pairs_runs_for_their_teacher(
+    sd_style_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with a name that needs quotes, a VAE and a resolution."""
+    monkeypatch.chdir(tmp_path)
+    Path("my models").mkdir()
+    teacher = Path("my models", "one")
+    teacher.symlink_to(sd_style_teacher)
+    options = ["--vae", teacher / "vae", "--resolution", 32]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"text": "a cat"}\n{"text": "a cat"}\n{"text": ""}\n')
+    made = run(*pairs_command(teacher, Path("p"), "--prompts", prompts, *options))
+    assert made.code == 0, made
+    printed = " ".join((made.out + made.err).split())
+    assert "column 'text': 2 prompts (1 of them duplicates, which are kept; 1 rows" in printed
+
+    words = shlex.split(made.out.partition("Next: diffusion2gan ")[2])
+    recipe = "sd15" if importlib.util.find_spec("peft") is None else "sd15-lora-24gb"
+    assert words[:2] == ["distill", recipe]
+    short = ["--set", "total_pairs=4", "--set", "batch_size=4"]
+    short += ["--set", "gradient_accumulation_steps=2", "--set", "lora_rank=2"]
+    trained = run(*words, *short)
+    assert trained.code == 0, trained
+    assert Path("runs/NAME/checkpoint.safetensors").is_file()
 
 
 def test_a_run_with_other_settings_is_refused_unless_the_change_is_allowed(

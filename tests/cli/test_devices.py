@@ -24,7 +24,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("device", ["cuda:7", "meta"])
+@pytest.mark.parametrize("device", ["cuda:7", "meta", "mps"])
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_unavailable_device_is_refused_in_one_paragraph(
     name: str, device: str, tmp_path: Path
@@ -42,5 +42,6 @@ def test_unavailable_device_is_refused_in_one_paragraph(
     assert result.code == 2, result.out + result.err
     message = " ".join(result.err.split())
     assert f"device {device!r}" in message
+    assert device != "mps" or "not supported" in message
     assert ("set device=cpu" if last_word_is_set else "give --device cpu") in message
     assert "Traceback" not in result.err and not out.exists()

@@ -45,7 +45,7 @@ def test_show_without_a_name_prints_the_defaults() -> None:
 def test_show_describes_settings_and_lists_their_choices() -> None:
     text = " ".join(run("recipe", "show").out.split())
     assert "one of mse, pseudo_huber, latent_lpips, e_latent_lpips, pixel_lpips" in text
-    assert "one of float32, bfloat16" in text
+    assert "one of auto, float32, bfloat16" in text
     for name, field in Recipe.model_fields.items():
         assert field.description, name
         assert " ".join(field.description.split()) in text, name

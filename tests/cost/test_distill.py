@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cli.runner import run
 
 from diffusion2gan.adversarial.losses import (
     exact_derivatives,
     finite_difference_r1,
     r1_penalty,
 )
+from diffusion2gan.cost import distill as distill_cost
+from diffusion2gan.cost import limits
 from diffusion2gan.cost.distill import dry_run
 from diffusion2gan.cost.pairs import estimate_pairs_cost
 from diffusion2gan.distill import checkpoints, train
@@ -23,7 +27,7 @@ from diffusion2gan.distill.run import CHECKPOINT, Run
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.store import PairsSpec
-from diffusion2gan.recipe import Recipe
+from diffusion2gan.recipe import Recipe, load_recipe, shipped_recipes
 from diffusion2gan.teacher.loading import load_teacher
 from diffusion2gan.teacher.pipeline import Teacher
 from diffusion2gan.teacher.prompt_cache import PromptCache
@@ -216,3 +220,82 @@ def test_dry_run_of_pairs_matches_their_files(sdxl: Path, pairs: Path) -> None:
     num_parameters = sum(parameter.numel() for parameter in teacher.network.parameters())
     assert cost["network_parameters"] == num_parameters
     assert cost["hours"] == pytest.approx(1000 / float(cost["pairs_per_second"]) / 3600, abs=0.01)
+
+
+# Without the weights, the memory or the time to measure
+
+
+@pytest.fixture
+def configs(tmp_path: Path) -> Callable[[Path], Path]:
+    """A pipeline folder → a copy of it without weights."""
+
+    def copy(folder: Path) -> Path:
+        without = shutil.ignore_patterns("*.safetensors")
+        return Path(shutil.copytree(folder, tmp_path / f"{folder.name}-configs", ignore=without))
+
+    return copy
+
+
+FAMILY_OF = {"sd15": "sd15", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux_dev"}
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if "pocket" not in name])
+def test_dry_run_of_every_recipe_counts_from_configs_alone(
+    name: str, family_folder: Callable[[str], Path], configs: Any, tmp_path: Path
+) -> None:
+    if load_recipe(name).lora_rank > 0:
+        pytest.importorskip("peft")
+    complete = family_folder(FAMILY_OF[name.partition("-")[0]])
+    settings = ["adversarial_weight=0.1"]
+    counted = dry_run(
+        load_recipe(name, [f"teacher={configs(complete)}", *settings]), tmp_path / "no pairs"
+    )
+    assert "has no weights of its" in str(counted["not_measured"])
+    assert "hours" not in counted
+
+    # The same numbers as with the weights
+    teacher = load_teacher(str(complete))
+    recipe = load_recipe(name, [f"teacher={complete}", "perceptual=decoder", "precision=float32"])
+    recipe = recipe.model_copy(update={"adversarial_weight": 0.1})
+    loaded = distill_cost.count_cost(distill_cost.Run(recipe, teacher), None, is_cpu=True)
+    assert counted == loaded | {"not_measured": counted["not_measured"]}
+    assert float(counted["student_parameters"]) > 0 < float(counted["discriminator_parameters"])
+
+
+def test_dry_run_of_pairs_counts_from_configs_alone(
+    sdxl: Path, configs: Any, tmp_path: Path
+) -> None:
+    options = ("--prompts", "starter", "--count", 1000, "--dry-run", "--out", tmp_path / "pairs")
+    counted = run("pairs", "--teacher", configs(sdxl), *options)
+    assert counted.code == 0 and "has no weights of its" in counted.out, counted
+    measured = run("pairs", "--teacher", sdxl, "--num-inference-steps", 2, *options)
+    assert measured.code == 0 and "hours: " in measured.out, measured
+    assert counted.out.splitlines()[:-1] == measured.out.splitlines()[:3]
+    assert not (tmp_path / "pairs").exists()
+
+
+def test_dry_run_on_a_machine_without_the_memory_or_the_pairs_counts(
+    sdxl: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(teacher=str(sdxl), loss="mse", total_pairs=8, batch_size=2)
+    assert "contains no pairs yet" in str(dry_run(recipe, tmp_path / "no")["not_measured"])
+
+    monkeypatch.setattr(limits, "available_bytes", lambda device: 2**20)
+    cost = dry_run(recipe, pairs)
+    assert "GiB without activations, and cpu has 0.0 GiB free" in str(cost["not_measured"])
+    assert float(cost["memory_without_activations_mib"]) > 1
+
+
+def test_long_steps_on_a_cpu_are_extrapolated(
+    sdxl: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(
+        teacher=str(sdxl), loss="mse", total_pairs=80, batch_size=8, adversarial_weight=0
+    )
+    measured = dry_run(recipe, pairs)
+    assert "extrapolated" not in measured
+    monkeypatch.setattr(distill_cost, "LONG_STEP_S", 0.0)
+    cost = dry_run(recipe, pairs)
+    assert cost["extrapolated"] == "time, from steps of 2 pairs"
+    # Four times a step of two pairs: a small step costs more per pair
+    assert float(cost["seconds_per_step"]) > 0.5 * float(measured["seconds_per_step"])

@@ -245,7 +245,8 @@ def build_jobs(base: Path, teacher: Path) -> list[Job]:
     one_step = (teacher, "--num-inference-steps", 1, "--guidance-scale", 0)
 
     def make_pairs(out: Path) -> list[object]:
-        return ["pairs", "--teacher", teacher, "--count", 24, *pairs_options, "--out", out]
+        more = ("--prompts", "pocket", *pairs_options)
+        return ["pairs", "--teacher", teacher, "--count", 24, *more, "--out", out]
 
     def distill(out: Path) -> list[object]:
         return ["distill", "pocket-regression", "--pairs", pairs, "--out", out, *set_options]

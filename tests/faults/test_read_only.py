@@ -50,6 +50,8 @@ def argv(command: str, shared: Path, out: Path) -> list[str]:
         "pairs": (
             "--teacher",
             shared / "teacher",
+            "--prompts",
+            "pocket",
             "--count",
             2,
             *one_step[:2],

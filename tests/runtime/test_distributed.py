@@ -10,10 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from cli.runner import assert_refused, run
 
 from diffusion2gan.errors import UserError
-from diffusion2gan.runtime.distributed import Ranks, get_ranks, rank_device, store_prefix
+from diffusion2gan.runtime.distributed import (
+    Ranks,
+    get_ranks,
+    rank_device,
+    resolve_device,
+    store_prefix,
+)
 
 
 def set_torchrun_environment(
@@ -136,6 +143,37 @@ def test_cuda_is_the_gpu_of_the_rank_on_its_machine(monkeypatch: pytest.MonkeyPa
     assert rank_device("cuda") == "cuda:3"
     assert rank_device("cuda:1") == "cuda:1"
     assert rank_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize(("has_gpu", "expected"), [(False, "cpu"), (True, "cuda")])
+def test_auto_is_a_gpu_if_there_is_one(
+    has_gpu: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert rank_device("auto") == expected
+
+    # Under torchrun the rank's
+    for name, value in (("RANK", "7"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    assert rank_device("auto") == ("cuda:3" if has_gpu else "cpu")
+
+
+def test_gpu_that_does_not_exist_is_refused_with_those_that_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    expected = "'cuda:7' is not available .cuda:7 does not exist: this machine has 2 GPU, cuda:0 to"
+    with pytest.raises(UserError, match=expected):
+        resolve_device("cuda:7")
+
+    # More ranks than GPUs
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        UserError, match=r"'cuda' is not .*cuda:3 does not exist.*lower --nproc-per"
+    ):
+        resolve_device("cuda")
 
 
 @pytest.mark.parametrize(

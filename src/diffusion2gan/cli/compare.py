@@ -37,7 +37,7 @@ def compare(
     seed: Annotated[
         int, typer.Option(min=0, max=255, help="The noise, shared by all systems, depends on it.")
     ] = 255,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     precision: PrecisionOption = "float32",
 ) -> None:
     """Write a page with the images of several systems.
@@ -95,7 +95,7 @@ def serve(
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="The port to listen on; 0 uses any free one.")
     ] = 7860,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     precision: PrecisionOption = "float32",
 ) -> None:
     """Show a student's images in a browser, or take blind votes.

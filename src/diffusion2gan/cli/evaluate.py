@@ -77,7 +77,7 @@ def evaluate(
         str | None,
         typer.Option(help="COCO: the system to compare with, image by image, at the same noise."),
     ] = None,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     precision: PrecisionOption = "float32",
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="COCO: images generated at once (default 1).")

@@ -16,6 +16,16 @@ def export(
     ],
     out: Annotated[Path, typer.Option(callback=local_path, help="The pipeline folder to write.")],
     half: Annotated[bool, typer.Option("--half", help="Write float16 weights.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the export of another run in --out.")
+    ] = False,
+    metrics: Annotated[
+        Path | None,
+        typer.Option(
+            callback=local_path,
+            help="What evaluate wrote, for the model card. Default: metrics.json in the run.",
+        ),
+    ] = None,
 ) -> None:
     """Write the student as a pipeline folder for stock diffusers.
 
@@ -25,7 +35,8 @@ def export(
 
     from diffusion2gan.export import export as export_run
 
-    export_run(run, out, torch.float16 if half else torch.float32)
+    dtype = torch.float16 if half else torch.float32
+    export_run(run, out, dtype, overwrite=overwrite, metrics=metrics)
     call = "(prompt, num_inference_steps=1, guidance_scale=0)"
     typer.echo(f"{out}: DiffusionPipeline.from_pretrained({str(out)!r}){call}")
 
@@ -48,7 +59,7 @@ def generate(
     guidance_scale: Annotated[
         float | None, typer.Option(min=0.0, help="Guidance, if not the system's default.")
     ] = None,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     precision: PrecisionOption = "float32",
 ) -> None:
     """Generate images and print the seconds per image."""

@@ -32,7 +32,11 @@ ResolutionOption = Annotated[
     int | None, typer.Option(min=1, help="The side of the images, if not the teacher's default.")
 ]
 DeviceOption = Annotated[
-    str, typer.Option(help="cpu, cuda, …; under torchrun, cuda is the GPU of each rank.")
+    str,
+    typer.Option(
+        help="cpu, cuda, cuda:1, …, or auto: cuda if there is a GPU, otherwise cpu. Under "
+        "torchrun, cuda is the GPU of each rank."
+    ),
 ]
 PrecisionOption = Annotated[
     Literal["float32", "float16", "bfloat16"], typer.Option(help="The precision of the weights.")

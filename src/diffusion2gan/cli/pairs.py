@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -37,8 +38,16 @@ def pairs(
         str | None, typer.Option(help="The folder of the set, or a URL such as s3://bucket/set.")
     ] = None,
     prompts: Annotated[
-        str, typer.Option(help="A text file with one prompt per line, or `pocket`.")
-    ] = "pocket",
+        str | None,
+        typer.Option(
+            help="A text file with one prompt per line, JSONL, CSV, Parquet, COCO annotations, a "
+            "saved Hugging Face dataset, or `starter`: plain prompts for first tries. The pocket "
+            "teacher's default is `pocket`, the captions of its world."
+        ),
+    ] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="The column of --prompts, if it is a table.")
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="The number of pairs.")] = 1024,
     solver: Annotated[
         str,
@@ -86,7 +95,7 @@ def pairs(
     shard_range: Annotated[
         str | None, typer.Option(help="A:B makes only shards A to B−1, for array jobs.")
     ] = None,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     teacher_config: TeacherConfigOption = None,
     teacher_lora: TeacherLoraOption = None,
     vae: VaeOption = None,
@@ -112,15 +121,11 @@ def pairs(
     check_solver(solver)
     torch_device = resolve_device(device, "give --device cpu")
     check_precision(precision, torch_device)
-    source = read_source(prompts, seed)
+    prompts_name, source = read_source(prompts, prompt_column, teacher, seed)
     location = parse_location(out)
     shards = parse_range(shard_range)
 
     # Describe the set
-    loaded = load_teacher(
-        teacher, torch_device, resolution, config=teacher_config, loras=teacher_lora, vae=vae
-    )
-    loaded.set_precision(precision)
     settings = make.PairsSettings(
         count=count,
         seed=seed,
@@ -131,15 +136,30 @@ def pairs(
         shard_size=shard_size,
         keep_noise=keep_noise,
     )
-    spec = make.build_spec(loaded, source, settings, prompts_name=prompts)
 
-    # Estimate the cost
+    # Without the weights, or the memory for them, the cost is only counted
     if dry_run:
-        from diffusion2gan.cost.pairs import estimate_pairs_cost
+        from diffusion2gan.cost.limits import load_counted_teacher, reason_too_large
+        from diffusion2gan.cost.pairs import count_pairs_cost, estimate_pairs_cost, weight_bytes
 
+        counted, reason = load_counted_teacher(teacher, teacher_config, resolution)
+        if counted is not None:
+            spec = make.build_spec(counted, source, settings, prompts_name=prompts_name)
+            reason = reason or reason_too_large(weight_bytes(counted), torch_device)
+        if counted is not None and reason is not None:
+            print_cost(count_pairs_cost(counted, spec))
+            typer.echo(f"not_measured: time, because {reason}")
+            return
+
+    # Load the teacher
+    loaded = load_teacher(
+        teacher, torch_device, resolution, config=teacher_config, loras=teacher_lora, vae=vae
+    )
+    loaded.set_precision(precision)
+    spec = make.build_spec(loaded, source, settings, prompts_name=prompts_name)
+    if dry_run:
         batch = make.prepare_prompts(loaded, source)(range(min(batch_size, count)))
-        for key, value in estimate_pairs_cost(loaded, spec, batch, price_per_gpu_hour).items():
-            typer.echo(f"{key}: {value}")
+        print_cost(estimate_pairs_cost(loaded, spec, batch, price_per_gpu_hour))
         return
 
     # Make the pairs
@@ -147,10 +167,15 @@ def pairs(
     if not get_ranks().is_main:
         return
     if shards is None:
-        typer.echo(
-            f"{out}: {count} pairs. Next: diffusion2gan distill pocket --pairs {out} "
-            "--out runs/NAME"
-        )
+        arguments = {
+            "teacher": teacher,
+            "teacher_config": teacher_config,
+            "teacher_lora": teacher_lora,
+            "vae": vae,
+            "resolution": resolution,
+        }
+        pipeline_class = type(loaded.pipeline).__name__
+        typer.echo(f"{out}: {count} pairs. Next: {next_command(pipeline_class, arguments, out)}")
     else:
         typer.echo(
             f"{out}: shards {shard_range} are finished. To see which shards of the set are "
@@ -158,14 +183,77 @@ def pairs(
         )
 
 
-def read_source(prompts: str, seed: int) -> Prompts:
-    """The captions of the pocket world for a set with this seed, or the lines of a text file."""
-    from diffusion2gan.pocket import scenes
-    from diffusion2gan.prompts import read_prompts
+def print_cost(cost: Mapping[str, float | int | str]) -> None:
+    for key, value in cost.items():
+        typer.echo(f"{key}: {value}")
 
-    if prompts == "pocket":
-        return scenes.pairs_captions(seed)
-    return read_prompts(Path(prompts))
+
+def read_source(
+    prompts: str | None, column: str | None, teacher: str, seed: int
+) -> tuple[str, Prompts]:
+    """(the prompts' name, the captions of the pocket world for this seed or the prompts of a file).
+
+    Prints where the prompts of a file are from. Raises UserError if none are named for a teacher
+    other than the pocket teacher.
+    """
+    from diffusion2gan.pocket import scenes
+    from diffusion2gan.prompts import STARTER, load_prompts
+    from diffusion2gan.runtime.distributed import get_ranks
+    from diffusion2gan.runtime.progress import console
+
+    if prompts is None and teacher != "pocket":
+        raise UserError(
+            f"--prompts is missing: teacher {teacher} needs prompts like those that its student "
+            "will be used with. Give --prompts FILE (one prompt per line; or JSONL, CSV, Parquet, "
+            "COCO annotations, a saved dataset), or --prompts "
+            f"{STARTER} for a first try: plain prompts that are in the package."
+        )
+    if prompts is None or prompts == "pocket":
+        if column is not None:
+            raise UserError(f"--prompt-column {column}: the pocket world's captions have no column")
+        return "pocket", scenes.pairs_captions(seed)
+
+    loaded = load_prompts(Path(prompts), column)
+    if get_ranks().is_main:
+        console.print(loaded.report, soft_wrap=True)
+    return prompts, loaded.prompts
+
+
+# The recipes to start from, by the teacher's pipeline class; a LoRA's first.
+RECIPES = {
+    "StableDiffusionPipeline": ("sd15-lora-24gb", "sd15"),
+    "StableDiffusionXLPipeline": ("sdxl-lora-24gb", "sdxl"),
+    "StableDiffusion3Pipeline": ("sd3",),
+    "FluxPipeline": ("flux-lora",),
+    "SanaPipeline": ("sd3",),
+}
+
+
+def next_command(pipeline_class: str, arguments: dict[str, str | int | None], out: str) -> str:
+    """The `distill` command for pairs that a teacher made.
+
+    `arguments`: the settings of that teacher, by their names in a recipe. The recipe trains a LoRA
+    if its extra is installed and the family has such a recipe.
+    """
+    import importlib.util
+    import shlex
+
+    # Recipe
+    teacher = arguments["teacher"]
+    has_peft = importlib.util.find_spec("peft") is not None
+    recipes = ("pocket",) if teacher == "pocket" else RECIPES[pipeline_class]
+    recipe = recipes[0] if has_peft else recipes[-1]
+    note = ""
+    if "lora" in recipe and not has_peft:
+        note = " (needs peft: pip install 'diffusion2gan[lora]')"
+
+    # Command
+    words = ["diffusion2gan", "distill", recipe]
+    for name, value in arguments.items():
+        if value is not None and (name, value) != ("teacher", "pocket"):
+            words += ["--set", f"{name}={value}"]
+    words += ["--pairs", out, "--out", "runs/NAME"]
+    return shlex.join(words) + note
 
 
 def parse_range(text: str | None) -> range | None:
@@ -204,7 +292,7 @@ def pairs_verify(
     ] = 0,
     teacher: TeacherOption = "pocket",
     seed: Annotated[int, typer.Option(min=0, help="Chooses the pairs of --deep.")] = 0,
-    device: DeviceOption = "cpu",
+    device: DeviceOption = "auto",
     teacher_config: TeacherConfigOption = None,
     teacher_lora: TeacherLoraOption = None,
     vae: VaeOption = None,

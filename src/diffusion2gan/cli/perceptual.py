@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffusion2gan.cli.options import local_path, local_paths
+from diffusion2gan.cli.options import DeviceOption, local_path, local_paths
 from diffusion2gan.errors import UserError
 
 TransformsOption = Annotated[
@@ -58,7 +58,7 @@ def perceptual_fit(
     transform_share: TransformShareOption = 1.0,
     resampling: ResamplingOption = "bilinear",
     seed: Annotated[int, typer.Option(min=0, max=65535)] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    device: DeviceOption = "auto",
 ) -> None:
     """Train a feature network on the latents of labelled images.
 
@@ -121,7 +121,7 @@ def perceptual_calibrate(
     transform_share: TransformShareOption = 1.0,
     resampling: ResamplingOption = "bilinear",
     seed: Annotated[int, typer.Option(min=0, max=65535)] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    device: DeviceOption = "auto",
 ) -> None:
     """Fit a network's heads to two-alternative forced choices.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffusion2gan.cli.options import local_path
+from diffusion2gan.cli.options import DeviceOption, local_path
 
 pocket_app = typer.Typer(
     help="Write triplets of the pocket world, or train its models.",
@@ -47,7 +47,7 @@ def pocket_train(
     scale: Annotated[
         float, typer.Option(min=0.0001, help="Factor of the number of images per stage.")
     ] = 1.0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    device: DeviceOption = "auto",
 ) -> None:
     """Train every pocket model from scratch.
 

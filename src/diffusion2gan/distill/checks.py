@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
+
+import torch
+
+from diffusion2gan.distill.run import load_recipe_teacher
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.pairs.store import PairsSpec
@@ -46,20 +52,65 @@ def check_ranks(recipe: Recipe, world_size: int) -> None:
         )
 
 
+def load_pairs_teacher(
+    recipe: Recipe, device: torch.device, spec: PairsSpec, folder: Location
+) -> Teacher:
+    """The recipe's teacher, checked against the pairs (`check_pairs`).
+
+    Raises UserError if there is no such teacher; the message names the one of the pairs.
+    """
+    try:
+        teacher = load_recipe_teacher(recipe, device)
+    except UserError as error:
+        names = (recipe.teacher, Path(recipe.teacher).name)
+        if spec.teacher in names:
+            raise
+        raise UserError(
+            f"{error} The pairs in {folder} were made by teacher {spec.teacher!r}: to distil it, "
+            f"add {teacher_option(spec.teacher)}."
+        ) from error
+    check_pairs(spec, teacher, folder)
+    return teacher
+
+
+def teacher_option(name: str) -> str:
+    """The option of `distill` that sets the teacher with this name, in a description of pairs.
+
+    Only the last part of a folder's path is in it; the option is complete if that is here.
+    """
+    if name == "pocket" or "/" in name or Path(name).exists():
+        return f"--set teacher={shlex.quote(name)}"
+    return f"--set teacher=PATH, the path of {name!r}"
+
+
 def check_pairs(spec: PairsSpec, teacher: Teacher, folder: Location) -> None:
     """Raises UserError if the pairs were made by another teacher, or at another resolution."""
     if spec.revision != teacher.revision:
+        if spec.teacher == teacher.name:
+            remedy = (
+                "The name is the same, but not the weights: give distill the settings that the "
+                "pairs were made with (--set teacher_lora=…, vae=…, teacher_config=…), or restore "
+                "the weights"
+            )
+        else:
+            remedy = f"To distil the teacher of the pairs, add {teacher_option(spec.teacher)}"
+        arguments = "pocket"
+        if teacher.name != "pocket":
+            arguments = f"{shlex.quote(str(teacher.folder or teacher.name))} --prompts FILE"
         raise UserError(
             f"the pairs in {folder} were made by teacher {spec.teacher!r} (weights "
             f"{spec.revision}), but the recipe's teacher is {teacher.name!r} (weights "
-            f"{teacher.revision}). Make pairs with this teacher, or set teacher=… to the one that "
-            "made them."
+            f"{teacher.revision}). {remedy}; to make pairs of the recipe's teacher: diffusion2gan "
+            f"pairs --teacher {arguments} --out NEW_FOLDER"
         )
     if tuple(spec.latent_shape) != teacher.latent_shape:
+        _, height, width = spec.latent_shape
+        remedy = "make pairs at this resolution"
+        if height == width:
+            remedy += f", or set resolution={height * teacher.spatial_factor}, that of the pairs"
         raise UserError(
             f"the pairs in {folder} have latents of shape {tuple(spec.latent_shape)}, the "
-            f"teacher's have {teacher.latent_shape}; make pairs at this resolution, or set "
-            "resolution to theirs."
+            f"teacher's have {teacher.latent_shape}; {remedy}."
         )
 
 

@@ -23,10 +23,12 @@ from diffusion2gan.teacher.conditioning import Conditioning
 GIB = 2**30
 
 
-def memory_bytes(run: Run) -> dict[str, int]:
+def memory_bytes(run: Run, is_cpu: bool | None = None) -> dict[str, int]:
     """Bytes on the device during training, by component, without activations.
 
-    Activations come on top; they are measured (`peak_memory_mib`), not counted.
+    `is_cpu`: whether the device is the CPU, where models that are offloaded from a GPU stay; by
+    default the teacher's is meant. Activations come on top; they are measured (`peak_memory_mib`),
+    not counted.
     """
     recipe = run.recipe
     teacher = run.teacher
@@ -35,7 +37,8 @@ def memory_bytes(run: Run) -> dict[str, int]:
     discriminator = num_bytes(run.discriminator)
 
     # Models that are offloaded from a GPU stay in memory if the device is the CPU
-    is_cpu = teacher.device.type == "cpu"
+    if is_cpu is None:
+        is_cpu = teacher.device.type == "cpu"
     teacher_weights = 0
     if recipe.needs_teacher or is_cpu:
         teacher_weights = num_bytes(teacher.network)
@@ -68,7 +71,8 @@ def num_bytes(*modules: nn.Module | None) -> int:
         if module is None:
             continue
         for tensor in (*module.parameters(), *module.buffers()):
-            sizes[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            address = id(tensor) if tensor.is_meta else tensor.data_ptr()
+            sizes[address] = tensor.numel() * tensor.element_size()
     return sum(sizes.values())
 
 

@@ -58,6 +58,7 @@ class Run:
     """
 
     def __init__(self, recipe: Recipe, teacher: Teacher, group: Group | None = None) -> None:
+        assert "auto" not in (recipe.precision, recipe.perceptual), "see resolve_recipe"
         self.recipe = recipe
         self.teacher = teacher
         self.group = group or Group(Ranks())

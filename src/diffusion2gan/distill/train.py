@@ -11,14 +11,15 @@ from typing import NoReturn
 
 import torch
 
+from diffusion2gan.distill.automatic import resolve_recipe
 from diffusion2gan.distill.batches import prefetch
 from diffusion2gan.distill.checkpoints import CHECKPOINT
-from diffusion2gan.distill.checks import check_discriminator, check_pairs, check_ranks
+from diffusion2gan.distill.checks import check_discriminator, check_ranks, load_pairs_teacher
 from diffusion2gan.distill.losses import Distance, build_distance
 from diffusion2gan.distill.memory import check_r1_memory, out_of_memory_failure
 from diffusion2gan.distill.metrics import StepMetrics
 from diffusion2gan.distill.reporting import log_step
-from diffusion2gan.distill.run import Run, load_recipe_teacher, open_run
+from diffusion2gan.distill.run import Run, open_run
 from diffusion2gan.distill.samples import write_samples
 from diffusion2gan.distill.steps import step
 from diffusion2gan.errors import UserError
@@ -44,15 +45,13 @@ def distill(recipe: Recipe, pairs: Location, out: Path, allow_change: Sequence[s
     """
     # Device and ranks
     ranks = get_ranks()
+    recipe = resolve_recipe(recipe, out)
     device = resolve_device(recipe.device)
     check_ranks(recipe, ranks.world_size)
 
-    # Teacher
-    teacher = load_recipe_teacher(recipe, device)
-
-    # Pairs
+    # Pairs and teacher
     reader = PairReader(pairs, recipe.seed)
-    check_pairs(reader.spec, teacher, pairs)
+    teacher = load_pairs_teacher(recipe, device, reader.spec, pairs)
     check_discriminator(recipe, teacher, reader, pairs)
 
     # Distance: the regression loss

@@ -43,7 +43,7 @@ class EvaluateSettings:
     guidance_scale: float | None = None
     num_noises: int = 1
     num_resamples: int = NUM_RESAMPLES
-    device: str = "cpu"  # of the systems; under COCO of the feature networks too
+    device: str = "auto"  # of the systems; under COCO of the feature networks too
     precision: str = "float32"  # of the systems
 
     # The pocket protocol only

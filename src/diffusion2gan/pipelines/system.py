@@ -235,7 +235,7 @@ def load_system(
     Raises UserError if the device is not available, the folder is not a supported pipeline, the
     published system is unknown, or a number of steps, guidance scale or size does not fit.
     """
-    resolve_device(device, "give --device cpu")
+    device = str(resolve_device(device, "give --device cpu"))
 
     # 1. Parse the name
     is_path = Path(name).expanduser().exists()

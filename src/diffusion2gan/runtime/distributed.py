@@ -77,7 +77,13 @@ def get_ranks() -> Ranks:
 
 
 def rank_device(name: str) -> str:
-    """`cuda` under torchrun becomes this rank's GPU, `cuda:LOCAL_RANK`; other names are kept."""
+    """The device that `name` means for this rank.
+
+    `auto` becomes `cuda` if torch can use a GPU of this machine, and `cpu` otherwise. `cuda` under
+    torchrun becomes this rank's GPU, `cuda:LOCAL_RANK`. Other names are kept.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = get_ranks()
     if name == "cuda" and ranks.world_size > 1:
         return f"cuda:{ranks.local_rank}"
@@ -88,12 +94,22 @@ def resolve_device(name: str, remedy: str = "set device=cpu") -> torch.device:
     """The device of this rank; a GPU becomes torch's current device.
 
     Without that, libraries that use the current device would use the first GPU on every rank.
-    Raises UserError if there is no device of that name, or if it cannot compute.
+    `name` is as in `rank_device`. Raises UserError if there is no device of that name, or if it
+    cannot compute. Apple's GPUs, `mps`, are refused: nothing has been tested on them.
     """
+    requested = rank_device(name)
+    if requested.partition(":")[0] == "mps":
+        raise UserError(
+            f"device {name!r} is not supported: nothing of this program has been run on Apple's "
+            f"GPUs; {remedy} or another available device"
+        )
+
     try:
-        device = torch.empty(0, device=rank_device(name)).device
+        device = torch.empty(0, device=requested).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
+        if requested.startswith("cuda") and torch.cuda.is_available():
+            reason = describe_gpus(requested)
         raise UserError(
             f"device {name!r} is not available ({reason}); {remedy} or another available device"
         ) from error
@@ -103,6 +119,16 @@ def resolve_device(name: str, remedy: str = "set device=cpu") -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def describe_gpus(requested: str) -> str:
+    """Why the GPU `requested` does not exist, on a machine that has others."""
+    num_gpus = torch.cuda.device_count()
+    existing = "cuda:0" if num_gpus == 1 else f"cuda:0 to cuda:{num_gpus - 1}"
+    reason = f"{requested} does not exist: this machine has {num_gpus} GPU, {existing}"
+    if get_ranks().world_size > 1:
+        reason += "; under torchrun every rank needs one: lower --nproc-per-node"
+    return reason
 
 
 def require_single_process(job: str) -> None:

@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,7 @@ from typing import Any
 
 import pytest
 import typer
+from cli.runner import run
 
 from diffusion2gan.cli import app
 from diffusion2gan.distill.checks import check_ranks
@@ -408,6 +410,56 @@ def test_your_own_model_in_five_lines_works(
         assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     assert (tmp_path / "lighthouse.png").is_file()
     assert (tmp_path / "report" / "index.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux_dev"])
+def test_page_of_your_own_model_runs_from_top_to_bottom(
+    family: str,
+    family_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its commands on tiny random pipelines of three classes, with few pairs and few updates.
+
+    `distill` is run with the recipe and the settings that `pairs` printed.
+    """
+    pytest.importorskip("peft", reason="the page's recipes train a LoRA")
+    commands = record_commands(ROOT / "docs" / "models" / "index.md", tmp_path)
+    verbs = " ".join(argv[1] for argv in commands)
+    assert verbs == "pairs distill pairs pairs distill export generate evaluate compare export"
+
+    # The user's files. A tiny FLUX pipeline has no size of its own but the default 1024 pixels.
+    (tmp_path / "my-model").symlink_to(family_folder(family))
+    (tmp_path / "prompts.txt").write_text("".join(f"a red star, number {i}\n" for i in range(8)))
+    monkeypatch.chdir(tmp_path)
+    resolution = ["--resolution", "64"] if family == "flux_dev" else []
+    recipe = {"sd15": "sd15-lora-24gb", "sdxl": "sdxl-lora-24gb", "flux_dev": "flux-lora"}[family]
+
+    printed_settings: list[str] = []
+    for _, verb, *words in commands:
+        words = [{"100000": "8", "1000": "6"}.get(word, word) for word in words]
+        if verb == "pairs" and words[0] != "verify":
+            words += ["--num-inference-steps", "2", *resolution]
+        if verb == "distill":
+            words = [recipe, *words[1:], *printed_settings, *TINY_RUN]
+        if verb == "compare" and resolution:
+            words = [word.replace("teacher=my-model", "teacher=my-model@64px") for word in words]
+
+        result = run(verb, *words)
+        assert result.code == 0, f"{verb} {words}\n{result.out[-2000:]}\n{result.err[-4000:]}"
+        if "Next: " in result.out:
+            _, _, *printed = shlex.split(result.out.partition("Next: ")[2])
+            if verb == "pairs":
+                assert printed[0] == recipe
+                printed_settings = printed[1 : printed.index("--pairs")]
+
+    # The student beside its teacher, and on its card
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["count"] == 6 and "frechet_distance_to_teacher" in metrics["intervals"]
+    card = (tmp_path / "export" / "mine" / "README.md").read_text()
+    assert f"same_noise_distance {metrics['same_noise_distance']:.4g}" in card
+    assert "Fréchet distance to the teacher" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_the_readme_names_the_two_commands() -> None:

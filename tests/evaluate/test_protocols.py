@@ -40,7 +40,7 @@ from diffusion2gan.evaluate.protocols import (
     read_captions,
 )
 from diffusion2gan.evaluate.run import evaluate
-from diffusion2gan.evaluate.settings import COCO_ONLY, EvaluateSettings
+from diffusion2gan.evaluate.settings import COCO_OPTIONS, EvaluateSettings
 from diffusion2gan.pipelines.image_folder import open_images, open_system, read_image
 from diffusion2gan.pipelines.system import load_system
 from diffusion2gan.pocket import models
@@ -220,7 +220,7 @@ def option_arguments(name: str) -> list[str]:
     return ["--" + name.replace("_", "-"), value]
 
 
-@pytest.mark.parametrize("name", COCO_ONLY)
+@pytest.mark.parametrize("name", COCO_OPTIONS)
 def test_pocket_refuses_options_of_the_coco_protocols(name: str, tmp_path: Path) -> None:
     arguments = option_arguments(name)
     message = f"--protocol pocket does not use {arguments[0]}: .* Leave {arguments[0]} out, or"
@@ -238,7 +238,7 @@ def test_pocket_names_all_options_that_it_does_not_use(tmp_path: Path) -> None:
 
 
 def test_coco_refuses_count(tmp_path: Path) -> None:
-    message = "coco2017-5k does not use --count: it is defined on exactly 5000 captions. .* pocket"
+    message = "coco2017-5k does not use --count: it is defined on exactly 5000 captions, .* pocket"
     command = "evaluate pocket-student --protocol coco2017-5k --count 10 --captions a --reference b"
     with pytest.raises(UserError, match=message):
         app([*command.split(), "--out", str(tmp_path / "metrics.json")], standalone_mode=False)

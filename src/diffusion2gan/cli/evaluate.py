@@ -24,7 +24,11 @@ def evaluate(
     ),
     count: Annotated[
         int | None,
-        typer.Option(min=2, help="Protocol pocket: number of held-out captions (default 1000)."),
+        typer.Option(
+            min=2,
+            help="Number of prompts: the first of --prompts (default: all), or held-out captions "
+            "of the pocket world (default 1000).",
+        ),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=127, help="Seed of the noise and of the pocket captions.")
@@ -48,7 +52,22 @@ def evaluate(
     num_resamples: Annotated[
         int, typer.Option(min=0, help="Resamples for the 95 % intervals; 0: no intervals.")
     ] = 1000,
-    protocol: Annotated[str, typer.Option(help="pocket, coco2014-30k or coco2017-5k.")] = "pocket",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            callback=local_path,
+            help="Your own prompts, in any format that `pairs` reads, or `starter`.",
+        ),
+    ] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="The column of --prompts, if it is a table.")
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="pocket, own, coco2014-30k or coco2017-5k; own with --prompts, otherwise pocket."
+        ),
+    ] = None,
     captions: Annotated[
         Path | None,
         typer.Option(
@@ -60,32 +79,37 @@ def evaluate(
         str | None, typer.Option(help="COCO: the expected sha256 of the captions; checked.")
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(callback=local_path, help="COCO: the folder of real images.")
+        Path | None,
+        typer.Option(callback=local_path, help="A folder of real images; COCO needs it."),
     ] = None,
     inception: Annotated[
         Path | None,
-        typer.Option(callback=local_path, help="COCO: the weights file of the FID network."),
+        typer.Option(
+            callback=local_path, help="The weights file of the FID network (needs the extra eval)."
+        ),
     ] = None,
     clip: Annotated[
-        str | None, typer.Option(help="COCO: a CLIP, as a folder or the id of a downloaded model.")
+        str | None, typer.Option(help="A CLIP, as a folder or the id of a downloaded model.")
     ] = None,
     dinov2: Annotated[
         str | None,
-        typer.Option(help="COCO: a DINOv2, as a folder or the id of a downloaded model."),
+        typer.Option(help="A DINOv2, as a folder or the id of a downloaded model."),
     ] = None,
     teacher: Annotated[
         str | None,
-        typer.Option(help="COCO: the system to compare with, image by image, at the same noise."),
+        typer.Option(help="The system to compare with, image by image, at the same noise."),
     ] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "float32",
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="COCO: images generated at once (default 1).")
+        int | None, typer.Option(min=1, help="Images generated at once (default 1; pocket: 64).")
     ] = None,
 ) -> None:
-    """Measure a system's images by a protocol.
+    """Measure a system's images: on your own prompts, on the pocket world, or on COCO.
 
-    The pocket protocol uses the pocket world's held-out captions, a COCO protocol your own files.
+    With --prompts: CLIP score, distances to the images of --teacher from the same noises and to
+    real ones (--reference), speed. Distances are in the features of the first given of
+    --inception, --dinov2 and --clip, or of a small shipped network.
     """
     from diffusion2gan.evaluate.run import evaluate as run_evaluation
     from diffusion2gan.evaluate.settings import EvaluateSettings
@@ -106,6 +130,8 @@ def evaluate(
         num_noises=num_noises,
         num_resamples=num_resamples,
         count=count,
+        prompts=prompts,
+        prompt_column=prompt_column,
         captions=captions,
         captions_sha256=captions_sha256,
         reference=reference,

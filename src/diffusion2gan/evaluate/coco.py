@@ -213,7 +213,7 @@ def measure(
         captions=captions,
         seed=image_set.seed,
         weights=spaces.revisions,
-        reference=_digest_files(files),
+        reference=digest_files(files),
     )
     return result
 
@@ -298,7 +298,7 @@ def _frechet_distance(a: metrics.Features, b: metrics.Features) -> float:
     )
 
 
-def _digest_files(files: Sequence[Path]) -> str:
+def digest_files(files: Sequence[Path]) -> str:
     """sha256 of the names and contents of `files`."""
     lines = [f"{path.name}:{sha256(path)}\n" for path in files]
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

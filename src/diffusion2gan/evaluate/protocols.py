@@ -82,7 +82,17 @@ COCO2017 = Protocol(
     patch=128,
     reading=READING,
 )
-PROTOCOLS = {protocol.name: protocol for protocol in (POCKET, COCO2014, COCO2017)}
+OWN = Protocol(
+    name="own",
+    count=None,
+    side=0,  # that of the system's images
+    resize=CENTRE_LANCZOS,
+    reference="any images, resized alike; the teacher's images of the same prompts and noises",
+    feature_resize=f"{CLEAN}; probe: 64 px, Lanczos",
+    noise=PER_CAPTION,
+    patch=0,  # none
+)
+PROTOCOLS = {protocol.name: protocol for protocol in (POCKET, OWN, COCO2014, COCO2017)}
 
 
 def get_protocol(name: str) -> Protocol:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.evaluate.intervals import NUM_RESAMPLES
-from diffusion2gan.evaluate.protocols import POCKET, PROTOCOLS, Protocol
+from diffusion2gan.evaluate.protocols import OWN, POCKET, PROTOCOLS, Protocol
 
 DEFAULT_COUNT = 1000  # captions of the pocket protocol
 
-POCKET_ONLY = ("count",)
-COCO_ONLY = (
+# The options that a protocol uses beyond those that all use
+COCO_OPTIONS = (
     "captions",
     "captions_sha256",
     "reference",
@@ -22,6 +22,19 @@ COCO_ONLY = (
     "teacher",
     "batch_size",
 )
+OWN_OPTIONS = (
+    "prompts",
+    "prompt_column",
+    "count",
+    "reference",
+    "inception",
+    "clip",
+    "dinov2",
+    "teacher",
+    "batch_size",
+)
+POCKET_OPTIONS = ("count",)
+ALL_OPTIONS = (*COCO_OPTIONS, "count", "prompts", "prompt_column")
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class EvaluateSettings:
 
     system: str
     cache: Path
-    protocol: str = POCKET.name
+    protocol: str | None = None  # `own` with prompts, otherwise `pocket`
     seed: int = 0
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
@@ -46,13 +59,19 @@ class EvaluateSettings:
     device: str = "auto"  # of the systems; under COCO of the feature networks too
     precision: str = "float32"  # of the systems
 
-    # The pocket protocol only
-    count: int | None = None  # held-out captions; DEFAULT_COUNT if not set
+    # The pocket protocol and one's own prompts
+    count: int | None = None  # captions; DEFAULT_COUNT, or all prompts, if not set
+
+    # One's own prompts only
+    prompts: Path | None = None  # a file that `load_prompts` reads
+    prompt_column: str | None = None  # its column, if it is a table
 
     # COCO protocols only
     captions: Path | None = None  # required
     captions_sha256: str | None = None  # expected digest of the captions
-    reference: Path | None = None  # required: the folder of real images
+
+    # COCO protocols and one's own prompts
+    reference: Path | None = None  # the folder of real images; COCO needs it
     inception: Path | None = None  # weights of the FID network
     clip: str | None = None  # folder or hub id
     dinov2: str | None = None  # folder or hub id
@@ -60,21 +79,32 @@ class EvaluateSettings:
     batch_size: int | None = None  # images generated at once; 1 if not set
 
 
+def default_protocol(settings: EvaluateSettings) -> str:
+    """The protocol if none is named: one's own prompts if there are any, or the pocket world."""
+    return OWN.name if settings.prompts is not None else POCKET.name
+
+
 def check_options(settings: EvaluateSettings, protocol: Protocol) -> None:
     """Raises UserError if an option is set that `protocol` does not use."""
-    if protocol.count is None:
-        unused = _set_options(settings, COCO_ONLY)
+    coco_names = [name for name, other in PROTOCOLS.items() if other.count is not None]
+    used: tuple[str, ...]
+    if protocol == POCKET:
+        used = POCKET_OPTIONS
         reason = (
             "it makes its captions and reference images itself, and measures with its feature "
             "networks on the CPU"
         )
-        coco_names = [name for name, other in PROTOCOLS.items() if other.count is not None]
+        remedy = f"give --prompts, or choose a COCO protocol ({', '.join(coco_names)})"
+    elif protocol == OWN:
+        used = OWN_OPTIONS
+        reason = "its captions are those of --prompts"
         remedy = f"choose a COCO protocol ({', '.join(coco_names)})"
     else:
-        unused = _set_options(settings, POCKET_ONLY)
-        reason = f"it is defined on exactly {protocol.count} captions"
-        remedy = f"choose --protocol {POCKET.name}"
+        used = COCO_OPTIONS
+        reason = f"it is defined on exactly {protocol.count} captions, those of --captions"
+        remedy = f"choose --protocol {POCKET.name}, or give --prompts without a protocol"
 
+    unused = _set_options(settings, tuple(name for name in ALL_OPTIONS if name not in used))
     if unused:
         options = ", ".join(unused)
         raise UserError(

@@ -34,7 +34,7 @@ from diffusion2gan.teacher.pipeline import Teacher
 from diffusion2gan.teacher.saved import DiffusionPipeline
 from diffusion2gan.teacher.schedule import DEFAULT_SOLVER
 
-PATH_OPTIONS = ("cache", "captions", "reference", "inception")  # of EvaluateSettings
+PATH_OPTIONS = ("cache", "captions", "prompts", "reference", "inception")  # of EvaluateSettings
 
 
 def load_teacher(
@@ -208,7 +208,7 @@ def evaluate(
         `DiffusionPipeline`, which is saved as by `load_teacher`.
     `out`: a JSON file to write the metrics to; none if not given.
     `options`: the options of the command with underscores, such as `count=500`, `device="cuda"` or
-        `protocol="coco2017-5k"`: the fields of `EvaluateSettings`. `cache`, the folder in which
+        `prompts="prompts.txt"`: the fields of `EvaluateSettings`. `cache`, the folder in which
         images and features are kept, is by default `pictures` beside `out`.
 
     Returns the metrics by name, as in metrics.json. Raises UserError if an option is unknown or not

@@ -114,8 +114,8 @@ def measure_cost(
     """Time and money of a run, and on a GPU its peak memory.
 
     Two steps of each kind (regression alone, with the discriminator) are taken, and the second is
-    timed. On a CPU steps that would take long are estimated from two pairs; `extrapolated` is then
-    the number of pairs measured.
+    timed. On a CPU steps that would take long are estimated from a few pairs, which `extrapolated`
+    states.
     """
     recipe = run.recipe
 

@@ -91,6 +91,7 @@ OWN = Protocol(
     feature_resize=f"{CLEAN}; probe: 64 px, Lanczos",
     noise=PER_CAPTION,
     patch=0,  # none
+    reading=READING,
 )
 PROTOCOLS = {protocol.name: protocol for protocol in (POCKET, OWN, COCO2014, COCO2017)}
 

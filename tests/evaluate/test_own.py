@@ -84,8 +84,8 @@ def test_images_are_measured_against_the_teachers_and_real_ones_of_any_size(
 
     # The same numbers from the files
     a, b, c = (read_probe_features(folder, SIDE) for folder in (system, teacher, real))
-    assert result["frechet_distance_to_teacher"] == pytest.approx(frechet_distance(a, b), rel=1e-5)
-    assert result["frechet_distance"] == pytest.approx(frechet_distance(a, c), rel=1e-5)
+    assert result["frechet_distance_to_teacher"] == pytest.approx(frechet_distance(a, b), rel=1e-4)
+    assert result["frechet_distance"] == pytest.approx(frechet_distance(a, c), rel=1e-4)
     assert result["kernel_distance"] == pytest.approx(kernel_distance(a, c), rel=1e-4)
     cosine = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert result["same_noise_distance"] == pytest.approx(1 - cosine.mean(), rel=1e-4)

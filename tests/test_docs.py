@@ -457,7 +457,7 @@ def test_page_of_your_own_model_runs_from_top_to_bottom(
     # The student beside its teacher, and on its card
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["count"] == 6 and "frechet_distance_to_teacher" in metrics["intervals"]
-    card = (tmp_path / "export" / "mine" / "README.md").read_text()
+    card = (tmp_path / "export" / "mine" / "README.md").read_text().replace("\\_", "_")
     assert f"same_noise_distance {metrics['same_noise_distance']:.4g}" in card
     assert "Fréchet distance to the teacher" in (tmp_path / "report" / "report.md").read_text()
 

@@ -237,9 +237,14 @@ def configs(tmp_path: Path) -> Callable[[Path], Path]:
 
 
 FAMILY_OF = {"sd15": "sd15", "sdxl": "sdxl", "sd3": "sd3", "flux": "flux_dev"}
+COUNTED_RECIPES = [
+    pytest.param(name, marks=[] if name == "sdxl" else [pytest.mark.slow])
+    for name in shipped_recipes()
+    if "pocket" not in name
+]
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_recipes() if "pocket" not in name])
+@pytest.mark.parametrize("name", COUNTED_RECIPES)
 def test_dry_run_of_every_recipe_counts_from_configs_alone(
     name: str, family_folder: Callable[[str], Path], configs: Any, tmp_path: Path
 ) -> None:

@@ -173,7 +173,7 @@ PATH_PARAMETERS = list(find_path_parameters())
 
 
 def test_all_path_parameters_are_found() -> None:
-    assert len(PATH_PARAMETERS) == 28
+    assert len(PATH_PARAMETERS) == 29
     for expected in (
         ["distill", "--out"],
         ["export"],

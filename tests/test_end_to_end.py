@@ -60,7 +60,8 @@ def test_a_tiny_teacher_becomes_a_student_and_a_report(tiny_teacher: Path, tmp_p
     pairs, folder, student = tmp_path / "pairs", tmp_path / "run", tmp_path / "export"
 
     # Pairs
-    options = ["--count", 24, "--shard-size", 10, "--num-inference-steps", 4]
+    options = ["--prompts", "pocket", "--count", 24, "--shard-size", 10]
+    options += ["--num-inference-steps", 4]
     out = run("pairs", "--teacher", tiny_teacher, *options, "--out", pairs)
     assert "24 pairs" in out
     assert "all 24 pairs are valid" in run("pairs", "verify", pairs)

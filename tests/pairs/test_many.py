@@ -214,6 +214,8 @@ def test_two_ranks_under_torchrun_make_the_same_set(tiny_teacher: Path, tmp_path
         "pairs",
         "--teacher",
         tiny_teacher,
+        "--prompts",
+        "pocket",
         "--count",
         14,
         "--shard-size",

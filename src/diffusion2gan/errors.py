@@ -10,11 +10,29 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# A message may quote a value, a file's name or a library's message of any length.
+MAX_START, MAX_END = 1500, 700
+
 
 class Diffusion2GANError(Exception):
-    """The base of all errors that this package raises deliberately."""
+    """The base of all errors that this package raises deliberately.
+
+    Its message is made one paragraph, and shortened in the middle if it is very long.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_paragraph(message))
+
+
+def one_paragraph(message: str) -> str:
+    """A message on one line, without control characters, of at most about 2200 characters."""
+    line = " ".join(part.strip() for part in message.splitlines() if part.strip())
+    line = "".join(char if char.isprintable() else "�" for char in line)
+    if len(line) <= MAX_START + MAX_END:
+        return line
+    return f"{line[:MAX_START]} […] {line[-MAX_END:]}"
 
 
 class UserError(Diffusion2GANError):

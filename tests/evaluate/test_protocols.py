@@ -24,12 +24,12 @@ from diffusion2gan.evaluate.coco import FeatureSpaces
 from diffusion2gan.evaluate.images import (
     ImageSet,
     centre_crop,
-    collect_images,
+    iterate_images,
     noise_seeds,
     resize_centre_square,
     warn_if_few_images,
 )
-from diffusion2gan.evaluate.pocket import collect_pocket_images
+from diffusion2gan.evaluate.pocket import iterate_pocket_images
 from diffusion2gan.evaluate.protocols import (
     COCO2014,
     POCKET,
@@ -64,6 +64,10 @@ def mean_colour_space() -> backbones.FeatureSpace:
     return backbones.FeatureSpace(
         "inception", "1", lambda images: images.astype(np.float32).mean((1, 2))
     )
+
+
+def collect(image_set: ImageSet) -> list[np.ndarray]:
+    return [image for chunk in iterate_images(image_set) for image in chunk]
 
 
 def resized(images: list[np.ndarray], side: int) -> np.ndarray:
@@ -262,14 +266,14 @@ def test_noise_seeds_depend_only_on_the_caption_index_and_never_repeat() -> None
 def test_image_folder_is_read_by_caption_index(tmp_path: Path) -> None:
     folder = save_images(tmp_path / "pictures", 3, 1)
     images = open_images("gigagan", folder)
-    assert np.array_equal(images.read([2])[0], np.asarray(Image.open(folder / "000002.png")))
+    assert np.array_equal(next(images.read([2])), np.asarray(Image.open(folder / "000002.png")))
     assert images.formats == ["png"] and images.note == "images"
 
 
 def test_image_folder_refuses_missing_double_unnamed_and_damaged_images(tmp_path: Path) -> None:
     folder = save_images(tmp_path / "pictures", 3, 1)
     with pytest.raises(UserError, match="has no image for caption 3"):
-        open_images("gigagan", folder).read(range(5))
+        open_images("gigagan", folder).check(range(5))
 
     (folder / "other_000002.jpg").write_bytes(b"not a picture")
     with pytest.raises(UserError, match="both for caption 2"):
@@ -289,11 +293,12 @@ def test_pocket_protocol_measures_an_image_folder_and_refuses_other_sizes(tmp_pa
     wide = open_system(f"gigagan={save_images(tmp_path / 'wide', 4, 2)}")
     message = "generates 40×48 images; the pocket protocol measures 64×64 images"
     with pytest.raises(UserError, match=message):
-        collect_pocket_images(ImageSet(wide, CAPTIONS[:4], 0, tmp_path))
+        next(iterate_pocket_images([ImageSet(wide, CAPTIONS[:4], 0, tmp_path)]))
 
     folder = save_images(tmp_path / "square", 4, 3, (64, 64))
     square = ImageSet(open_system(str(folder)), CAPTIONS[:4], 0, tmp_path)
-    assert collect_pocket_images(square).shape == (4, 64, 64, 3)
+    ((images,),) = iterate_pocket_images([square])
+    assert images.shape == (4, 64, 64, 3)
     with pytest.raises(UserError, match="neither a number of steps nor a guidance scale"):
         open_system(str(folder), 4)
 
@@ -397,7 +402,7 @@ def test_small_coco_protocol_gives_the_same_from_the_cache_and_from_nothing(
     assert first["protocol_settings"]["captions_sha256"] == captions_digest(CAPTIONS)
 
     # Values
-    generated = resized(collect_images(ImageSet(system, CAPTIONS, 0, tmp_path / "cache")), 32)
+    generated = resized(collect(ImageSet(system, CAPTIONS, 0, tmp_path / "cache")), 32)
     real = resized([read_image(path) for path in sorted(reference.iterdir())], 32)
     expected = metrics.frechet_distance(generated.mean((1, 2)), real.mean((1, 2)))
     assert first["frechet_distance"] == pytest.approx(expected, rel=1e-4)
@@ -543,7 +548,7 @@ def test_coco_measures_same_noise_distance_and_diversity(
     features = []
     for source, noise_index in ((system, 0), (system, 1), (system, 2), (teacher, 0)):
         images = ImageSet(source, CAPTIONS, 0, tmp_path, noise_index)
-        features.append(dinov2.extract(resized(collect_images(images), 32)))
+        features.append(dinov2.extract(resized(collect(images), 32)))
 
     def cosine_distance(i: int, j: int) -> np.ndarray:
         a, b = features[i], features[j]

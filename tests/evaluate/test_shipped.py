@@ -17,7 +17,7 @@ from diffusion2gan.evaluate import pocket
 from diffusion2gan.evaluate.features import PocketClip, load_probe, probe_features, score_attributes
 from diffusion2gan.evaluate.images import ImageSet
 from diffusion2gan.evaluate.metrics import accuracy, clip_score
-from diffusion2gan.evaluate.pocket import HELD_OUT_WORLD, collect_pocket_images, real_images
+from diffusion2gan.evaluate.pocket import HELD_OUT_WORLD, iterate_pocket_images, real_images
 from diffusion2gan.evaluate.run import evaluate
 from diffusion2gan.evaluate.settings import EvaluateSettings
 from diffusion2gan.pipelines.system import System, load_system
@@ -25,6 +25,11 @@ from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime import checkpoint
 
 TIMED = {"seconds_per_image", "seconds_per_image_p90", "images_per_second", "peak_memory_bytes"}
+
+
+def collect(image_set: ImageSet) -> np.ndarray:
+    """[N, 64, 64, 3]: all images of a set."""
+    return np.concatenate([images for (images,) in iterate_pocket_images([image_set])])
 
 
 def attribute_accuracy(images: np.ndarray, prompts: list[str]) -> float:
@@ -66,7 +71,7 @@ def test_shipped_systems_reach_their_attribute_accuracy(
 ) -> None:
     """docs/results has 1 000 captions; the accuracy on 256 others has a standard error of 0.01."""
     prompts = scenes.captions(range(256), HELD_OUT_WORLD + 3)
-    images = collect_pocket_images(ImageSet(load_system(name), prompts, 3, tmp_path))
+    images = collect(ImageSet(load_system(name), prompts, 3, tmp_path))
     assert len(images) == 256
     assert attribute_accuracy(images, prompts) >= least
 
@@ -110,11 +115,11 @@ def modification_times(folder: Path) -> dict[Path, int]:
 def test_generated_images_are_cached_and_reused(tmp_path: Path) -> None:
     prompts = scenes.captions(range(70), HELD_OUT_WORLD + 4)
     image_set = ImageSet(load_system("pocket-student"), prompts, 4, tmp_path)
-    images = collect_pocket_images(image_set)
+    images = collect(image_set)
     written = modification_times(tmp_path)
     assert images.shape == (70, 64, 64, 3) and len(written) == 2
 
-    assert np.array_equal(collect_pocket_images(image_set), images)
+    assert np.array_equal(collect(image_set), images)
     assert modification_times(tmp_path) == written
 
 

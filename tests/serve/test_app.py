@@ -20,6 +20,7 @@ from PIL import Image
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.serve import app, votes
+from diffusion2gan.serve.guard import is_loopback
 
 Open = Callable[..., Any]
 NO_GRADIO = "gradio is not installed: pip install 'diffusion2gan[demo]'"
@@ -110,9 +111,9 @@ def test_a_host_of_another_machine_is_refused() -> None:
 
 def test_loopback_hosts_are_recognised() -> None:
     for host in ("127.0.0.1", "localhost", "::1"):
-        assert app.is_loopback(host), host
+        assert is_loopback(host), host
     for host in ("0.0.0.0", "192.168.0.7", "example"):
-        assert not app.is_loopback(host), host
+        assert not is_loopback(host), host
 
 
 def test_missing_gradio_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

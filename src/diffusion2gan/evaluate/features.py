@@ -32,13 +32,12 @@ class ClipFeatures:
 
 
 class PocketClip:
-    """The pocket world's CLIP; `sha256` identifies its weights."""
+    """The pocket world's CLIP."""
 
     def __init__(self) -> None:
         folder = assets.folder("clip")
         self._model = load_model(CLIPModel, folder).eval()
         self._tokenizer = CLIPTokenizer.from_pretrained(folder)
-        self.sha256 = sha256(folder)
 
     @torch.no_grad()
     def encode_images(self, images: Images) -> ClipFeatures:
@@ -55,16 +54,23 @@ class PocketClip:
     @torch.no_grad()
     def encode_texts(self, prompts: Sequence[str]) -> NDArray[np.float32]:
         """[N, D] unit-length embeddings."""
-        tokens = self._tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=models.MAX_LENGTH,
-            truncation=True,
-            return_tensors="pt",
-        )
-        pooled = self._model.text_model(tokens.input_ids).pooler_output
-        embeds = self._model.text_projection(pooled)
-        return np.asarray(torch.nn.functional.normalize(embeds, dim=1).numpy())
+        embeds = []
+        for start in range(0, len(prompts), BATCH):
+            tokens = self._tokenizer(
+                list(prompts[start : start + BATCH]),
+                padding="max_length",
+                max_length=models.MAX_LENGTH,
+                truncation=True,
+                return_tensors="pt",
+            )
+            pooled = self._model.text_model(tokens.input_ids).pooler_output
+            embeds.append(self._model.text_projection(pooled))
+        return np.asarray(torch.nn.functional.normalize(torch.cat(embeds), dim=1).numpy())
+
+
+def clip_sha256() -> str:
+    """Identifies the weights of the pocket world's CLIP."""
+    return sha256(assets.folder("clip"))
 
 
 def load_probe() -> models.Probe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,37 +76,55 @@ def diversity_image_sets(image_set: ImageSet, num_noises: int) -> list[ImageSet]
 
 def iterate_images(
     image_set: ImageSet, rank: int = 0, world_size: int = 1
-) -> Iterator[list[Images]]:
-    """Yields lists of up to 64 images [H, W, 3] uint8 in the order of the prompts.
+) -> Iterator[Iterable[Images]]:
+    """Yields up to 64 images [H, W, 3] uint8 at a time, in the order of the prompts.
 
-    Generated images are kept in the cache and not generated again. With `world_size` above 1 only
-    every `world_size`-th list is yielded, starting with number `rank`. Raises UserError if a folder
-    lacks the image of a prompt, and KeyboardInterrupt between two lists after a stop signal.
+    As `iterate_image_sets` of this set alone.
     """
-    system, prompts = image_set.system, image_set.prompts
+    for (chunk,) in iterate_image_sets([image_set], rank, world_size):
+        yield chunk
+
+
+def iterate_image_sets(
+    image_sets: Sequence[ImageSet], rank: int = 0, world_size: int = 1
+) -> Iterator[list[Iterable[Images]]]:
+    """Yields, of each of several sets of the same prompts, the images of up to 64 prompts.
+
+    Generated images are kept in the cache and not generated again; those of a folder are read one
+    by one as they are used. With `world_size` above 1 only every `world_size`-th list is yielded,
+    starting with number `rank`. Raises UserError if a folder lacks the image of a prompt or has one
+    that is too large, and KeyboardInterrupt between two lists after a stop signal.
+    """
+    prompts = image_sets[0].prompts
     starts = range(0, len(prompts), CHUNK)[rank::world_size]
 
     # Check a folder now, not after an hour of computing features
-    if isinstance(system, ImageFolder):
-        system.check(range(len(prompts)))
-        if len(system.files) > len(prompts):
-            console.print(
-                f"{system.name}: contains {len(system.files)} images; those of the "
-                f"{len(prompts)} captions are used"
-            )
+    for image_set in image_sets:
+        system = image_set.system
+        if isinstance(system, ImageFolder):
+            system.check(range(len(prompts)))
+            if len(system.files) > len(prompts):
+                console.print(
+                    f"{system.name}: contains {len(system.files)} images; those of the "
+                    f"{len(prompts)} captions are used"
+                )
 
-    total = sum(len(prompts[start : start + CHUNK]) for start in starts)
-    with stop_signal() as stopped, Bar(f"images of {system.name}", total) as bar:
+    names = " and ".join(dict.fromkeys(image_set.system.name for image_set in image_sets))
+    total = len(image_sets) * sum(len(prompts[start : start + CHUNK]) for start in starts)
+    with stop_signal() as stopped, Bar(f"images of {names}", total) as bar:
         for start in starts:
-            if stopped():
-                raise KeyboardInterrupt
-
             chunk = list(prompts[start : start + CHUNK])
-            if isinstance(system, ImageFolder):
-                yield system.read(range(start, start + len(chunk)))
-            else:
-                yield list(_load_or_generate(system, image_set, start, chunk))
-            bar.advance(len(chunk))
+            chunks: list[Iterable[Images]] = []
+            for image_set in image_sets:
+                if stopped():
+                    raise KeyboardInterrupt
+                system = image_set.system
+                if isinstance(system, ImageFolder):
+                    chunks.append(system.read(range(start, start + len(chunk))))
+                else:
+                    chunks.append(_load_or_generate(system, image_set, start, chunk))
+                bar.advance(len(chunk))
+            yield chunks
 
 
 def _load_or_generate(
@@ -151,14 +169,6 @@ def generate_on_all_ranks(image_sets: Sequence[ImageSet]) -> bool:
                     pass
         group.barrier()
     return ranks.is_main
-
-
-def collect_images(image_set: ImageSet) -> list[Images]:
-    """One image [H, W, 3] per prompt, of any size."""
-    images: list[Images] = []
-    for chunk in iterate_images(image_set):
-        images.extend(chunk)
-    return images
 
 
 def resize_centre_square(image: Images, side: int) -> Images:

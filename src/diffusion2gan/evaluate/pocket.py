@@ -7,8 +7,8 @@ have the same metrics everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from diffusion2gan.evaluate import intervals, metrics
 from diffusion2gan.evaluate.features import (
     ATTRIBUTES,
     PocketClip,
+    clip_sha256,
     load_probe,
     probe_features,
     probe_sha256,
@@ -30,9 +31,9 @@ from diffusion2gan.evaluate.images import (
     ImageSet,
     centre_crop,
     check_num_noises,
-    collect_images,
     diversity_image_sets,
     generate_on_all_ranks,
+    iterate_image_sets,
     warn_if_few_images,
 )
 from diffusion2gan.evaluate.protocols import POCKET, describe_protocol
@@ -76,114 +77,177 @@ def evaluate_pocket(settings: EvaluateSettings) -> dict[str, Any]:
     if not generate_on_all_ranks([image_set, teacher_set, *diversity_sets[1:]]):
         return {}
 
-    # On rank 0 all images are now in the cache or generated
-    images = collect_pocket_images(image_set)
-    teacher_images = images
-    if system.key != teacher.key:
-        teacher_images = collect_pocket_images(teacher_set)
+    # On rank 0 all images are now in the cache, or are generated as they are measured
     several = None
     if settings.num_noises > 1:
-        several = np.stack([collect_pocket_images(s) for s in diversity_sets], axis=1)
+        several = iterate_pocket_images(diversity_sets)
+    teacher_sets = [] if system.key == teacher.key else [teacher_set]
+    features = extract_features(
+        iterate_pocket_images([image_set, *teacher_sets]), iterate_real(count, seed), prompts
+    )
+    diversity = None if several is None else measure_diversity(several)
 
     # Metrics, and the settings and weights that they were measured with
     result: dict[str, Any] = {"system": settings.system}
-    result |= measure(
-        images,
-        teacher_images,
-        real_images(count, seed),
-        prompts,
-        several=several,
-        num_resamples=settings.num_resamples,
-    )
-    weights = {key: result[key] for key in ("clip_weights_sha256", "probe_weights_sha256")}
+    result |= measure(features, diversity, num_resamples=settings.num_resamples)
+    if diversity is not None:
+        result["diversity_count"] = len(diversity)
+        result["num_noises"] = settings.num_noises
+    weights = {"clip_weights_sha256": clip_sha256(), "probe_weights_sha256": probe_sha256()}
+    result |= weights
     result |= describe_system(system, prompts, seed)
     result |= {"count": count, "seed": seed}
     result |= describe_protocol(POCKET, captions=prompts, seed=seed, weights=weights)
     return result
 
 
-def measure(
-    images: Images,
-    teacher_images: Images,
-    real: Images,
-    prompts: Sequence[str],
-    *,
-    several: Images | None = None,
-    num_resamples: int = intervals.NUM_RESAMPLES,
-) -> dict[str, Any]:
-    """The metrics of `images` [N, 64, 64, 3] against the teacher's images and real renderings.
+@dataclass(frozen=True)
+class PocketFeatures:
+    """What the metrics need of N images, of the teacher's images, and of N renderings (`…_real`).
 
-    `frechet_distance` is computed in the probe's features, `frechet_distance_clip` in CLIP
-    embeddings. `several` [M, K, 64, 64, 3]: K images of each of M prompts, for the diversity.
+    `probe`, `patches` [N, 128]: of the image and of its centre. `clip` [N, D] and `texts` [N, D]:
+    CLIP's embeddings. `patch_similarity` [N, P]: the cosine of each patch with that of the
+    teacher's image. `answers`: `score_attributes_per_image`.
     """
-    # Features
+
+    probe: metrics.Features
+    probe_real: metrics.Features
+    patches: metrics.Features
+    patches_real: metrics.Features
+    clip: metrics.Features
+    clip_real: metrics.Features
+    texts: metrics.Features
+    patch_similarity: metrics.Features
+    answers: list[dict[str, list[bool]]]
+
+
+def extract_features(
+    images: Iterable[Sequence[Images]], real: Iterable[Images], prompts: Sequence[str]
+) -> PocketFeatures:
+    """The features of images that are given in chunks, and of no more than a chunk at a time.
+
+    `images` yields the chunks [n, 64, 64, 3] of the system and of its teacher, or a single one if
+    they are the same system, and `real` the renderings.
+    """
     clip = PocketClip()
     probe = load_probe()
-    clip_features = clip.encode_images(images)
-    clip_teacher = clip.encode_images(teacher_images)
-    clip_real = clip.encode_images(real)
-    text_embeds = clip.encode_texts(prompts)
-    features = probe_features(probe, images)
-    features_real = probe_features(probe, real)
-    patches = probe_features(probe, np.ascontiguousarray(centre_crop(images, POCKET.patch)))
-    patches_real = probe_features(probe, np.ascontiguousarray(centre_crop(real, POCKET.patch)))
+    columns: dict[str, list[metrics.Features]] = {
+        "probe": [],
+        "probe_real": [],
+        "patches": [],
+        "patches_real": [],
+        "clip": [],
+        "clip_real": [],
+        "patch_similarity": [],
+    }
+    answers: list[dict[str, list[bool]]] = []
 
+    num_images = 0
+    for (chunk, *teacher_chunks), real_chunk in zip(images, real, strict=True):
+        # The probe, of full images and of their centres
+        columns["probe"].append(probe_features(probe, chunk))
+        columns["probe_real"].append(probe_features(probe, real_chunk))
+        columns["patches"].append(probe_features(probe, cut_centres(chunk)))
+        columns["patches_real"].append(probe_features(probe, cut_centres(real_chunk)))
+        chunk_prompts = prompts[num_images : num_images + len(chunk)]
+        answers += score_attributes_per_image(probe, chunk, chunk_prompts)
+        num_images += len(chunk)
+
+        # CLIP
+        found = clip.encode_images(chunk)
+        teacher = clip.encode_images(teacher_chunks[0]) if teacher_chunks else found
+        columns["clip"].append(found.image_embeds)
+        columns["clip_real"].append(clip.encode_images(real_chunk).image_embeds)
+        columns["patch_similarity"].append(
+            metrics.cosine_similarity(found.patches, teacher.patches)
+        )
+
+    joined = {name: np.concatenate(chunks) for name, chunks in columns.items()}
+    return PocketFeatures(**joined, texts=clip.encode_texts(prompts), answers=answers)
+
+
+def cut_centres(images: Images) -> Images:
+    """The centres of [N, H, W, 3] that the patch Fréchet distance compares."""
+    return np.ascontiguousarray(centre_crop(images, POCKET.patch))
+
+
+def measure_diversity(several: Iterable[Sequence[Images]]) -> metrics.Features:
+    """[M]: the diversity of the images of each prompt.
+
+    `several` yields chunks of prompts: for each of K noises the images [n, 64, 64, 3].
+    """
+    clip = PocketClip()
+    per_prompt = []
+    for chunks in several:
+        images = np.stack(chunks, axis=1)  # [n, K, 64, 64, 3]
+        num_prompts, num_noises = images.shape[:2]
+        flat = clip.encode_images(images.reshape(-1, *images.shape[2:])).patches
+        by_prompt = flat.reshape(num_prompts, num_noises, *flat.shape[1:])  # [n, K, P, W]
+        per_prompt.append(metrics.diversity(by_prompt))
+    return np.concatenate(per_prompt)
+
+
+def measure(
+    features: PocketFeatures,
+    diversity: metrics.Features | None = None,
+    num_resamples: int = intervals.NUM_RESAMPLES,
+) -> dict[str, Any]:
+    """The metrics of images against the teacher's images and real renderings.
+
+    `frechet_distance` is computed in the probe's features, `frechet_distance_clip` in CLIP
+    embeddings. `diversity` [M]: of M prompts, see `measure_diversity`.
+    """
     # Checks
-    metrics.check_features(features, "probe")
-    metrics.check_features(clip_features.image_embeds, "CLIP")
-    dimension = features.shape[1]
-    warn_if_few_images(len(images), dimension, f"use --count {dimension + 1} or more")
+    metrics.check_features(features.probe, "probe")
+    metrics.check_features(features.clip, "CLIP")
+    num_images, dimension = features.probe.shape
+    warn_if_few_images(num_images, dimension, f"use --count {dimension + 1} or more")
 
     # Fréchet distances
-    embeds = clip_features.image_embeds
-    embeds_real = clip_real.image_embeds
+    probe, probe_real = features.probe, features.probe_real
+    clip, clip_real = features.clip, features.clip_real
+    patches, patches_real = features.patches, features.patches_real
     results = [
-        _frechet_metric("frechet_distance", features, features_real, num_resamples),
-        _frechet_metric("frechet_distance_clip", embeds, embeds_real, num_resamples),
+        _frechet_metric("frechet_distance", probe, probe_real, num_resamples),
+        _frechet_metric("frechet_distance_clip", clip, clip_real, num_resamples),
         _frechet_metric("patch_frechet_distance", patches, patches_real, num_resamples),
     ]
 
     # CLIP score
-    score = metrics.clip_score(embeds, text_embeds)
-    per_caption = metrics.cosine_similarity(embeds, text_embeds)
+    score = metrics.clip_score(clip, features.texts)
+    per_caption = metrics.cosine_similarity(clip, features.texts)
     results.append(Metric("clip_score", score, per_caption))
 
     # Attributes
-    answers = score_attributes_per_image(probe, images, prompts)
-    accuracy, accuracy_by_kind = _attribute_accuracy(answers)
+    accuracy, accuracy_by_kind = _attribute_accuracy(features.answers)
     results.append(accuracy)
-    extra: dict[str, Any] = {"attribute_accuracy_by_kind": accuracy_by_kind}
 
     # Distance to the teacher's images of the same noises
-    distance = metrics.same_noise_distance(clip_features.patches, clip_teacher.patches)
-    per_caption = metrics.patch_distance(clip_features.patches, clip_teacher.patches)
+    distance = float(1 - features.patch_similarity.mean())
+    per_caption = np.asarray(1 - features.patch_similarity.mean(-1))
     results.append(Metric("same_noise_distance", distance, per_caption))
 
     # Kernel distances
     value, interval = intervals.bootstrap_kernel(
-        metrics.kernel_distances, features, features_real, paired=True, num_resamples=num_resamples
+        metrics.kernel_distances, probe, probe_real, paired=True, num_resamples=num_resamples
     )
     results.append(Metric("kernel_distance", value, interval=interval))
     value, interval = intervals.bootstrap_kernel(
-        metrics.cmmds, embeds, embeds_real, paired=True, num_resamples=num_resamples
+        metrics.cmmds, clip, clip_real, paired=True, num_resamples=num_resamples
     )
     results.append(Metric("cmmd", value, interval=interval))
 
     # Precision, recall, density, coverage
-    if len(images) > metrics.NEAREST_DENSITY:
-        for name, per_image in vars(metrics.manifold(features, features_real)).items():
+    if num_images > metrics.NEAREST_DENSITY:
+        for name, per_image in vars(metrics.manifold(probe, probe_real)).items():
             results.append(mean_metric(name, per_image))
 
     # Diversity
-    if several is not None:
-        num_prompts, num_noises = several.shape[:2]
-        flat = clip.encode_images(several.reshape(-1, *several.shape[2:])).patches
-        by_prompt = flat.reshape(num_prompts, num_noises, *flat.shape[1:])  # [M, K, P, W]
-        results.append(mean_metric("diversity", metrics.diversity(by_prompt)))
-        extra |= {"diversity_count": num_prompts, "num_noises": num_noises}
+    if diversity is not None:
+        results.append(mean_metric("diversity", diversity))
 
-    extra |= {"clip_weights_sha256": clip.sha256, "probe_weights_sha256": probe_sha256()}
-    return metrics_to_dict(results, num_resamples) | extra
+    measured = metrics_to_dict(results, num_resamples)
+    return measured | {"attribute_accuracy_by_kind": accuracy_by_kind}
 
 
 def _frechet_metric(
@@ -236,26 +300,38 @@ def _attribute_accuracy(
     return Metric("attribute_accuracy", value, num_correct, num_stated), accuracy_by_kind
 
 
-def real_images(count: int, seed: int) -> Images:
-    """[count, 64, 64, 3]: renderings of the held-out captions themselves."""
-    chunks = []
+def iterate_real(count: int, seed: int) -> Iterator[Images]:
+    """Yields [≤ 64, 64, 64, 3]: renderings of the held-out captions themselves."""
     for start in range(0, count, CHUNK):
         indices = range(start, min(start + CHUNK, count))
-        chunks.append(to_uint8(scenes.draw(indices, HELD_OUT_WORLD + seed).images))
-    return np.concatenate(chunks)
+        yield to_uint8(scenes.draw(indices, HELD_OUT_WORLD + seed).images)
 
 
-def collect_pocket_images(image_set: ImageSet) -> Images:
-    """[N, 64, 64, 3]: one image per prompt.
+def real_images(count: int, seed: int) -> Images:
+    """[count, 64, 64, 3]: all of `iterate_real`."""
+    return np.concatenate(list(iterate_real(count, seed)))
+
+
+def iterate_pocket_images(image_sets: Sequence[ImageSet]) -> Iterator[list[Images]]:
+    """Yields, of each image set, the images [≤ 64, 64, 64, 3] of the same prompts.
 
     Raises UserError if an image has another size: this protocol does not resize.
     """
-    images = collect_images(image_set)
-    for image in images:
-        height, width = image.shape[:2]
-        if (height, width) != (POCKET.side, POCKET.side):
-            raise UserError(
-                f"{image_set.system.name} generates {width}×{height} images; the pocket protocol "
-                f"measures {POCKET.side}×{POCKET.side} images and does not resize"
-            )
-    return np.stack(images)
+    for chunks in iterate_image_sets(image_sets):
+        stacked = []
+        for image_set, chunk in zip(image_sets, chunks, strict=True):
+            images = []
+            for image in chunk:
+                check_pocket_size(image, image_set.system.name)
+                images.append(image)
+            stacked.append(np.stack(images))
+        yield stacked
+
+
+def check_pocket_size(image: Images, name: str) -> None:
+    height, width = image.shape[:2]
+    if (height, width) != (POCKET.side, POCKET.side):
+        raise UserError(
+            f"{name} generates {width}×{height} images; the pocket protocol measures "
+            f"{POCKET.side}×{POCKET.side} images and does not resize"
+        )

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.runtime.cache import Unreadable
-from diffusion2gan.runtime.files import translate_error, walk_files
-from diffusion2gan.runtime.images import from_uint8, read_rgb
+from diffusion2gan.runtime.files import walk_files
+from diffusion2gan.runtime.images import BadImage, from_uint8, read_rgb
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
@@ -194,18 +194,16 @@ def read_labels(column: Iterable[Any], folder: Path) -> list[int]:
 def read_image(source: Path | bytes, name: str, size: int | None = None) -> Tensor:
     """[3, size, size] uint8: the shorter side resized (Lanczos), then cropped at the centre.
 
-    With size None the image keeps its size. Raises Unreadable with `name` if it is damaged,
-    Failure if the machine cannot read it.
+    With size None the image keeps its size. Raises Unreadable with `name` if it is damaged or too
+    large, Failure if the machine cannot read it.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
         image = read_rgb(file)
-    except Exception as error:
-        # Pillow raises many kinds for damaged files: OSError, SyntaxError, struct.error, …
-        failure = translate_error(name, error)
-        if failure is not None:
-            raise failure from error
-        raise Unreadable(f"{name} ({type(error).__name__})") from error
+    except BadImage as error:
+        # The name alone of an error of Pillow's: its text contains paths
+        reason = type(error.__cause__).__name__ if error.__cause__ else str(error)
+        raise Unreadable(f"{name} ({reason})") from error
 
     if size is not None:
         # Resize the shorter side

@@ -116,7 +116,8 @@ def read_judgement(path: Path) -> float:
     """The share of people who chose p1. Raises UserError unless the file is a number in [0, 1]."""
     try:
         value = float(np.load(path, allow_pickle=False).reshape(()))
-    except (ValueError, TypeError, EOFError) as error:
+    except Exception as error:
+        # For damaged files numpy raises many kinds: TokenError, MemoryError, BadZipFile, …
         raise UserError(
             f"the judgement {path} is not one plain number ({error}); pickles are not read."
         ) from error

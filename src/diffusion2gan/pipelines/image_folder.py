@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +14,14 @@ from numpy.typing import NDArray
 
 from diffusion2gan.errors import UserError
 from diffusion2gan.pipelines.system import System, load_system
-from diffusion2gan.runtime.files import check_downloaded, sha256, translate_error, walk_files
-from diffusion2gan.runtime.images import read_rgb
+from diffusion2gan.runtime.files import check_downloaded, sha256, walk_files
+from diffusion2gan.runtime.images import (
+    MAX_GENERATED_PIXELS,
+    MAX_PIXELS,
+    BadImage,
+    open_image,
+    read_rgb,
+)
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
@@ -35,16 +42,25 @@ class ImageFolder:
         """Their file formats, such as png. Images in jpg have lost detail before evaluation."""
         return sorted({path.suffix.lower().lstrip(".") for path in self.files.values()})
 
-    def read(self, indices: Sequence[int]) -> list[Images]:
-        """The images of captions, [H, W, 3] uint8 each.
+    def read(self, indices: Sequence[int]) -> Iterator[Images]:
+        """Yields the images of captions, [H, W, 3] uint8 each.
 
         Raises UserError if a caption has no image or its file cannot be read.
         """
-        self.check(indices)
-        return [read_image(self.files[index]) for index in indices]
+        self._check_exist(indices)
+        for index in indices:
+            yield read_image(self.files[index], MAX_GENERATED_PIXELS)
 
     def check(self, indices: Sequence[int]) -> None:
-        """Raises UserError if a caption has no image."""
+        """Raises UserError if a caption has no image, or one of a size that is not read.
+
+        Only the headers of the images are read.
+        """
+        self._check_exist(indices)
+        for index in indices:
+            read_size(self.files[index], MAX_GENERATED_PIXELS)
+
+    def _check_exist(self, indices: Sequence[int]) -> None:
         missing = [index for index in indices if index not in self.files]
         if missing:
             raise UserError(
@@ -118,19 +134,25 @@ def image_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_image(path: Path) -> Images:
+def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Images:
     """[H, W, 3] uint8, as `read_rgb` reads it.
 
-    Raises UserError if the file is not an image or is damaged.
+    Raises UserError if the file is not an image, damaged or too large.
     """
+    with _refusing(path):
+        return np.asarray(read_rgb(path, max_pixels))
+
+
+def read_size(path: Path, max_pixels: int) -> tuple[int, int]:
+    """(width, height) from the header. Raises UserError as `read_image` does."""
+    with _refusing(path), open_image(path, max_pixels) as image:
+        return image.size
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
     check_downloaded(path)
     try:
-        return np.asarray(read_rgb(path))
-    except Exception as error:
-        # For damaged files Pillow raises many kinds: OSError, SyntaxError, struct.error, …
-        failure = translate_error(path, error)
-        if failure is not None:
-            raise failure from error
-        raise UserError(
-            f"{path} cannot be read as an image ({type(error).__name__}: {error}); replace it"
-        ) from error
+        yield
+    except BadImage as error:
+        raise UserError(f"{path} cannot be read as an image ({error}); replace it") from error

@@ -7,11 +7,10 @@ share link.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from diffusion2gan.pipelines.system import System
 from diffusion2gan.runtime.files import temporary_folder
 from diffusion2gan.runtime.progress import console
 from diffusion2gan.serve.generation import SharedSystem
+from diffusion2gan.serve.guard import Guard, is_loopback
 from diffusion2gan.serve.votes import Study, check_study
 
 MAX_PROMPTS = 2000
@@ -155,16 +155,6 @@ def bypass_proxy(host: str) -> None:
         os.environ[name] = ",".join(hosts)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def check_port(host: str, port: int) -> int:
     """Returns the port, or a free one for 0.
 
@@ -192,6 +182,12 @@ def launch(page: Any, host: str, port: int) -> None:
     console.print(f"Serving on http://{host}:{port} (press Ctrl-C to stop)", soft_wrap=True)
     page.queue(max_size=64)
 
+    # Around everything, also around gradio's own rules for requests from other ports
+    @asynccontextmanager
+    async def guarded(application: Any) -> AsyncIterator[None]:
+        application.middleware_stack = Guard(application.middleware_stack, host)
+        yield
+
     # Nothing leaves this machine: no share link, no monitoring, no links in the footer
     page.launch(
         server_name=host,
@@ -209,4 +205,5 @@ def launch(page: Any, host: str, port: int) -> None:
         css=CSS,
         allowed_paths=[],
         show_error=True,
+        app_kwargs={"lifespan": guarded},
     )

@@ -14,10 +14,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from diffusion2gan.compare.text import shorten
 from diffusion2gan.runtime.files import write_image
+from diffusion2gan.runtime.images import MAX_GENERATED_PIXELS, open_image
 
 METADATA_KEY = "diffusion2gan"
 MAX_LENGTH = 80  # characters of a prompt, of a seed or of a name in a caption
-MAX_SIDE = 8192  # pixels; the size is read from the header, before the pixels
 
 
 def save_image(folder: Path, image: Image.Image, metadata: dict[str, Any]) -> Path:
@@ -35,14 +35,12 @@ def save_image(folder: Path, image: Image.Image, metadata: dict[str, Any]) -> Pa
 def load_history(folder: Path, count: int) -> list[tuple[Image.Image, str]]:
     """Loads the latest `count` saved images, newest first, each with a caption.
 
-    Files that are not readable images of at most MAX_SIDE pixels are skipped.
+    Files that are not readable images of at most 4096 × 4096 pixels are skipped.
     """
     images = []
     for path in sorted(folder.glob("*.png"), reverse=True)[:count]:
         try:
-            with Image.open(path) as file:
-                if max(file.size) > MAX_SIDE:
-                    continue
+            with open_image(path, MAX_GENERATED_PIXELS) as file:
                 image = file.convert("RGB")
                 caption = _build_caption(json.loads(file.info.get(METADATA_KEY, "{}")))
         except Exception:

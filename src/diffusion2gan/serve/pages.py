@@ -5,7 +5,6 @@ Imported only when `serve` starts, because gradio is an optional dependency.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import wraps
@@ -292,9 +291,11 @@ def vote_page(
     continues with the first pair that this voter has not voted on.
     """
 
+    limit = votes.VoteLimit()
+
     def show_next(stored_voter: str) -> tuple[Any, ...]:
         """The outputs of the page for a voter: their next trial, or thanks if there is none."""
-        voter = stored_voter if is_voter(stored_voter) else secrets.token_hex(8)
+        voter = stored_voter if votes.is_voter(stored_voter) else votes.new_voter()
         done = votes.voted_prompts(path, voter)
         trial = None
         for candidate in votes.trial_order(study, len(prompts), voter):
@@ -324,6 +325,7 @@ def vote_page(
         """Stores the answers to a trial and shows the next one."""
         if trial is None:
             return show_next(voter)
+        votes.check_trial(study, len(prompts), voter, trial)
 
         answers = {}
         for question, side in zip(QUESTIONS, sides, strict=True):
@@ -337,6 +339,7 @@ def vote_page(
             **trial._asdict(),
             **answers,
         }
+        limit.check()
         votes.append_vote(path, record)
         return show_next(voter)
 
@@ -374,11 +377,6 @@ def vote_page(
             show_progress="hidden",
         )
     return page
-
-
-def is_voter(value: Any) -> bool:
-    """Whether the browser has stored a voter's identifier; it has none at the first visit."""
-    return isinstance(value, str) and value.isalnum() and len(value) == 16
 
 
 def match_sizes(left: Image.Image, right: Image.Image) -> tuple[Image.Image, Image.Image]:

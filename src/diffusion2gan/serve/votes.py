@@ -12,7 +12,11 @@ import json
 import math
 import os
 import random
+import re
+import secrets
+import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +29,9 @@ QUESTIONS = {
     "realism": "Which image looks more realistic?",
     "alignment": "Which image matches the text better?",
 }
+# Some hundred voters at once; a file of a hundred thousand votes.
+MAX_VOTES_PER_MINUTE = 600
+MAX_FILE_BYTES = 2**26
 FIELDS = ("voter", "prompt_index", "prompt", "left", "right", "study", *QUESTIONS)
 
 
@@ -55,19 +62,66 @@ def trial_order(study: Study, num_prompts: int, voter: str) -> list[Trial]:
     return [Trial(index, *rng.sample([study.a, study.b], 2)) for index in indices]
 
 
+def is_voter(value: Any) -> bool:
+    """Whether this is a voter's identifier, as `new_voter` makes them."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{16}", value) is not None
+
+
+def new_voter() -> str:
+    """A random identifier: 16 hex digits."""
+    return secrets.token_hex(8)
+
+
+def check_trial(study: Study, num_prompts: int, voter: Any, trial: Trial) -> None:
+    """Raises UserError unless `voter` is an identifier and `trial` one of this voter's trials."""
+    if not is_voter(voter) or trial not in trial_order(study, num_prompts, voter):
+        raise UserError("this vote does not belong to this page's voter; reload the page")
+
+
+class VoteLimit:
+    """How many votes are accepted per minute, of all voters together."""
+
+    def __init__(self, per_minute: int = MAX_VOTES_PER_MINUTE) -> None:
+        self._per_minute = per_minute
+        self._times: deque[float] = deque()
+        self._lock = threading.Lock()
+
+    def check(self) -> None:
+        """Counts a vote. Raises UserError if there were too many in the last minute."""
+        with self._lock:
+            now = time.monotonic()
+            while self._times and now - self._times[0] > 60:
+                self._times.popleft()
+            if len(self._times) >= self._per_minute:
+                raise UserError(
+                    f"there were {self._per_minute} votes in the last minute, the most that are "
+                    "accepted; wait a minute and press Next again"
+                )
+            self._times.append(now)
+
+
 # --------------------------------------------------------------------------------- Votes on disk
 
 
 def append_vote(path: Path, vote: Mapping[str, Any]) -> None:
-    """Appends a vote and waits until it is on the disk. Raises Failure if it cannot be written."""
+    """Appends a vote and waits until it is on the disk.
+
+    Raises Failure if it cannot be written, and UserError if the file has MAX_FILE_BYTES.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             line = json.dumps({"time": time.time(), **vote}, ensure_ascii=True).encode() + b"\n"
 
-            # A crash may have cut off the last line: start a new one
             size = os.fstat(descriptor).st_size
+            if size + len(line) > MAX_FILE_BYTES:
+                raise UserError(
+                    f"{path} has reached {MAX_FILE_BYTES >> 20} MiB, the most that is written; the "
+                    "vote was not stored. Start the server with another --votes."
+                )
+
+            # A crash may have cut off the last line: start a new one
             if size > 0 and os.pread(descriptor, 1, size - 1) != b"\n":
                 line = b"\n" + line
 

@@ -51,3 +51,4 @@ bench: $(STAMP) ## run every benchmark; each prints a table
 faults: $(STAMP) ## run the fault campaign, for hours: 100 rounds of kills per job (ROUNDS=100)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --rounds $(or $(ROUNDS),100)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/others.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fuzz.py

@@ -8,10 +8,13 @@ Each message is one paragraph: what is wrong, where, the values, the remedy.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 # A message may quote a value, a file's name or a library's message of any length.
 MAX_START, MAX_END = 1500, 700
+# Characters by which a quoted name could move the cursor of a terminal, or colour it
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 
 
 class Diffusion2GANError(Exception):
@@ -29,7 +32,7 @@ class Diffusion2GANError(Exception):
 def one_paragraph(message: str) -> str:
     """A message on one line, without control characters, of at most about 2200 characters."""
     line = " ".join(part.strip() for part in message.splitlines() if part.strip())
-    line = "".join(char if char.isprintable() else "�" for char in line)
+    line = CONTROL.sub("�", line)
     if len(line) <= MAX_START + MAX_END:
         return line
     return f"{line[:MAX_START]} […] {line[-MAX_END:]}"

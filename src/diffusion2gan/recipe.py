@@ -293,6 +293,18 @@ class Recipe(BaseModel):
             return value
         return str(Path(value).expanduser())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_bools_as_numbers(cls, values: Any) -> Any:
+        """`true` is not 1: pydantic would take it for a number."""
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(
+                    f"{name} = {str(value).lower()}: this setting is not true or false"
+                )
+        return values
+
     @model_validator(mode="after")
     def _check_combinations(self) -> Recipe:
         # Batch

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 BATCH = 8
+STOPPED = Path(__file__).with_name("stopped_distill.py")
 
 
 def environment() -> dict[str, str]:
@@ -68,20 +67,18 @@ def read_log(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def stop_at(process: subprocess.Popen[str], out: Path, pairs_seen: int, code: int = 1) -> None:
-    """Sends SIGTERM once the run is at `pairs_seen`, and checks that it was saved.
+def stopped_command(command: list[object], pairs_seen: int, number: str = "TERM") -> list[object]:
+    """A `distill_command` that stops, or loses a rank, once it is at `pairs_seen`."""
+    assert command[:2] == ["-m", "diffusion2gan"]
+    return [STOPPED, pairs_seen, number, *command[2:]]
+
+
+def wait_until_stopped(process: subprocess.Popen[str], code: int = 1) -> None:
+    """Checks that a process of a `stopped_command` has saved.
 
     `code`: the exit code; torchrun's is then 1, although every rank exits with 0.
     """
-    deadline = time.monotonic() + 600
-    while process.poll() is None:
-        log = read_log(out)
-        if log and log[-1]["pairs_seen"] >= pairs_seen:
-            break
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=900)
     assert process.returncode == code, err
     assert "stopped and saved" in err
 

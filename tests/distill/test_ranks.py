@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,10 @@ from distill.rank_processes import (
     python,
     read_log,
     relative_difference,
-    stop_at,
+    stopped_command,
     torchrun,
     wait_for_success,
+    wait_until_stopped,
 )
 from torch import Tensor
 
@@ -112,9 +111,11 @@ def test_run_resumes_on_another_number_of_ranks(ranks_folder: Path, tmp_path: Pa
     moved = tmp_path / "moved"
     wait_for_success(python(*distill_command(ranks_folder, expected)))
 
-    stop_at(torchrun(2, *distill_command(ranks_folder, moved)), moved, 5 * BATCH)
-    assert 5 <= len(read_log(moved)) < 20
-    stop_at(torchrun(4, *distill_command(ranks_folder, moved)), moved, 12 * BATCH)
+    command = distill_command(ranks_folder, moved)
+    wait_until_stopped(torchrun(2, *stopped_command(command, 5 * BATCH)))
+    assert len(read_log(moved)) == 6
+    wait_until_stopped(torchrun(4, *stopped_command(command, 12 * BATCH)))
+    assert len(read_log(moved)) == 13
     wait_for_success(python(*distill_command(ranks_folder, moved)))
 
     progress = [entry["pairs_seen"] for entry in read_log(moved)]
@@ -159,14 +160,9 @@ def test_run_survives_the_loss_of_a_rank(ranks_folder: Path, tmp_path: Path) -> 
     out = tmp_path / "run"
     wait_for_success(python(*distill_command(ranks_folder, expected)))
 
-    process = torchrun(2, "--max-restarts", 2, *distill_command(ranks_folder, out))
-    while len(read_log(out)) < 4:
-        assert process.poll() is None
-        time.sleep(0.02)
-    list_ranks = ["ps", "-o", "pid=", "--ppid", str(process.pid)]
-    ranks = subprocess.run(list_ranks, capture_output=True, text=True, check=True)
-    os.kill(int(ranks.stdout.split()[-1]), signal.SIGKILL)
-    wait_for_success(process)
+    command = stopped_command(distill_command(ranks_folder, out), 4 * BATCH, "KILL")
+    _, err = wait_for_success(torchrun(2, "--max-restarts", 2, *command))
+    assert "KILLED" in err
 
     assert_same_losses(out, expected)
 

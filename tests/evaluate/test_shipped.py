@@ -195,8 +195,8 @@ def test_images_from_the_cache_have_the_features_of_fresh_ones_bit_for_bit(tmp_p
     """Convolutions round differently if their input has another order in memory."""
     prompts = scenes.captions(range(6), 1000)
     image_set = ImageSet(load_system("pocket-student"), prompts, 0, tmp_path)
-    fresh = collect_pocket_images(image_set)
-    cached = collect_pocket_images(image_set)
+    fresh = collect(image_set)
+    cached = collect(image_set)
     assert fresh.strides == cached.strides and np.array_equal(fresh, cached)
     probe = load_probe()
     expected = probe_features(probe, cached)

@@ -270,3 +270,11 @@ def test_json_with_file_names_that_are_not_utf8(tmp_path: Path) -> None:
     assert "✓" not in (tmp_path / "a.json").read_text()
     write_json(tmp_path / "a.json", {"prompt": "café ✓"})
     assert "✓" in (tmp_path / "a.json").read_text()
+
+
+def test_pipes_and_devices_are_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match="a device or a pipe"), atomic_write(pipe):
+        pytest.fail("the block was run")
+    assert pipe.is_fifo() and list(tmp_path.iterdir()) == [pipe]

@@ -7,8 +7,9 @@ have the same metrics everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def evaluate_pocket(settings: EvaluateSettings) -> dict[str, Any]:
         several = iterate_pocket_images(diversity_sets)
     teacher_sets = [] if system.key == teacher.key else [teacher_set]
     features = extract_features(
-        iterate_pocket_images([image_set, *teacher_sets]), iterate_real(count, seed), prompts
+        iterate_pocket_images([image_set, *teacher_sets]), partial(draw_real, seed=seed), prompts
     )
     diversity = None if several is None else measure_diversity(several)
 
@@ -122,12 +123,12 @@ class PocketFeatures:
 
 
 def extract_features(
-    images: Iterable[Sequence[Images]], real: Iterable[Images], prompts: Sequence[str]
+    images: Iterable[Sequence[Images]], draw: Callable[[range], Images], prompts: Sequence[str]
 ) -> PocketFeatures:
     """The features of images that are given in chunks, and of no more than a chunk at a time.
 
     `images` yields the chunks [n, 64, 64, 3] of the system and of its teacher, or a single one if
-    they are the same system, and `real` the renderings.
+    they are the same system. `draw` renders the captions of these indices.
     """
     clip = PocketClip()
     probe = load_probe()
@@ -143,15 +144,18 @@ def extract_features(
     answers: list[dict[str, list[bool]]] = []
 
     num_images = 0
-    for (chunk, *teacher_chunks), real_chunk in zip(images, real, strict=True):
+    for chunk, *teacher_chunks in images:
+        indices = range(num_images, num_images + len(chunk))
+        num_images += len(chunk)
+        real_chunk = draw(indices)
+
         # The probe, of full images and of their centres
         columns["probe"].append(probe_features(probe, chunk))
         columns["probe_real"].append(probe_features(probe, real_chunk))
         columns["patches"].append(probe_features(probe, cut_centres(chunk)))
         columns["patches_real"].append(probe_features(probe, cut_centres(real_chunk)))
-        chunk_prompts = prompts[num_images : num_images + len(chunk)]
+        chunk_prompts = prompts[indices.start : indices.stop]
         answers += score_attributes_per_image(probe, chunk, chunk_prompts)
-        num_images += len(chunk)
 
         # CLIP
         found = clip.encode_images(chunk)
@@ -300,16 +304,16 @@ def _attribute_accuracy(
     return Metric("attribute_accuracy", value, num_correct, num_stated), accuracy_by_kind
 
 
-def iterate_real(count: int, seed: int) -> Iterator[Images]:
-    """Yields [≤ 64, 64, 64, 3]: renderings of the held-out captions themselves."""
-    for start in range(0, count, CHUNK):
-        indices = range(start, min(start + CHUNK, count))
-        yield to_uint8(scenes.draw(indices, HELD_OUT_WORLD + seed).images)
+def draw_real(indices: range, seed: int) -> Images:
+    """[n, 64, 64, 3]: renderings of the held-out captions with these indices."""
+    return to_uint8(scenes.draw(indices, HELD_OUT_WORLD + seed).images)
 
 
 def real_images(count: int, seed: int) -> Images:
-    """[count, 64, 64, 3]: all of `iterate_real`."""
-    return np.concatenate(list(iterate_real(count, seed)))
+    """[count, 64, 64, 3]: renderings of the first held-out captions."""
+    starts = range(0, count, CHUNK)
+    chunks = [draw_real(range(start, min(start + CHUNK, count)), seed) for start in starts]
+    return np.concatenate(chunks)
 
 
 def iterate_pocket_images(image_sets: Sequence[ImageSet]) -> Iterator[list[Images]]:

@@ -49,11 +49,16 @@ def atomic_write(path: Path, flush_to_disk: bool = True) -> Iterator[Path]:
     file, whatever the block wrote them with. The contents are flushed to the disk before the
     rename and the folder after it, so that a power loss leaves the old or the new `path`; that
     takes some 10 ms, which `flush_to_disk=False` saves for many small files on which nothing
-    relies. Raises Failure if the disk is full, OSError if `path` cannot be written.
+    relies. Raises UserError if `path` is a device or a pipe, Failure if the disk is full, OSError
+    if `path` cannot be written.
     """
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
     temporary = scratch / path.name
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(
+            f"{path} is a device or a pipe, which a file would replace; name a file or a folder."
+        )
     try:
         # 1. Write
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,7 @@ footer { display: none !important; }
 
 ImageAndNote = tuple[Image.Image | None, str]
 Captioned = list[tuple[Image.Image, str]]
+Shown = tuple[str, votes.Trial]  # a voter, and the trial that the page shows
 
 
 # ------------------------------------------------------------------------------- Shared components
@@ -318,14 +319,17 @@ def vote_page(
             images[trial.left][trial.prompt_index], images[trial.right][trial.prompt_index]
         )
         cleared = [gr.update(value=None) for _ in QUESTIONS]
-        return voter, trial, heading, progress, left, right, *cleared, gr.update()
+        return voter, (voter, trial), heading, progress, left, right, *cleared, gr.update()
 
     @show_errors
-    def vote(voter: str, trial: votes.Trial | None, *sides: str | None) -> tuple[Any, ...]:
-        """Stores the answers to a trial and shows the next one."""
-        if trial is None:
-            return show_next(voter)
-        votes.check_trial(study, len(prompts), voter, trial)
+    def vote(stored_voter: str, shown: Shown | None, *sides: str | None) -> tuple[Any, ...]:
+        """Stores the answers to the trial that was shown, by its voter, and shows the next one.
+
+        Both come from the server's memory, not from the browser, which may send anything.
+        """
+        if shown is None:
+            return show_next(stored_voter)
+        voter, trial = shown
 
         answers = {}
         for question, side in zip(QUESTIONS, sides, strict=True):
@@ -346,11 +350,11 @@ def vote_page(
     with gr.Blocks(
         analytics_enabled=False, title="Which image is better?", delete_cache=(600, 600)
     ) as page:
-        # State: the voter's identifier is kept by the browser, the trial by the server
+        # State: the browser keeps the voter's identifier, the server whom it has shown what
         voter_state = gr.BrowserState(
             "", storage_key=f"diffusion2gan-{study.digest}", secret="diffusion2gan"
         )
-        trial_state = gr.State(None)
+        shown_state = gr.State(None)
 
         # Layout
         heading = gr.HTML(elem_id="words")
@@ -366,11 +370,11 @@ def vote_page(
         button = gr.Button("Next", variant="primary", elem_id="next")
 
         # Events
-        outputs = [voter_state, trial_state, heading, progress, left, right, *questions, button]
+        outputs = [voter_state, shown_state, heading, progress, left, right, *questions, button]
         page.load(show_next, voter_state, outputs, api_visibility="private", show_progress="hidden")
         button.click(
             vote,
-            [voter_state, trial_state, *questions],
+            [voter_state, shown_state, *questions],
             outputs,
             api_visibility="private",
             concurrency_limit=None,

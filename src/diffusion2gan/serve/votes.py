@@ -72,12 +72,6 @@ def new_voter() -> str:
     return secrets.token_hex(8)
 
 
-def check_trial(study: Study, num_prompts: int, voter: Any, trial: Trial) -> None:
-    """Raises UserError unless `voter` is an identifier and `trial` one of this voter's trials."""
-    if not is_voter(voter) or trial not in trial_order(study, num_prompts, voter):
-        raise UserError("this vote does not belong to this page's voter; reload the page")
-
-
 class VoteLimit:
     """How many votes are accepted per minute, of all voters together."""
 

@@ -27,10 +27,10 @@ def resolve_recipe(recipe: Recipe, out: Path | None = None) -> Recipe:
 
     # Device
     if recipe.device == "auto":
-        device = in_run.get("device", "auto")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            device = "auto"
-        values["device"] = rank_device(device).partition(":")[0] if device == "auto" else device
+        device = in_run.get("device")
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+            device = rank_device("auto").partition(":")[0]
+        values["device"] = device
 
     # Precision
     if recipe.precision == "auto":
@@ -47,7 +47,9 @@ def resolve_recipe(recipe: Recipe, out: Path | None = None) -> Recipe:
         if recipe.loss not in ("mse", "pseudo_huber") and get_ranks().is_main:
             console.print(f"perceptual = {perceptual!r}: {reason}", soft_wrap=True)
 
-    return parse_recipe(values, "the recipe on this machine")
+    if values["precision"] == "bfloat16":
+        parse_recipe(values, "the recipe on this machine")  # refuses it on a CPU
+    return recipe.model_copy(update=values)
 
 
 def read_run_settings(out: Path | None) -> dict[str, Any]:

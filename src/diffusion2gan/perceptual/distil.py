@@ -10,10 +10,11 @@ standard LPIPS, are the targets. Not in the paper, which fits its network to lab
 from __future__ import annotations
 
 import hashlib
+import json
 import statistics
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -485,9 +486,8 @@ class Targets:
 
 def set_digest(spec: PairsSpec) -> str:
     """Identifies the set's pairs; not its length, so that a longer set continues a shorter one."""
-    text = f"{spec.revision} {spec.prompts} {spec.seed} {spec.solver} {spec.num_inference_steps}"
-    text += f" {spec.guidance_scale} {spec.shard_size} {spec.latent_shape}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    settings = {**asdict(spec), "count": None}
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=4)

@@ -39,6 +39,7 @@ from diffusion2gan.runtime.distributed import Group, connect_ranks, get_ranks, r
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.lock import exclusive_lock
 from diffusion2gan.runtime.storage import Location
+from diffusion2gan.runtime.transfer import to_device
 from diffusion2gan.teacher.autoencoder import (
     decode,
     encode,
@@ -560,11 +561,11 @@ class Batch:
 def load_batch(cache: Cache, rows: list[int], device: torch.device) -> Batch:
     gradient = None
     if "gradient" in cache.chunks:
-        gradient = cache.load_rows("gradient", rows).flatten(0, 1).to(device).float()
+        gradient = to_device(cache.load_rows("gradient", rows).flatten(0, 1), device).float()
     return Batch(
-        latents=cache.load_rows("latents", rows).to(device).float(),
-        perturbed=cache.load_rows("perturbed", rows).to(device).float(),
-        layers=cache.load_rows("layers", rows).flatten(0, 1).to(device),
+        latents=to_device(cache.load_rows("latents", rows), device).float(),
+        perturbed=to_device(cache.load_rows("perturbed", rows), device).float(),
+        layers=to_device(cache.load_rows("layers", rows).flatten(0, 1), device),
         gradient=gradient,
     )
 

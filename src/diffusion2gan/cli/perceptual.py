@@ -196,7 +196,7 @@ def perceptual_distil(
     decode_batch: Annotated[int, typer.Option(min=1, help="Images decoded at once.")] = 4,
     precision: PrecisionOption = "float32",
     seed: Annotated[int, typer.Option(min=0, max=255)] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, …")] = "cpu",
+    device: DeviceOption = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the compute that is needed, train nothing.")
     ] = False,

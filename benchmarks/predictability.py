@@ -94,7 +94,13 @@ def measure_student(args: argparse.Namespace, loss: str, share: float, seed: int
     """Trains, exports and measures one student."""
     settings = [f"loss={loss}", f"seed={seed}", f"total_pairs={args.total_pairs}"]
     recipe = load_recipe("pocket-regression", [*settings, "sample_every=1000000"])
-    folder = args.work / f"{loss}-{share:g}-{seed}"
+    return measure_recipe(recipe, args, args.work / f"{loss}-{share:g}-{seed}", share)
+
+
+def measure_recipe(
+    recipe: Recipe, args: argparse.Namespace, folder: Path, share: float
+) -> dict[str, Any]:
+    """The same for any recipe; the run and its export are in `folder`."""
     exported = folder / "export"
     if not exported.exists():
         train_student(recipe, args.pairs, folder / "run", share)

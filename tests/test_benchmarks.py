@@ -212,3 +212,59 @@ def test_ode_error_has_every_solver_and_number_of_steps(tmp_path: Path) -> None:
         assert len(errors) == 14
         assert errors["ddim", 50] == 0  # the reference itself
         assert all(0 < errors["dpm++", num_steps] < 1 for num_steps in (10, 20, 50))
+
+
+@pytest.fixture
+def perceptual(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module benchmarks/perceptual.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("perceptual")
+
+
+def test_perceptual_bars_are_ratios_of_what_has_been_measured(perceptual: Any) -> None:
+    def row(frechet: float, residual: float) -> dict[str, Any]:
+        at_half = {"share": 0.5, "frechet_distance": frechet}
+        elsewhere = {"share": 0.0, "frechet_distance": 99.0}
+        students = {"a": at_half, "b": elsewhere}
+        return {"students": students, "optimisation": {"residual": residual}}
+
+    rows = {
+        "mse": row(8.0, 0.2),
+        "labels, none transforms": row(4.0, 0.5),
+        "labels, new transforms": row(3.0, 0.1),
+        "decoder, none transforms": row(5.0, 0.1),
+        "teacher, shipped transforms": row(3.2, 0.1),
+    }
+    bars = perceptual.compute_bars(rows)
+    assert bars["new transforms / none, Fréchet at 0.5"]["ratio"] == 0.75
+    assert bars["new transforms / none, Fréchet at 0.5"]["reached"] is True
+    assert bars["new transforms / none, residual"] == {"ratio": 0.2, "limit": 0.1, "reached": False}
+    assert bars["distilled / by labels, Fréchet at 0.5"]["reached"] is None
+    assert bars["best without data / mse, Fréchet at 0.5"]["ratio"] == 0.4
+
+
+@pytest.mark.slow
+def test_perceptual_measures_a_row_and_continues(tmp_path: Path) -> None:
+    out, figure = tmp_path / "perceptual.json", tmp_path / "perceptual.svg"
+    options = ["--distances", "mse", "decoder", "--transforms", "new", "none", "--shares", "0.5"]
+    options += ["--seeds", "0", "--total-pairs", "64", "--count", "16", "--targets", "1"]
+    options += ["--steps", "20", "--pairs", str(tmp_path / "pairs"), "--work", str(tmp_path)]
+    options += ["--out", str(out), "--figure", str(figure)]
+    command = [sys.executable, "benchmarks/perceptual.py", *options]
+    run(command)
+
+    result = json.loads(out.read_text())
+    names = ["mse", "decoder, new transforms", "decoder, none transforms"]
+    assert sorted(result["rows"]) == sorted(names)
+    for row in result["rows"].values():
+        assert row["cost"]["ms"] > 0 and len(row["optimisation"]["residuals"]) == 1
+        student = row["students"]["share 0.5, seed 0"]
+        assert student["frechet_distance"] > 0 and student["sharpness"] > 0
+    settings = result["rows"]["decoder, new transforms"]["settings"]
+    assert "resampling=bicubic" in settings and "loss=e_latent_lpips" in settings
+    assert "decoder" in figure.read_text()
+
+    # Run again: nothing is measured twice
+    before = out.read_text()
+    run(command)
+    assert out.read_text() == before

@@ -60,6 +60,7 @@ JOBS = {
     "serve.app",
     "perceptual.fit",
     "perceptual.calibrate",
+    "perceptual.distil",
 }
 
 POCKET_USERS = {"pocket", "evaluate", "compare", "serve"} | TOP

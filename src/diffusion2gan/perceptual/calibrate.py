@@ -22,10 +22,10 @@ from diffusion2gan.perceptual.distance import LatentLPIPS
 from diffusion2gan.perceptual.images import held_out_mask, images_from_uint8
 from diffusion2gan.perceptual.ranking import JudgedDifferences, calibrate_heads, two_afc
 from diffusion2gan.perceptual.triplets import Triplets, open_triplets, read_triplet
-from diffusion2gan.perceptual.weights import load_network
+from diffusion2gan.perceptual.weights import load_network, network_revision
 from diffusion2gan.runtime.cache import Cache, Rows, ensure_settings, make_cache
 from diffusion2gan.runtime.distributed import require_single_process, resolve_device
-from diffusion2gan.runtime.files import sha256, write_json
+from diffusion2gan.runtime.files import write_json
 from diffusion2gan.runtime.lock import exclusive_lock
 from diffusion2gan.runtime.transfer import to_device
 from diffusion2gan.teacher.autoencoder import (
@@ -164,13 +164,6 @@ def check_network(
             f"{channels} channels. Name the VAE it was fitted to with --vae."
         )
     check_size(size, factor, distance.smallest_side)
-
-
-def network_revision(network: str) -> str:
-    """Identifies the network's weights."""
-    if network == "pocket":
-        return network
-    return sha256(Path(network) / "model.safetensors")[:16]
 
 
 def cache_differences(

@@ -16,7 +16,7 @@ from diffusion2gan import assets
 from diffusion2gan.errors import Failure, UserError
 from diffusion2gan.perceptual.vgg import VGG
 from diffusion2gan.runtime import checkpoint
-from diffusion2gan.runtime.files import atomic_write, read_json, write_json
+from diffusion2gan.runtime.files import atomic_write, read_json, sha256, write_json
 from diffusion2gan.runtime.markdown import markdown_text
 from diffusion2gan.runtime.progress import console
 
@@ -47,8 +47,8 @@ def load_network(source: str | Path, shipped_name: str) -> tuple[VGG, list[Tenso
     """(network, heads, the formula's settings) of a folder in float32.
 
     `source` is a folder, or `pocket` for the network `shipped_name` inside the package. Raises
-    UserError if a file is missing or the weights do not match config.json, Failure if one is
-    damaged.
+    UserError if a file is missing, the weights do not match config.json or a head is negative,
+    Failure if a file is damaged.
     """
     folder = assets.folder(shipped_name) if str(source) == "pocket" else Path(source)
 
@@ -86,7 +86,21 @@ def load_network(source: str | Path, shipped_name: str) -> tuple[VGG, list[Tenso
     checkpoint.check_finite(tensors, f"the network in {folder} is damaged; restore the original.")
     vgg.load_state_dict(checkpoint.unpack("vgg", tensors))
     heads = [tensors[f"heads/{level}"] for level in range(len(vgg.config["widths"]))]
+    for level, head in enumerate(heads):
+        if (head < 0).any():
+            raise UserError(
+                f"heads/{level} in {folder} has {int((head < 0).sum())} negative weights (the "
+                f"lowest is {float(head.min()):.3g}), so its distance could be negative. The heads "
+                "of an LPIPS network are 0 or more: import or calibrate it again."
+            )
     return vgg, heads, formula
+
+
+def network_revision(network: str) -> str:
+    """Identifies the weights of a network: `pocket`, or a folder."""
+    if network == "pocket":
+        return network
+    return sha256(Path(network) / "model.safetensors")[:16]
 
 
 def check_fits(source: str, channels: int, factor: int, teacher_name: str) -> None:

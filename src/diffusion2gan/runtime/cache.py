@@ -103,7 +103,7 @@ def make_cache(
     # Describe the cache, or check the existing description
     if ranks.is_main:
         ensure_settings(folder / "cache.json", spec)
-    group.all_gather_string(f"described {what}", "")
+    group.all_gather_string(f"described {what} in {folder}", "")
     if not (folder / "cache.json").exists():
         raise UserError(
             f"{folder} of rank 0 does not exist on rank {ranks.rank}. All ranks must use the same "
@@ -129,7 +129,7 @@ def make_cache(
             bar.advance(len(numbers))
         if stopped():
             raise KeyboardInterrupt
-    group.all_gather_string(f"made {what}", "")
+    group.all_gather_string(f"made {what} in {folder}", "")
 
     # Open the chunks of all ranks
     loaded: list[Rows] = []

@@ -17,12 +17,15 @@ from diffusion2gan.runtime.files import read_json, sha256
 from diffusion2gan.teacher import strict_loading
 from diffusion2gan.teacher.hub import find_model
 
+SUPPORTED_CLASSES = ("AutoencoderKL", "AutoencoderDC")
+
 
 def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
     """Loads a frozen VAE in float32, from safetensors only.
 
     `name`: `pocket`, the folder of an AutoencoderKL or AutoencoderDC, or a pipeline (folder or hub
-    id), of which the VAE is taken. Raises UserError if there is no VAE or it does not load.
+    id), of which the VAE is taken. Raises UserError if there is no VAE, it is of another class or
+    it does not load.
     """
     folder = _find_vae(name)
     if not (folder / "config.json").is_file():
@@ -34,7 +37,12 @@ def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
     from diffusers import AutoencoderDC, AutoencoderKL
 
     with strict_loading.translated_errors(f"the VAE in {folder}"):
-        class_name = read_json(folder / "config.json").get("_class_name")
+        class_name = read_json(folder / "config.json").get("_class_name", SUPPORTED_CLASSES[0])
+    if class_name not in SUPPORTED_CLASSES:
+        raise UserError(
+            f"the VAE in {folder} is of the class {class_name}; supported are "
+            f"{' and '.join(SUPPORTED_CLASSES)}."
+        )
     vae_class = AutoencoderDC if class_name == "AutoencoderDC" else AutoencoderKL
     vae = strict_loading.load_model(vae_class, folder, low_cpu_mem_usage=False)
     return vae.eval().requires_grad_(False).to(device)

@@ -36,15 +36,16 @@ from safetensors.torch import load_file, save_file
 noise, out, base, size = load_file(sys.argv[1])["noise"], sys.argv[2], sys.argv[3], int(sys.argv[4])
 found = {}
 for folder in sys.argv[5:]:
-    lora = folder.endswith("/lora")
+    lora = folder.endswith("#lora")
     source = base if lora else folder
     index = json.load(open(source + "/model_index.json"))
     absent = {name: None for name, value in index.items() if value == [None, None]}
     pipe = DiffusionPipeline.from_pretrained(source, **absent)
     if lora:
         kind = LCMScheduler if hasattr(pipe, "unet") else FlowMatchEulerDiscreteScheduler
-        pipe.scheduler = kind.from_pretrained(folder.removesuffix("/lora"), subfolder="scheduler")
-        pipe.load_lora_weights(folder)
+        export = folder.removesuffix("#lora")
+        pipe.scheduler = kind.from_pretrained(export, subfolder="scheduler")
+        pipe.load_lora_weights(export, weight_name="pytorch_lora_weights.safetensors")
     options = {"use_resolution_binning": False} if type(pipe).__name__ == "SanaPipeline" else {}
     def generate(steps):
         return pipe(["a red ring on a blue ground", "two stars"], latents=noise, height=size,
@@ -157,7 +158,7 @@ def test_stock_diffusers_reproduces_the_student(
     export(run, tmp_path / "export")
     folders = [tmp_path / "export"]
     if kind == "lora":
-        folders.append(tmp_path / "export" / "lora")
+        folders.append(tmp_path / "export#lora")
 
     # The student in this process
     channels = load_student(run)[0].latent_shape[0]

@@ -64,9 +64,12 @@ Folder = Callable[[str], Path]
 
 
 def train(name: str, folder: Path, root: Path, **settings: Any) -> Path:
-    """A run of three steps: the averaged weights are neither the teacher's nor the last."""
+    """A run of three steps: the averaged weights are neither the teacher's nor the last.
+
+    At the resolution of the family `name`, or the teacher's own for another name.
+    """
     # Pairs
-    teacher = load_teacher(str(folder), resolution=RESOLUTION[name])
+    teacher = load_teacher(str(folder), resolution=RESOLUTION.get(name))
     guidance = 3.0 if teacher.guidance == "classifier_free" else 0.0
     spec = PairsSpec(
         teacher.name, teacher.revision, "words", 4, 0, 2, guidance, teacher.latent_shape, 4
@@ -76,7 +79,7 @@ def train(name: str, folder: Path, root: Path, **settings: Any) -> Path:
     # Training
     recipe = Recipe(
         teacher=str(folder),
-        resolution=RESOLUTION[name],
+        resolution=RESOLUTION.get(name),
         loss="mse",
         total_pairs=6,
         batch_size=2,

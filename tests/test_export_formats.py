@@ -27,12 +27,12 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
 )
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from teacher.test_strict_loading import save_lora
 from test_export_families import train
-from tiny_families import RESOLUTION, kl
+from tiny_families import kl
 from torch import Tensor
 
 from diffusion2gan.distill.run import load_student
@@ -180,7 +180,7 @@ def test_changed_parts_are_written(family_folder: Folder, tmp_path: Path) -> Non
     assert files_of(tmp_path / "merged" / "vae") == files_of(vae)
 
 
-@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+@pytest.mark.parametrize("shards", [pytest.param("5GB", marks=pytest.mark.slow), "20KB"])
 def test_variants(shards: str, family_folder: Folder, tmp_path: Path) -> None:
     """An export with a variant, and the export of a teacher that has one."""
     teacher = tmp_path / "teacher"
@@ -208,7 +208,7 @@ def test_student_that_is_not_square(family_folder: Folder, tmp_path: Path) -> No
         shutil.copytree(family_folder(name), folder)
         path = folder / "unet" / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": [8, 12]}))
-        run_folder = train_at_native_size(folder, tmp_path / f"{name}_run")
+        run_folder = train("native", folder, tmp_path / f"{name}_run")
         out = tmp_path / f"{name}_export"
         snippet = export(run_folder, out)
         config = json.loads((out / "unet" / "config.json").read_text())
@@ -222,14 +222,6 @@ def test_student_that_is_not_square(family_folder: Folder, tmp_path: Path) -> No
         exec(snippet, scope)
         assert scope["image"].size == (96, 64)
         assert Image.open(out / "samples" / "0.png").size == (96, 64)
-
-
-def train_at_native_size(folder: Path, root: Path) -> Path:
-    RESOLUTION["native"] = None  # type: ignore[assignment]
-    try:
-        return train("native", folder, root)
-    finally:
-        del RESOLUTION["native"]
 
 
 # Schedulers
@@ -319,12 +311,21 @@ def test_full_size_names_are_those_of_the_original_code() -> None:
     assert all(torch.equal(found[key], value) for key, value in weights.items())
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21_zero_snr", "sdxl", "sd3", "flux_dev"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+# The others are slow tests
+QUICK = (("sd15", "float32"), ("sd21_zero_snr", "float32"), ("sdxl", "float16"), ("sd3", "float32"))
+SINGLE_FILES = [
+    pytest.param(name, dtype, marks=[] if (name, dtype) in QUICK else [pytest.mark.slow])
+    for name in ("sd15", "sd21_zero_snr", "sdxl", "sd3", "flux_dev")
+    for dtype in ("float32", "float16")
+]
+
+
+@pytest.mark.parametrize(("name", "precision"), SINGLE_FILES)
 def test_single_file_is_the_student(
-    name: str, dtype: torch.dtype, family_folder: Folder, tmp_path: Path
+    name: str, precision: str, family_folder: Folder, tmp_path: Path
 ) -> None:
     """Read by diffusers' `from_single_file` alone."""
+    dtype = getattr(torch, precision)
     teacher = load_teacher(str(family_folder(name)))
     student = student_weights(teacher)
     file = tmp_path / "student.safetensors"
@@ -508,13 +509,17 @@ class Hub(BaseHTTPRequestHandler):
     requests: list[str] = []
     token = "Bearer hf_right"
 
+    @property
+    def address(self) -> str:
+        return f"http://{self.headers['Host']}/org/name"
+
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.requests.append(f"POST {self.path}")
         if self.headers.get("Authorization") != self.token:
             self.reply(401, {"error": "Invalid username or password."})
         elif self.path == "/api/repos/create":
-            self.reply(200, {"url": "http://hub/org/name", "name": json.loads(body)["name"]})
+            self.reply(200, {"url": self.address, "name": json.loads(body)["name"]})
         elif "/preupload/" in self.path:
             files = [
                 {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
@@ -526,8 +531,8 @@ class Hub(BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     self.files[entry["value"]["path"]] = b64decode(entry["value"]["content"])
-            commit = {"commitUrl": "http://hub/org/name/commit/1", "commitOid": "1"}
-            self.reply(200, {**commit, "success": True, "pullRequestUrl": None})
+            commit = {"commitUrl": f"{self.address}/commit/1", "commitOid": "1", "success": True}
+            self.reply(200, {**commit, "pullRequestUrl": None})
         else:
             self.reply(200, {})
 
@@ -558,34 +563,39 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
-def export_command(trained: Path, out: Path, hub: str, token: str, *options: str) -> Any:
-    """The command in a process, because huggingface_hub reads its settings at import."""
-    environment = {**os.environ, "HF_ENDPOINT": hub, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0"}
+def test_push_to_hub_uploads_the_folder(hub: str, trained: Path, tmp_path: Path) -> None:
+    """In a process, because huggingface_hub reads its settings when it is imported."""
+    out = tmp_path / "export"
+    environment = {**os.environ, "HF_ENDPOINT": hub, "HF_TOKEN": "hf_right", "HF_HUB_OFFLINE": "0"}
     environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "diffusion2gan", "export", str(trained), "--out", str(out)]
-    return subprocess.run(
-        [*command, *options], env=environment, capture_output=True, text=True, check=False
+    done = subprocess.run(
+        [*command, "--no-samples", "--push-to-hub", "org/name"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
-
-
-def test_push_to_hub_uploads_the_folder(hub: str, trained: Path, tmp_path: Path) -> None:
-    out = tmp_path / "export"
-    done = export_command(trained, out, hub, "hf_right", "--push-to-hub", "org/name")
     assert done.returncode == 0, done.stderr
-    assert "pushed to" in done.stdout
+    assert f"pushed to {hub}/org/name" in done.stdout
     assert Hub.files == files_of(out)
     assert "README.md" in Hub.files and "unet/diffusion_pytorch_model.safetensors" in Hub.files
 
 
-def test_refused_push_keeps_the_export(hub: str, trained: Path, tmp_path: Path) -> None:
+def test_refused_push_keeps_the_export(
+    hub: str, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", hub)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     out = tmp_path / "export"
-    done = export_command(trained, out, hub, "hf_wrong", "--push-to-hub", "org/name")
-    assert done.returncode == 1
-    assert "is complete, but it could not be pushed to org/name" in " ".join(done.stderr.split())
-    assert "Traceback" not in done.stderr and not Hub.files
+
+    # Nothing is sent without the option
+    assert run("export", trained, "--out", out).code == 0
+    assert Hub.requests == []
+
+    result = run("export", trained, "--out", out, "--push-to-hub", "org/name")
+    assert_refused(result, 1, "is complete, but it could not be pushed to org/name", "401")
+    assert Hub.requests and not any("/commit/" in request for request in Hub.requests)
     assert (out / "model_index.json").is_file()
-
-
-def test_nothing_is_sent_without_push_to_hub(hub: str, trained: Path, tmp_path: Path) -> None:
-    done = export_command(trained, tmp_path / "export", hub, "hf_right")
-    assert done.returncode == 0 and Hub.requests == []

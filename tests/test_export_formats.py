@@ -452,7 +452,7 @@ def test_command_writes_everything(trained: Path, tmp_path: Path) -> None:
         "`guidance_scale=0`",
         "`negative_prompt`",
         "No safety checker",
-        "clip_score 0.25",
+        r"clip\_score 0.25",
         "my_student.safetensors",
         "| a red &#124; ring | two \\*stars\\* |",
     ):

@@ -67,9 +67,10 @@ def export(
 
     `run` is a run's folder or one of its checkpoints. `out` is written atomically and replaces an
     earlier export of the same run, and with `overwrite` that of another. `metrics`: what `evaluate`
-    wrote, for the model card; by default the run's metrics.json, if it has one. `variant` is part of the names of the weights' files, such as fp16.
-    `single_file`: also writes `out`/NAME.safetensors, see `single_file.py`. `sample_prompts`: of
-    the sample images in the model card, the first four; no images if empty.
+    wrote, for the model card; by default the run's metrics.json, if it has one. `variant` is part
+    of the names of the weights' files, such as fp16. `single_file`: also writes
+    `out`/NAME.safetensors, see `single_file.py`. `sample_prompts`: of the sample images in the
+    model card, the first four; no images if empty.
 
     Returns Python code that uses the export. Raises UserError if `out` contains anything else, or
     another process is writing to it.

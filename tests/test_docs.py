@@ -59,6 +59,7 @@ ARGUMENTS = {
     "original_inference_steps",
     "strict",
     "target_grad",
+    "variant",
     "vae",
     "weights_only",
 }

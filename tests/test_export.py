@@ -18,7 +18,8 @@ from diffusion2gan.distill.run import load_student
 from diffusion2gan.distill.student import Student
 from diffusion2gan.distill.train import distill
 from diffusion2gan.errors import UserError
-from diffusion2gan.export import export, model_card, write_pipeline
+from diffusion2gan.export import export, write_pipeline
+from diffusion2gan.model_card import Contents, model_card
 from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.store import PairsSpec
@@ -320,7 +321,7 @@ def test_model_card_shows_odd_names_as_they_are(runs: dict[str, Path], tmp_path:
     (source / "README.md").write_bytes(b"---\nlicense: [&x\n---\n\xff")
     teacher.folder = source
     export(runs["tiny_teacher"], tmp_path / "export")
-    card = model_card(description, teacher, tmp_path / "export")
+    card = model_card(description, teacher, Contents())
 
     _, header, body = card.split("---\n", 2)
     assert yaml.safe_load(header)["license"] == "[&x"

@@ -36,15 +36,16 @@ from safetensors.torch import load_file, save_file
 noise, out, base, size = load_file(sys.argv[1])["noise"], sys.argv[2], sys.argv[3], int(sys.argv[4])
 found = {}
 for folder in sys.argv[5:]:
-    lora = folder.endswith("/lora")
+    lora = folder.endswith("#lora")
     source = base if lora else folder
     index = json.load(open(source + "/model_index.json"))
     absent = {name: None for name, value in index.items() if value == [None, None]}
     pipe = DiffusionPipeline.from_pretrained(source, **absent)
     if lora:
         kind = LCMScheduler if hasattr(pipe, "unet") else FlowMatchEulerDiscreteScheduler
-        pipe.scheduler = kind.from_pretrained(folder.removesuffix("/lora"), subfolder="scheduler")
-        pipe.load_lora_weights(folder)
+        export = folder.removesuffix("#lora")
+        pipe.scheduler = kind.from_pretrained(export, subfolder="scheduler")
+        pipe.load_lora_weights(export, weight_name="pytorch_lora_weights.safetensors")
     options = {"use_resolution_binning": False} if type(pipe).__name__ == "SanaPipeline" else {}
     def generate(steps):
         return pipe(["a red ring on a blue ground", "two stars"], latents=noise, height=size,
@@ -63,9 +64,12 @@ Folder = Callable[[str], Path]
 
 
 def train(name: str, folder: Path, root: Path, **settings: Any) -> Path:
-    """A run of three steps: the averaged weights are neither the teacher's nor the last."""
+    """A run of three steps: the averaged weights are neither the teacher's nor the last.
+
+    At the resolution of the family `name`, or the teacher's own for another name.
+    """
     # Pairs
-    teacher = load_teacher(str(folder), resolution=RESOLUTION[name])
+    teacher = load_teacher(str(folder), resolution=RESOLUTION.get(name))
     guidance = 3.0 if teacher.guidance == "classifier_free" else 0.0
     spec = PairsSpec(
         teacher.name, teacher.revision, "words", 4, 0, 2, guidance, teacher.latent_shape, 4
@@ -75,7 +79,7 @@ def train(name: str, folder: Path, root: Path, **settings: Any) -> Path:
     # Training
     recipe = Recipe(
         teacher=str(folder),
-        resolution=RESOLUTION[name],
+        resolution=RESOLUTION.get(name),
         loss="mse",
         total_pairs=6,
         batch_size=2,
@@ -157,7 +161,7 @@ def test_stock_diffusers_reproduces_the_student(
     export(run, tmp_path / "export")
     folders = [tmp_path / "export"]
     if kind == "lora":
-        folders.append(tmp_path / "export" / "lora")
+        folders.append(tmp_path / "export#lora")
 
     # The student in this process
     channels = load_student(run)[0].latent_shape[0]

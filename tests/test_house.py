@@ -38,6 +38,8 @@ LEVEL = {
     "generate": 5,
     "cost": 6,
     "evaluate": 6,
+    "single_file": 5,
+    "model_card": 5,
     "export": 6,
     "compare": 7,
     "serve": 8,

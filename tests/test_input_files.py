@@ -468,8 +468,8 @@ def test_too_many_steps_are_refused(name: str, family_folder: Folder, tmp_path: 
 # Layouts
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sd3"])
-@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow), "sd3"])
+@pytest.mark.parametrize("shards", [pytest.param("5GB", marks=pytest.mark.slow), "20KB"])
 def test_folder_of_a_variant(name: str, shards: str, family_folder: Folder, tmp_path: Path) -> None:
     pipeline = DiffusionPipeline.from_pretrained(family_folder(name)).to(torch.float16)
     pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size=shards)
@@ -500,7 +500,9 @@ def test_several_variants_and_pickles_are_refused(tmp_path: Path) -> None:
     assert find_variant(tmp_path) is None
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize(
+    "prefix", [pytest.param("module.", marks=pytest.mark.slow), "_orig_mod.module."]
+)
 def test_prefixes_of_wrappers_are_removed(
     prefix: str, family_folder: Folder, tmp_path: Path
 ) -> None:

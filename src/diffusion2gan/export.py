@@ -4,82 +4,52 @@ from __future__ import annotations
 
 import copy
 import json
-import re
+import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffusion2gan.callable_module import make_callable
 from diffusion2gan.distill.run import FREE_SETTINGS, ROUNDING_SETTINGS, load_student
 from diffusion2gan.distill.student import Student
-from diffusion2gan.errors import UserError
+from diffusion2gan.errors import Failure, UserError
+from diffusion2gan.model_card import Contents, model_card, usage_snippet
+from diffusion2gan.noise import noise_from_seeds
 from diffusion2gan.recipe import parse_recipe
 from diffusion2gan.runtime import checkpoint
-from diffusion2gan.runtime.files import atomic_write, hash_files, read_json
+from diffusion2gan.runtime.files import atomic_write, hash_files, is_hidden, read_json
+from diffusion2gan.runtime.images import to_pillow
 from diffusion2gan.runtime.lock import exclusive_lock
-from diffusion2gan.runtime.markdown import inline_code, markdown_text, yaml_text
+from diffusion2gan.single_file import clip_names, kohya_lora, write_single_file
+from diffusion2gan.teacher import hub
 from diffusion2gan.teacher.loading import absent_components
 from diffusion2gan.teacher.one_step import one_step_scheduler
 from diffusion2gan.teacher.pipeline import Teacher
+from diffusion2gan.teacher.strict_loading import WEIGHTS_FILE, find_variant
 
 make_callable(__name__)  # `diffusion2gan.export(…)` is `api.export`
 
-MODEL_CARD = """---
-library_name: diffusers
-pipeline_tag: text-to-image
-license: {licence}
----
+NUM_SAMPLES = 4  # images in the model card
+SAMPLE_PROMPTS = (
+    "a photograph of a lighthouse on a cliff at sunset",
+    "a bowl of oranges on a wooden table, oil painting",
+    "a red fox in the snow",
+    "a small robot that waters flowers, digital art",
+)
+POCKET_SAMPLE_PROMPTS = (
+    "a big red ring on a blue ground",
+    "two small green stars on a yellow ground",
+    "three blue squares",
+    "a small yellow star",
+)
 
-# One-step student of {teacher}
-
-This text-to-image pipeline generates an image in one step, without classifier-free guidance.
-It was distilled from {teacher_code} with diffusion2gan, an implementation of *Distilling Diffusion
-Models into Conditional GANs* (Kang et al., ECCV 2024).
-
-## Usage
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("PATH/TO/THIS/FOLDER"{absent})
-image = pipe("a prompt"{size}, num_inference_steps=1, guidance_scale=0).images[0]
-```
-{lora}
-## Training
-
-- Teacher: {teacher_code}, weights {revision}
-- Training data: {num_pairs} noise→image pairs from the teacher ({steps} steps of the
-  deterministic solver {solver}, guidance scale {guidance})
-- Pairs seen in training: {pairs_seen}
-- Loss: {loss}
-- Trained weights: {trained_weights}
-
-All settings of the run are in `diffusion2gan.json`.
-
-## Evaluation
-
-Metrics: {metrics}.
-
-## License
-
-The license of the teacher applies to these weights: {licence_note}.
-"""
-
-LORA_USAGE = """
-The same student as a LoRA for the teacher, `lora/pytorch_lora_weights.safetensors`:
-
-```python
-from diffusers import {scheduler}, DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("PATH/TO/THE/TEACHER"{absent})
-pipe.scheduler = {scheduler}.from_pretrained("PATH/TO/THIS/FOLDER", subfolder="scheduler")
-pipe.load_lora_weights("PATH/TO/THIS/FOLDER/lora")
-image = pipe("a prompt"{size}, num_inference_steps=1, guidance_scale=0).images[0]
-```
-"""
+# Files of a component's folder that stock diffusers does not read with safetensors
+OTHER_WEIGHTS = {".bin", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".pt", ".pth"}
 
 
 def export(
@@ -89,13 +59,21 @@ def export(
     *,
     overwrite: bool = False,
     metrics: Path | None = None,
-) -> None:
+    variant: str | None = None,
+    single_file: bool = False,
+    sample_prompts: Sequence[str] | None = None,
+) -> str:
     """Writes the averaged student of `run` to the folder `out`, for `from_pretrained`.
 
     `run` is a run's folder or one of its checkpoints. `out` is written atomically and replaces an
     earlier export of the same run, and with `overwrite` that of another. `metrics`: what `evaluate`
-    wrote, for the model card; by default the run's metrics.json, if it has one. Raises UserError if
-    `out` contains anything else, or another process is writing to it.
+    wrote, for the model card; by default the run's metrics.json, if it has one. `variant` is part
+    of the names of the weights' files, such as fp16. `single_file`: also writes
+    `out`/NAME.safetensors, see `single_file.py`. `sample_prompts`: of the sample images in the
+    model card, the first four; no images if empty.
+
+    Returns Python code that uses the export. Raises UserError if `out` contains anything else, or
+    another process is writing to it.
     """
     # 1. Only an earlier export may be replaced
     is_export = (out / "diffusion2gan.json").is_file()
@@ -118,25 +96,42 @@ def export(
     if metrics is not None:
         description = {**description, "metrics": read_metrics(metrics)}
 
-    # 3. Pipeline and LoRA
+    # 3. Pipeline, single file, LoRA
     with exclusive_lock(out), atomic_write(out) as temporary:
-        write_pipeline(teacher, student.fused(), temporary, dtype)
+        weights = student.fused()
+        write_pipeline(teacher, weights, temporary, dtype, variant)
+        file = out.resolve().name + ".safetensors" if single_file else None
+        if file is not None:
+            write_single_file(teacher, weights, temporary / file, dtype)
         lora = student.lora()
         if lora is not None:
-            write_lora(teacher, lora, temporary / "lora", dtype)
+            write_lora(teacher, lora, temporary, dtype)
 
-        # 4. Digests; model_index.json may be edited later, to leave a text encoder out
+        # 4. Samples
+        if sample_prompts is None:
+            is_pocket = description["recipe"]["teacher"] == "pocket"
+            sample_prompts = POCKET_SAMPLE_PROMPTS if is_pocket else SAMPLE_PROMPTS
+        contents = Contents(
+            absent=tuple(absent_components(temporary)),
+            variant=variant,
+            single_file=file,
+            samples=write_samples(teacher, student, temporary, sample_prompts[:NUM_SAMPLES]),
+            had_checker="safety_checker" in teacher.pipeline.config,
+        )
+
+        # 5. Digests; model_index.json may be edited later, to leave a text encoder out
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         names = [path.relative_to(temporary).as_posix() for path in files]
         names.remove("model_index.json")
         description = {**description, "sha256": hash_files(temporary, names)}
 
-        # 5. Model card and description
-        card = model_card(description, teacher, temporary)
+        # 6. Model card and description
+        card = model_card(description, teacher, contents)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         (temporary / "diffusion2gan.json").write_text(
             json.dumps(description, indent=2) + "\n", encoding="utf-8"
         )
+    return usage_snippet(teacher, contents, str(out))
 
 
 def check_same_run(out: Path, description: dict[str, Any]) -> None:
@@ -177,48 +172,207 @@ def is_number(value: Any) -> bool:
 
 
 def write_pipeline(
-    teacher: Teacher, student: dict[str, Tensor], folder: Path, dtype: torch.dtype
+    teacher: Teacher,
+    student: dict[str, Tensor],
+    folder: Path,
+    dtype: torch.dtype,
+    variant: str | None = None,
 ) -> None:
     """Writes the teacher's pipeline with the student's weights and a one-step scheduler.
 
-    The teacher in memory is not modified.
+    What the student shares with the teacher is copied byte for byte from the teacher's files;
+    with another `dtype` than float32, the numbers in them are converted. The teacher in memory is
+    not modified.
     """
-    # A shallow copy of the pipeline, with deep copies of the components that change
-    pipeline = copy.copy(teacher.pipeline)
+    # 1. The network, with the size of its pairs as the default of a call
     network_name = teacher.family.network
-    for name, component in pipeline.components.items():
-        changes = name == network_name or dtype != torch.float32
-        if isinstance(component, nn.Module) and changes:
-            setattr(pipeline, name, copy.deepcopy(component))
-
-    # The student
-    network = getattr(pipeline, network_name)
+    network = copy.deepcopy(getattr(teacher.pipeline, network_name))
     network.load_state_dict(student)
     if network_name == "unet":
-        # A call without height and width then generates images of the size of the pairs
-        network.register_to_config(sample_size=teacher.latent_shape[1])
-    pipeline.scheduler = one_step_scheduler(teacher)
-    if "requires_safety_checker" in pipeline.config:
-        pipeline.register_to_config(requires_safety_checker=False)
+        _, height, width = teacher.latent_shape
+        network.register_to_config(sample_size=height if height == width else [height, width])
+    save_component(network_name, network, folder / network_name, dtype, variant)
 
+    # 2. The scheduler
+    one_step_scheduler(teacher).save_pretrained(folder / "scheduler")
+
+    # 3. The teacher's other components
+    left_out = {network_name, "scheduler", "safety_checker", "feature_extractor"}
+    for name, component in teacher.pipeline.components.items():
+        if name in left_out or component is None:
+            continue
+        if name in teacher.sources:
+            copy_component(name, teacher.sources[name], folder / name, dtype, variant)
+        else:
+            save_component(name, component, folder / name, dtype, variant)
+
+    # 4. The index
+    write_index(teacher, folder)
+
+
+def write_index(teacher: Teacher, folder: Path) -> None:
+    """Writes model_index.json: the teacher's, with what the export changes."""
+    if teacher.config_folder is not None:
+        index = hub.read_index(teacher.config_folder)
+    else:
+        teacher.pipeline.save_config(folder)
+        index = hub.read_index(folder)
+
+    index["scheduler"] = ["diffusers", type(one_step_scheduler(teacher)).__name__]
+    for name in ("safety_checker", "feature_extractor"):
+        if name in index:
+            index[name] = [None, None]
+    if type(teacher.pipeline).__name__ == "StableDiffusionPipeline":
+        index["requires_safety_checker"] = False
+    index.pop("_name_or_path", None)
+    text = json.dumps(index, indent=2) + "\n"
+    (folder / "model_index.json").write_text(text, encoding="utf-8")
+
+
+def save_component(
+    name: str, component: Any, folder: Path, dtype: torch.dtype, variant: str | None
+) -> None:
+    """Writes a component from memory, without its location on this machine."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        pipeline.to(dtype=dtype)
-        for name, component in pipeline.components.items():
-            if isinstance(component, nn.Module):
-                problem = f"the {name} cannot be exported in {dtype}; nothing was written."
-                checkpoint.check_finite(component.state_dict(), problem)
-        pipeline.save_pretrained(folder, safe_serialization=True)
-    for path in folder.rglob("*.json"):
-        remove_local_path(path)
+        if not isinstance(component, nn.Module):
+            component.save_pretrained(folder)
+            return
+        saved: Any = copy.deepcopy(component).to(dtype=dtype)
+        problem = f"the {name} cannot be exported in {dtype}; nothing was written."
+        checkpoint.check_finite(saved.state_dict(), problem)
+        saved.save_pretrained(folder, safe_serialization=True, variant=variant)
+    remove_local_path(folder / "config.json")
+
+    # transformers 5.6 and later write the names without a prefix, which earlier ones do not read
+    if type(component).__name__ == "CLIPTextModel":
+        for file in folder.glob("*.safetensors"):
+            save_file(clip_names(load_file(file)), file, {"format": "pt"})
+
+
+def copy_component(
+    name: str, source: Path, folder: Path, dtype: torch.dtype, variant: str | None
+) -> None:
+    """Copies the files of a component, byte for byte where `dtype` is float32.
+
+    In another `dtype` its numbers are converted, under the same names. Weights get `variant` in
+    their files' names, in place of that which they have. Copied are safetensors of the variant that
+    is loaded, and all that are not weights.
+    """
+    folder.mkdir(parents=True)
+    loaded = find_variant(source)
+    for path in sorted(source.iterdir()):
+        if is_hidden(path) or not path.is_file() or path.suffix in OTHER_WEIGHTS:
+            continue
+
+        # Weights: of one variant, renamed
+        if match := WEIGHTS_FILE.fullmatch(path.name):
+            if match["variant"] != loaded:
+                continue
+            target = folder / rename_weights(path.name, variant)
+            if dtype == torch.float32:
+                shutil.copyfile(path, target)
+            else:
+                convert_weights(name, path, target, dtype)
+            continue
+
+        # The index of shards names these files
+        if ".safetensors.index" in path.name:
+            if path.name.endswith(f"index.{loaded}.json" if loaded else "index.json"):
+                copy_shard_index(path, folder, loaded, variant)
+            continue
+        shutil.copyfile(path, folder / path.name)
+
+
+def rename_weights(name: str, variant: str | None) -> str:
+    """The name of a weights file with another variant, or none."""
+    match = WEIGHTS_FILE.fullmatch(name)
+    assert match is not None
+    shard = match["shard"] or match["old_shard"]
+    return f"{match['name']}{'.' + variant if variant else ''}{shard}.safetensors"
+
+
+def copy_shard_index(path: Path, folder: Path, loaded: str | None, variant: str | None) -> None:
+    """Copies the index of a component's shards; byte for byte if the variant is the same."""
+    if loaded == variant:
+        shutil.copyfile(path, folder / path.name)
+        return
+    index = read_json(path)
+    weight_map = {key: rename_weights(name, variant) for key, name in index["weight_map"].items()}
+    text = json.dumps({**index, "weight_map": weight_map}, indent=2) + "\n"
+    stem = path.name.partition(".index")[0]
+    name = f"{stem}.index{'.' + variant if variant else ''}.json"
+    (folder / name).write_text(text, encoding="utf-8")
+
+
+def convert_weights(name: str, source: Path, target: Path, dtype: torch.dtype) -> None:
+    """Copies a safetensors file with its floating-point tensors in `dtype`."""
+    tensors = load_file(source)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point():
+            tensors[key] = tensor.to(dtype)
+    problem = f"the {name} cannot be exported in {dtype}; nothing was written."
+    checkpoint.check_finite(tensors, problem)
+    save_file(tensors, target, {"format": "pt"})
 
 
 def write_lora(teacher: Teacher, lora: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
-    """Writes `pytorch_lora_weights.safetensors`, for the teacher's `load_lora_weights`."""
+    """Writes `pytorch_lora_weights.safetensors`, for the teacher's `load_lora_weights`.
+
+    Of a UNet also `lora_kohya.safetensors`, with the names that ComfyUI and A1111 read.
+    """
     layers = {name: weight.detach().to(dtype).contiguous() for name, weight in lora.items()}
     checkpoint.check_finite(layers, f"the LoRA cannot be exported in {dtype}; nothing was written.")
     argument = f"{teacher.family.network}_lora_layers"
     type(teacher.pipeline).save_lora_weights(folder, **{argument: layers})
+    if teacher.family.network == "unet":
+        save_file(kohya_lora(layers), folder / "lora_kohya.safetensors", {"format": "pt"})
+
+
+@torch.no_grad()
+def write_samples(
+    teacher: Teacher, student: Student, folder: Path, prompts: Sequence[str]
+) -> tuple[tuple[str, str], ...]:
+    """Writes an image of each prompt into `folder`/samples; returns the files and the prompts."""
+    student.eval()
+    samples = []
+    for i, prompt in enumerate(prompts):
+        noise = noise_from_seeds([i], teacher.latent_shape).to(teacher.device)
+        latents = student(noise, teacher.encode([prompt]))
+        (image,) = to_pillow(teacher.decode(latents))
+        file = f"samples/{i}.png"
+        (folder / "samples").mkdir(exist_ok=True)
+        image.save(folder / file)
+        samples.append((file, prompt))
+    return tuple(samples)
+
+
+def push_to_hub(folder: Path, repository: str, private: bool = False) -> str:
+    """Uploads an export to a model hub, as one commit; returns its address.
+
+    `repository` is ORG/NAME; it is created if it does not exist. The token is huggingface_hub's
+    (`hf auth login` or HF_TOKEN), the hub that of HF_ENDPOINT. Raises Failure if the hub refuses
+    or cannot be reached; the folder stays as it is.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message="One-step student, by diffusion2gan export",
+        )
+    except Exception as error:
+        # httpx's and huggingface_hub's errors have no common base class but OSError and ValueError
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Failure(
+            f"{folder} is complete, but it could not be pushed to {repository} ({reason}). Check "
+            "the name, the connection and the token (`hf auth login`, or HF_TOKEN), then run "
+            f"`hf upload {repository} {folder}`."
+        ) from error
+    return str(address)
 
 
 def remove_local_path(path: Path) -> None:
@@ -226,71 +380,3 @@ def remove_local_path(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(config, dict) and config.pop("_name_or_path", None) is not None:
         path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def model_card(description: dict[str, Any], teacher: Teacher, folder: Path) -> str:
-    """The model card of the exported pipeline in `folder`, as markdown for a model hub."""
-    recipe = description["recipe"]
-    pairs = description["pairs"]
-
-    # Arguments that the examples need: components that are absent, and the size of a transformer's
-    # images (a UNet has it in its config)
-    absent = "".join(f", {name}=None" for name in absent_components(folder))
-    size = ""
-    if teacher.family.network == "transformer":
-        height, width = teacher.image_size
-        size = f", height={height}, width={width}"
-
-    lora = ""
-    trained_weights = "all"
-    if recipe["lora_rank"]:
-        scheduler = type(one_step_scheduler(teacher)).__name__
-        lora = LORA_USAGE.format(scheduler=scheduler, absent=absent, size=size)
-        trained_weights = f"a LoRA of rank {recipe['lora_rank']}, merged into the network"
-
-    licence = read_licence(teacher)
-    return MODEL_CARD.format(
-        teacher=markdown_text(pairs["teacher"]),
-        teacher_code=inline_code(pairs["teacher"]),
-        revision=markdown_text(pairs["revision"]),
-        num_pairs=pairs["count"],
-        solver=inline_code(pairs.get("solver", "ddim")),  # sets from before the choice
-        steps=pairs["num_inference_steps"],
-        guidance=pairs["guidance_scale"],
-        pairs_seen=description["pairs_seen"],
-        loss=inline_code(recipe["loss"]),
-        trained_weights=trained_weights,
-        absent=absent,
-        size=size,
-        lora=lora,
-        metrics=format_metrics(description),
-        licence=yaml_text(licence or "other"),
-        licence_note=markdown_text(
-            licence or "its folder does not state it; see where the teacher was published"
-        ),
-    )
-
-
-def read_licence(teacher: Teacher) -> str | None:
-    """The `license:` field of the teacher's model card (README.md), or None."""
-    if teacher.folder is None:
-        return None
-    folder = teacher.folder if teacher.folder.is_dir() else teacher.folder.parent
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    text = card.read_text("utf-8", errors="replace")
-    field = re.search(r"^license(?:_name)?: *(\S+)", text, re.M)
-    return field.group(1).strip("\"'") if field else None
-
-
-def format_metrics(description: dict[str, Any]) -> str:
-    """The metrics that `evaluate` wrote to the run's metrics.json, if any."""
-    metrics = description.get("metrics") or {}
-    if not isinstance(metrics, dict):
-        return "not measured"
-    numbers = []
-    for name, value in metrics.items():
-        if isinstance(value, float):
-            numbers.append(f"{markdown_text(name)} {value:.4g}")
-    return ", ".join(numbers) if numbers else "not measured"

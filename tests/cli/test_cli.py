@@ -162,7 +162,7 @@ def find_path_parameters(
             if kind is not Path and Path not in get_args(kind):
                 continue
             is_argument = isinstance(parameters[0], type(typer.Argument()))
-            yield command if is_argument else [*command, f"--{name}"]
+            yield command if is_argument else [*command, "--" + name.replace("_", "-")]
 
     for subgroup in group.registered_groups:
         yield from find_path_parameters(subgroup.typer_instance, (*prefix, subgroup.name))
@@ -172,7 +172,7 @@ PATH_PARAMETERS = list(find_path_parameters())
 
 
 def test_all_path_parameters_are_found() -> None:
-    assert len(PATH_PARAMETERS) == 29
+    assert len(PATH_PARAMETERS) == 30
     for expected in (
         ["distill", "--out"],
         ["export"],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from diffusion2gan.cli.options import DeviceOption, PrecisionOption, local_path
+from diffusion2gan.errors import UserError
 
 
 def export(
@@ -26,19 +28,73 @@ def export(
             help="What evaluate wrote, for the model card. Default: metrics.json in the run.",
         ),
     ] = None,
+    variant: Annotated[
+        str | None,
+        typer.Option(help='fp16: float16 weights in files named so, for variant="fp16".'),
+    ] = None,
+    single_file: Annotated[
+        bool,
+        typer.Option(
+            "--single-file",
+            help="Also write OUT/NAME.safetensors, for ComfyUI, A1111 and from_single_file; of a "
+            "flow model the transformer.",
+        ),
+    ] = False,
+    sample_prompts: Annotated[
+        Path | None,
+        typer.Option(
+            callback=local_path,
+            help="A text file: the first 4 lines are the prompts of the model card's samples.",
+        ),
+    ] = None,
+    no_samples: Annotated[
+        bool, typer.Option("--no-samples", help="Generate no images for the model card.")
+    ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(help="Upload the folder to ORG/NAME of the Hugging Face hub afterwards."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: create a private repository.")
+    ] = False,
 ) -> None:
     """Write the student as a pipeline folder for stock diffusers.
 
-    It runs with num_inference_steps=1 and guidance_scale=0.
+    It runs with num_inference_steps=1 and guidance_scale=0. Nothing is uploaded without
+    --push-to-hub.
     """
+    # Options that do not fit together
+    if variant not in (None, "fp16"):
+        raise UserError(f"--variant {variant!r} is unknown; only fp16 is supported")
+    if no_samples and sample_prompts is not None:
+        raise UserError("--no-samples and --sample-prompts exclude each other; leave one out")
+    if private and push_to_hub is None:
+        raise UserError("--private belongs to --push-to-hub ORG/NAME; leave it out, or name both")
+    if push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", push_to_hub):
+        raise UserError(f"--push-to-hub {push_to_hub!r}: write it as ORG/NAME")
+
     import torch
 
     from diffusion2gan.export import export as export_run
+    from diffusion2gan.export import push_to_hub as upload
+    from diffusion2gan.prompts import read_prompts
 
-    dtype = torch.float16 if half else torch.float32
-    export_run(run, out, dtype, overwrite=overwrite, metrics=metrics)
-    call = "(prompt, num_inference_steps=1, guidance_scale=0)"
-    typer.echo(f"{out}: DiffusionPipeline.from_pretrained({str(out)!r}){call}")
+    prompts: list[str] | None = [] if no_samples else None
+    if sample_prompts is not None:
+        prompts = read_prompts(sample_prompts)
+    snippet = export_run(
+        run,
+        out,
+        torch.float16 if half or variant else torch.float32,
+        overwrite=overwrite,
+        metrics=metrics,
+        variant=variant,
+        single_file=single_file,
+        sample_prompts=prompts,
+    )
+    typer.echo(f"{out}: to use it,\n\n{snippet}")
+    if push_to_hub is not None:
+        typer.echo(f"\npushed to {upload(out, push_to_hub, private)}")
 
 
 def generate(

@@ -27,7 +27,7 @@ def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
     id), of which the VAE is taken. Raises UserError if there is no VAE, it is of another class or
     it does not load.
     """
-    folder = _find_vae(name)
+    folder = find_vae(name)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} contains no VAE: it has neither config.json nor vae/config.json. Give "
@@ -50,10 +50,10 @@ def load_vae(name: str | Path, device: torch.device | str = "cpu") -> Any:
 
 def vae_revision(name: str | Path) -> str:
     """A digest of a VAE's weights."""
-    return sha256(_find_vae(name))[:16]
+    return sha256(find_vae(name))[:16]
 
 
-def _find_vae(name: str | Path) -> Path:
+def find_vae(name: str | Path) -> Path:
     """The folder of a VAE, or of the VAE inside a pipeline's folder."""
     folder = assets.folder("teacher") if str(name) == "pocket" else find_model(str(name))[0]
     return folder / "vae" if (folder / "vae" / "config.json").is_file() else folder

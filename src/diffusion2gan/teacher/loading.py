@@ -74,17 +74,26 @@ def load_teacher(
     with strict_loading.translated_errors(f"the teacher {name}"):
         check_can_teach(pipeline, source)
 
+    index_folder = source if not single_file else config_folder
+    sources = find_sources(pipeline, index_folder, single_file)
+
     # 3. Changes to its weights
     if loras:
-        variants.merge_loras(pipeline, loras)
+        for name in variants.merge_loras(pipeline, loras):
+            sources.pop(name, None)
     if vae:
-        variants.replace_vae(pipeline, vae)
+        sources.pop("vae", None)
+        vae_folder = variants.replace_vae(pipeline, vae)
+        if strict_loading.is_stock_layout(vae_folder):
+            sources["vae"] = vae_folder
 
     # 4. The teacher
     revision = variants.compute_revision(source, config_folder, loras, vae)
     pipeline.to(device)
     with strict_loading.translated_errors(f"the teacher {name}"):
-        teacher = Teacher(pipeline, display_name, revision, resolution, source)
+        teacher = Teacher(
+            pipeline, display_name, revision, resolution, source, index_folder, sources
+        )
         check_resolution(teacher)
     return teacher
 
@@ -158,6 +167,26 @@ def check_digests(folder: Path) -> None:
             "Restore it from a copy, or export the run again. If you changed it on purpose, set "
             f"{integrity.VARIABLE}=0 in the environment to use it as it is.",
         )
+
+
+def find_sources(pipeline: Any, folder: Path | None, single_file: bool) -> dict[str, Path]:
+    """The components of a pipeline in `folder` that stock diffusers reads from the same files.
+
+    `single_file`: the network, or all models of a UNet pipeline, came from a file instead.
+    """
+    sources: dict[str, Path] = {}
+    if folder is None:
+        return sources
+    network = FAMILIES[type(pipeline).__name__].network
+    for name, component in pipeline.components.items():
+        if component is None or not (folder / name).is_dir():
+            continue
+        is_model = isinstance(component, torch.nn.Module)
+        from_file = single_file and (network == "unet" or name == network)
+        if is_model and (from_file or not strict_loading.is_stock_layout(folder / name)):
+            continue
+        sources[name] = folder / name
+    return sources
 
 
 def absent_components(folder: Path) -> dict[str, None]:

@@ -12,9 +12,34 @@ from diffusion2gan.teacher.pipeline import Teacher
 # every σ that a scheduler uses.
 FLOW_SHIFT = 1e9
 
+# The settings of a diffusion scheduler that the network was trained with; all others belong to a
+# sampler
+NOISE_SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+
+# Schedulers that give a diffusion student's image in one step, within a grey level; tested
+COMPATIBLE = (
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
+
 
 def one_step_scheduler(teacher: Teacher) -> LCMScheduler | FlowMatchEulerDiscreteScheduler:
     """A stock diffusers scheduler that returns the network's x0 at T after one step.
+
+    Another scheduler that is made from its config in stock diffusers gives the same image in one
+    step, if it is one of COMPATIBLE: the config has the noise schedule alone, starts at the last
+    timestep ("trailing") and ends at clean latents.
 
     It never gives a wrong result with more steps. Diffusion models: LCMScheduler with
     `original_inference_steps=1` starts at the last timestep and returns x0 (its boundary terms
@@ -27,7 +52,14 @@ def one_step_scheduler(teacher: Teacher) -> LCMScheduler | FlowMatchEulerDiscret
         return FlowMatchEulerDiscreteScheduler(
             num_train_timesteps=config.num_train_timesteps, shift=FLOW_SHIFT
         )
-    return LCMScheduler.from_config(config, original_inference_steps=1, clip_sample=False)
+    schedule = {key: config[key] for key in NOISE_SCHEDULE if key in config}
+    return LCMScheduler(
+        **schedule,
+        original_inference_steps=1,
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+    )
 
 
 def is_one_step(scheduler: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +30,10 @@ class Teacher:
     """A text-to-image pipeline in eval mode, without gradients.
 
     `name` and `revision` identify it in pair sets and runs. `resolution` is the side of its images
-    in pixels, the model's default if not given. `folder` is the folder or file it was read from.
+    in pixels, the model's default if not given. `folder` is the folder or file it was read from,
+    `config_folder` the folder with its model_index.json. `sources` are the components whose files
+    a stock pipeline reads as the teacher does, with their folders: those that are neither changed
+    in memory nor in a layout of their own.
 
     Of a pipeline's sizes and limits it has `latent_shape` (C, h, w), `image_size` (height and width
     in pixels), `spatial_factor` (pixels per latent), `tokenizer` and `num_tokens`; see
@@ -44,11 +47,15 @@ class Teacher:
         revision: str,
         resolution: int | None = None,
         folder: Path | None = None,
+        config_folder: Path | None = None,
+        sources: Mapping[str, Path] | None = None,
     ) -> None:
         self.name = name
         self.revision = revision
         self.resolution = resolution
         self.folder = folder
+        self.config_folder = config_folder
+        self.sources = dict(sources or {})
 
         # Components
         self.pipeline = pipeline

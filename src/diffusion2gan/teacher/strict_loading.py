@@ -43,7 +43,8 @@ COMPONENT_MODULES = {
 # NAME.fp16-00001-of-00002.safetensors (formerly NAME-00001-of-00002.fp16.safetensors)
 SHARD = r"(?:-\d+-of-\d+)?"
 WEIGHTS_FILE = re.compile(
-    rf"(?:model|diffusion_pytorch_model){SHARD}(?:\.(?P<variant>\w+?))?{SHARD}\.safetensors"
+    rf"(?P<name>model|diffusion_pytorch_model)(?P<old_shard>{SHARD})(?:\.(?P<variant>\w+?))?"
+    rf"(?P<shard>{SHARD})\.safetensors"
 )
 
 # How the names begin in the state dict of a network inside a data-parallel wrapper, or compiled
@@ -180,6 +181,15 @@ def wrapper_prefix(keys: Iterable[str]) -> str:
             break
         prefix += longer[0]
     return prefix
+
+
+def is_stock_layout(folder: Path) -> bool:
+    """Whether the weights in a model's folder have the names that its class gives them."""
+    files = find_weights(folder)
+    keys: list[str] = []
+    for file in files:
+        keys += read_shapes(file)
+    return bool(files) and not wrapper_prefix(keys)
 
 
 @contextmanager

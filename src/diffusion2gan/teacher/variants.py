@@ -208,13 +208,15 @@ def _load_transformer_file(
     return strict_loading.load_pipeline(kind, config, components)
 
 
-def merge_loras(pipeline: Any, loras: str) -> None:
+def merge_loras(pipeline: Any, loras: str) -> set[str]:
     """Merges LoRAs permanently into a pipeline's weights: `PATH[@SCALE]`, separated by commas.
 
-    Raises UserError if peft is not installed, or if a LoRA does not exist or does not fit.
+    Returns the names of the components that they change. Raises UserError if peft is not installed,
+    or if a LoRA does not exist or does not fit.
     """
     _require_peft()
     kind = type(pipeline).__name__
+    changed: set[str] = set()
     for path, scale in parse_loras(loras):
         check_is_lora(path)
 
@@ -248,8 +250,10 @@ def merge_loras(pipeline: Any, loras: str) -> None:
             )
 
         # Merge it into the weights
+        changed |= set(_count_adapters(pipeline))
         pipeline.fuse_lora(lora_scale=scale)
         pipeline.unload_lora_weights()
+    return changed
 
 
 def _require_peft() -> None:
@@ -332,8 +336,11 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return Path(path).expanduser(), number
 
 
-def replace_vae(pipeline: Any, name: str) -> None:
-    """Replaces a pipeline's VAE. Raises UserError if the new VAE's latents differ in shape."""
+def replace_vae(pipeline: Any, name: str) -> Path:
+    """Replaces a pipeline's VAE; returns the folder of the new one.
+
+    Raises UserError if the new VAE's latents differ in shape.
+    """
     vae = autoencoder.load_vae(name, pipeline.device)
     channels = autoencoder.num_latent_channels(pipeline.vae)
     factor = autoencoder.spatial_factor(pipeline.vae)
@@ -346,6 +353,7 @@ def replace_vae(pipeline: Any, name: str) -> None:
             f"channels and are {factor} times smaller. Give a VAE for the same latents."
         )
     pipeline.register_modules(vae=vae)
+    return autoencoder.find_vae(name)
 
 
 def compute_revision(source: Path, config: Path | None, loras: str | None, vae: str | None) -> str:

@@ -356,14 +356,26 @@ def test_truncated_weights_are_one_message(
     assert "\n" not in str(raised.value)
 
 
-def check_loads_or_refuses(folder: Path) -> None:
-    """Loads the teacher; the only error may be one paragraph."""
-    message = f"{folder}: "
+def check_loads_or_refuses(folder: Path, pocket: Path) -> None:
+    """Loads the teacher in `folder`, a changed copy of `pocket`; errors may only be one paragraph.
+
+    What loads must be the same teacher: it gives the same conditioning, x0 and image.
+    """
     try:
-        load_teacher(str(folder))
+        teacher = load_teacher(str(folder))
     except UserError as error:
-        message = str(error)
-    assert str(folder) in message and "\n" not in message
+        assert str(folder) in str(error) and "\n" not in str(error)
+        return
+
+    original = load_teacher(str(pocket))
+    noise = torch.randn((1, *original.latent_shape), generator=torch.Generator().manual_seed(0))
+    images = []
+    for loaded in (teacher, original):
+        with torch.no_grad():
+            cond = loaded.encode(["a large red ring"])
+            x0 = loaded.denoise(noise, loaded.steps(2, "ddim")[0].timestep, cond)
+            images.append(loaded.decode(x0))
+    assert torch.equal(*images)
 
 
 ODD_VALUES = ("[]", "3", "null", '"text"', "{}", "[" * 100_000, "", "\x00", '{"a": ')
@@ -388,7 +400,7 @@ def test_odd_json_is_one_message_or_harmless(
     folder = tmp_path / "teacher"
     shutil.copytree(pocket, folder)
     (folder / name).write_text(content)
-    check_loads_or_refuses(folder)
+    check_loads_or_refuses(folder, pocket)
 
 
 @pytest.mark.parametrize("value", ["x", [], None, -1, {"a": 1}, True])
@@ -411,7 +423,7 @@ def test_setting_of_a_wrong_type_is_one_message_or_harmless(
     shutil.copytree(pocket, folder)
     settings = json.loads((folder / name).read_text())
     (folder / name).write_text(json.dumps(settings | {key: value}))
-    check_loads_or_refuses(folder)
+    check_loads_or_refuses(folder, pocket)
 
 
 # Numbers

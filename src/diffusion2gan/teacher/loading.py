@@ -143,11 +143,28 @@ def load_pipeline(folder: Path) -> DiffusionPipeline:
         options["safety_checker"] = None
         options["requires_safety_checker"] = False
     check_complete(folder, index, options)
+    check_scheduler_settings(folder)
     check_digests(folder)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return strict_loading.load_pipeline(DiffusionPipeline, folder, options)
+
+
+def check_scheduler_settings(folder: Path) -> None:
+    """Raises UserError if the scheduler's file has no settings, instead of using default ones.
+
+    Every scheduler that diffusers has saved names its class.
+    """
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return
+    config = read_json(path)
+    if isinstance(config, dict) and "_class_name" not in config:
+        raise UserError(
+            f"{path} does not name a scheduler (it has no _class_name), so its noise levels would "
+            "be diffusers' default ones. Restore it from a copy of the pipeline."
+        )
 
 
 def check_digests(folder: Path) -> None:

@@ -361,10 +361,14 @@ def check_loads_or_refuses(folder: Path, pocket: Path) -> None:
 
     What loads must be the same teacher: it gives the same conditioning, x0 and image.
     """
+    message = f"{folder}: "
+    teacher = None
     try:
         teacher = load_teacher(str(folder))
     except UserError as error:
-        assert str(folder) in str(error) and "\n" not in str(error)
+        message = str(error)
+    assert str(folder) in message and "\n" not in message
+    if teacher is None:
         return
 
     original = load_teacher(str(pocket))

@@ -2,7 +2,8 @@
 
     python benchmarks/reference_curves.py runs/gan
 
-Means over each fiftieth of the run, from its log.jsonl. Writes docs/images/reference_curves.svg.
+Means over each fiftieth of the run, from its log.jsonl. Writes docs/images/reference_curves.svg
+and, for the pages of other runs, the same points to src/diffusion2gan/distill/healthy_run.json.
 """
 
 from __future__ import annotations
@@ -16,7 +17,22 @@ from typing import Any
 import lines
 
 NUM_POINTS = 50  # of a curve
-OUT = Path(__file__).parent.parent / "docs" / "images" / "reference_curves.svg"
+ROOT = Path(__file__).parent.parent
+OUT = ROOT / "docs" / "images" / "reference_curves.svg"
+POINTS = ROOT / "src" / "diffusion2gan" / "distill" / "healthy_run.json"
+KEYS = (
+    "loss",
+    "gan_loss",
+    "d_loss",
+    "accuracy_real",
+    "accuracy_fake",
+    "accuracy_mixed",
+    "r1",
+    "grad_norm",
+    "d_grad_norm",
+    "latent_shift",
+    "latent_std_ratio",
+)
 
 
 Curve = list[tuple[float, float]]
@@ -43,32 +59,40 @@ def main() -> None:
     lines_of_log = (args.run / "log.jsonl").read_text().splitlines()
     log = [json.loads(line) for line in lines_of_log]
 
+    curves = {key: mean_curve(log, key) for key in KEYS}
+    std_ratio = curves["latent_std_ratio"]
+
     losses = {
-        "perceptual": mean_curve(log, "loss"),
-        "student's adversarial": mean_curve(log, "gan_loss"),
-        "D": mean_curve(log, "d_loss"),
+        "perceptual": curves["loss"],
+        "student's adversarial": curves["gan_loss"],
+        "D": curves["d_loss"],
     }
     accuracies = {
-        "real": mean_curve(log, "accuracy_real"),
-        "fake": mean_curve(log, "accuracy_fake"),
-        "mixed": mean_curve(log, "accuracy_mixed"),
+        "real": curves["accuracy_real"],
+        "fake": curves["accuracy_fake"],
+        "mixed": curves["accuracy_mixed"],
     }
-    penalty = {"R1": mean_curve(log, "r1")}
-    norms = {"student": mean_curve(log, "grad_norm"), "D": mean_curve(log, "d_grad_norm")}
-    std_ratio = mean_curve(log, "latent_std_ratio")
+    norms = {"student": curves["grad_norm"], "D": curves["d_grad_norm"]}
     shift = {
-        "mean, of a std": mean_curve(log, "latent_shift"),
+        "mean, of a std": curves["latent_shift"],
         "std, ratio - 1": [(pairs_seen, ratio - 1) for pairs_seen, ratio in std_ratio],
     }
 
     panels = [
         lines.panel("losses", losses, 0, 4),
         lines.panel("accuracy of D", accuracies, 0, 1),
-        lines.panel("R1, squared norm", penalty, 1, 1e7, logarithmic=True),
+        lines.panel("R1, squared norm", {"R1": curves["r1"]}, 1, 1e7, logarithmic=True),
         lines.panel("gradient norms before clipping", norms, 0.01, 1000, logarithmic=True),
         lines.panel("student's latents against the teacher's", shift, -0.2, 0.2),
     ]
     lines.draw(OUT, panels, "pairs seen")
+
+    # One curve per line, with four digits
+    points = []
+    for key, curve in curves.items():
+        rounded = [[pairs_seen, float(f"{value:.4g}")] for pairs_seen, value in curve]
+        points.append(f"{json.dumps(key)}: {json.dumps(rounded)}")
+    POINTS.write_text("{\n" + ",\n".join(points) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from diffusion2gan.distill.reporting import MACHINE_KEYS
+
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "results" / "same_behaviour.json"
 
@@ -49,6 +51,10 @@ COMPARED = (
     "export/unet/*.safetensors",
     "image.png",
 )
+
+
+# Keys of log.jsonl that earlier checkouts do not have, or that no two runs have in common
+IGNORED_LOG_KEYS = (*MACHINE_KEYS, "learning_rate", "d_learning_rate")
 
 
 def main() -> None:
@@ -143,7 +149,16 @@ def stop_after(checkout: Path, folder: Path, words: Sequence[str], num_steps: in
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes; of a Parquet file's columns alone, since its header may gain fields."""
+    """Of a file's bytes; of a Parquet file's columns alone, since its header may gain fields.
+
+    Of a log, without IGNORED_LOG_KEYS.
+    """
+    if path.name == "log.jsonl":
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for line in lines:
+            for key in IGNORED_LOG_KEYS:
+                line.pop(key, None)
+        return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
     if path.suffix != ".parquet":
         return hashlib.sha256(path.read_bytes()).hexdigest()
     digest = hashlib.sha256()

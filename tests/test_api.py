@@ -121,8 +121,8 @@ def test_recipe_objects_and_paths_are_accepted(pipe: Any) -> None:
     ("call", "message"),
     [
         (lambda: load_teacher(Image.new("RGB", (8, 8))), "a Image cannot be a teacher. Give `poc"),
-        (lambda: make_pairs("pocket", [], "p"), "the list of prompts is empty"),
-        (lambda: make_pairs("pocket", ["a", ""], "p"), "prompt 1 is ''"),
+        (lambda: make_pairs("pocket", [], "p"), "prompts: the list is empty"),
+        (lambda: make_pairs("pocket", ["a", ""], "p"), "prompts: number 1 is ''"),
         (lambda: make_pairs("pocket", "none.txt", "p"), "no prompts file none.txt"),
         (lambda: make_pairs("none", ["a"], "p"), "none is not a diffusers pipeline"),
         (lambda: distill("pokcet", "p", "r"), "no recipe 'pokcet'.*did you mean 'pocket'"),

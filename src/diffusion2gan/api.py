@@ -108,7 +108,8 @@ def make_pairs(
     Raises UserError if an argument is not valid or `out` contains another set.
     """
     # Prompts and location are checked before the teacher is loaded
-    source = _read_prompts(prompts, seed)
+    is_pocket = prompts == "pocket"
+    source = scenes.pairs_captions(seed) if is_pocket else _read_texts(prompts, "prompts")
     location = parse_location(str(out))
     torch_device = resolve_device(device, "give device='cpu'")
 
@@ -140,6 +141,8 @@ def distill(
     *,
     teacher: str | Path | DiffusionPipeline | None = None,
     allow_change: Sequence[str] = (),
+    sample_prompts: str | Path | Sequence[str] = (),
+    trackers: Sequence[str] = (),
     **settings: Any,
 ) -> Path:
     """Trains a one-step student on pairs, as `diffusion2gan distill` does; returns `out`.
@@ -151,6 +154,9 @@ def distill(
     `teacher`: the teacher that made the pairs, as for `load_teacher`; the recipe's if not given.
     `allow_change`: settings that may differ from those of the run in `out`, because they change
         updates by rounding alone.
+    `sample_prompts`: a list of texts or the path of a text file: sampled too, and shown on the
+        run's page, `out/index.html`, which is written while the run trains.
+    `trackers`: any of `tensorboard`, `wandb` and `trackio`, which also receive the log.
     `settings`: settings of the recipe to change, such as `total_pairs=10_000`; all of them are
         fields of `Recipe`.
 
@@ -165,9 +171,13 @@ def distill(
         values["teacher"] = _model_name(teacher)
     changed = parse_recipe(values, "distill")
 
+    texts: Sequence[str] = ()
+    if sample_prompts:
+        texts = _read_texts(sample_prompts, "sample_prompts")
+
     # The run
     folder = _local_path(out, "out")
-    train.distill(changed, parse_location(str(pairs)), folder, allow_change)
+    train.distill(changed, parse_location(str(pairs)), folder, allow_change, texts, list(trackers))
     return folder
 
 
@@ -257,9 +267,7 @@ def compare(
     """
     # Prompts and metrics are checked before the systems are loaded
     folder = _local_path(out, "out")
-    texts = _read_prompts(prompts, seed)
-    if callable(texts):
-        raise UserError("compare needs a list of prompts or a text file, not 'pocket'")
+    texts = _read_texts(prompts, "prompts")
     measured: dict[str, Mapping[str, Any]] = {}
     files: dict[str, str] = {}
     for name, source in (metrics or {}).items():
@@ -287,17 +295,15 @@ def _model_name(model: str | Path | DiffusionPipeline) -> str:
     return str(saved.save_pipeline(model))
 
 
-def _read_prompts(prompts: str | Path | Sequence[str], seed: int) -> make.Prompts:
-    """Prompts from a list, a text file or the pocket world."""
-    if prompts == "pocket":
-        return scenes.pairs_captions(seed)
+def _read_texts(prompts: str | Path | Sequence[str], name: str) -> Sequence[str]:
+    """Prompts from a list or a text file."""
     if isinstance(prompts, str | Path):
-        return read_prompts(_local_path(prompts, "prompts"))
+        return read_prompts(_local_path(prompts, name))
     if not prompts:
-        raise UserError("the list of prompts is empty; give at least one prompt")
+        raise UserError(f"{name}: the list is empty; give at least one prompt")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise UserError(f"prompt {index} is {prompt!r}; every prompt must be a text")
+            raise UserError(f"{name}: number {index} is {prompt!r}; every prompt must be a text")
     return prompts
 
 

@@ -20,6 +20,12 @@ COMMANDS = {
     "generate": "generate pocket-student --prompt star --out {out}/grid.png",
     "evaluate": "evaluate pocket-student --count 2 --out {out}/metrics.json",
     "compare": "compare --system student=pocket-student --prompts {prompts} --out {out}",
+    "serve": "serve pocket-student --history {out}",
+    "serve --vote": "serve --vote pocket-student pocket-teacher --prompts {prompts} --votes {out}",
+    "perceptual fit": "perceptual fit --images {out}/none --pixels --out {out}",
+    "perceptual calibrate": (
+        "perceptual calibrate --triplets {out}/none --network pocket --out {out}"
+    ),
     "pocket train": "pocket train --scale 0.0001 --out {out}",
 }
 

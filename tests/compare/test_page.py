@@ -215,3 +215,54 @@ def test_two_hundred_prompts_of_six_systems_scroll_smoothly(
 
     page.fill("#filter", "prompt 19")
     assert page.inner_text("#count") == "12 of 200 prompts"  # 19, 119, 190 to 199
+
+
+def test_labels_of_the_chart_do_not_collide(tmp_path: Path, open_page: Open) -> None:
+    """Eight systems of nearly the same time and quality, some with long names."""
+    images = [Image.new("RGB", (32, 32))]
+    columns = []
+    for i in range(8):
+        metrics = {
+            "clip_score": 0.8 + 0.0004 * (i % 3),
+            "seconds_per_image": 0.02 + 0.0003 * i,
+            "intervals": {"clip_score": [0.79, 0.81]},
+        }
+        columns.append(Column(f"student {i} with a name", images, metrics, "1 step"))
+    columns.append(Column("teacher", images, {"clip_score": 0.82, "seconds_per_image": 1.0}))
+    report.write_report(tmp_path, columns, ["p"], {})
+    for width in (1280, 390):
+        page = open_page(
+            (tmp_path / "index.html").as_uri(), viewport={"width": width, "height": 800}
+        )
+        assert page.locator("#scatter circle").count() == 9
+        texts = page.evaluate(
+            """() => [...document.querySelectorAll("#scatter text:not(.faint)")]
+                .map(node => node.getBoundingClientRect())
+                .map(({left, right, top, bottom}) => ({left, right, top, bottom}))"""
+        )
+        assert len(texts) == 9
+        plot = page.locator("#scatter svg").bounding_box()
+        for i, a in enumerate(texts):
+            assert plot["x"] - 1 <= a["left"] and a["right"] <= plot["x"] + plot["width"] + 1
+            for b in texts[:i]:
+                apart_x = a["right"] <= b["left"] or b["right"] <= a["left"]
+                middle_distance = abs(a["top"] + a["bottom"] - b["top"] - b["bottom"]) / 2
+                assert apart_x or middle_distance > 0.7 * (a["bottom"] - a["top"])
+
+
+def test_numbers_fit_a_phone_without_scrolling_sideways(url: str, open_page: Open) -> None:
+    page = open_page(url, viewport={"width": 390, "height": 844})
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    box = page.locator(".numbers").first
+    assert box.evaluate("node => node.scrollWidth <= node.clientWidth")
+
+
+def test_paper_has_every_image_inside_the_page_and_no_controls(url: str, open_page: Open) -> None:
+    page = open_page(url, viewport={"width": 718, "height": 1000}, color_scheme="dark")
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 718
+    for name in ("#filter", "#slide", "#download", "#metric", "#systems"):
+        assert not page.locator(name).is_visible(), name
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    ink = page.evaluate("getComputedStyle(document.body).color")
+    assert (paper, ink) == ("rgb(255, 255, 255)", "rgb(0, 0, 0)")

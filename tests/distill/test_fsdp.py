@@ -14,13 +14,13 @@ from distill.rank_processes import (
     assert_same_losses,
     distill_command,
     python,
-    read_log,
     relative_difference,
     stopped_command,
     torchrun,
     wait_for_success,
     wait_until_stopped,
 )
+from distill.run_logs import read_log
 from safetensors import safe_open
 
 from diffusion2gan.distill.checkpoints import BEST, CHECKPOINT

@@ -17,13 +17,13 @@ from distill.rank_processes import (
     assert_same_losses,
     distill_command,
     python,
-    read_log,
     relative_difference,
     stopped_command,
     torchrun,
     wait_for_success,
     wait_until_stopped,
 )
+from distill.run_logs import read_log
 from torch import Tensor
 
 from diffusion2gan.distill.checks import check_ranks
@@ -147,7 +147,7 @@ def test_preempted_run_exits_with_0_and_a_second_process_is_refused(
     first.send_signal(signal.SIGTERM)
     _, err = first.communicate(timeout=300)
     assert first.returncode == 0
-    assert "stopped and saved" in err
+    assert "everything is saved in" in err
     pairs_seen = checkpoint.load(out / CHECKPOINT)[1]["pairs_seen"]
     assert pairs_seen == read_log(out)[-1]["pairs_seen"]
     assert not list(out.glob(".*"))

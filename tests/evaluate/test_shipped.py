@@ -24,7 +24,15 @@ from diffusion2gan.pipelines.system import System, load_system
 from diffusion2gan.pocket import scenes
 from diffusion2gan.runtime import checkpoint
 
-TIMED = {"seconds_per_image", "seconds_per_image_p90", "images_per_second", "peak_memory_bytes"}
+TIMED = {
+    "seconds_per_image",
+    "seconds_per_image_p90",
+    "images_per_second",
+    "peak_memory_bytes",
+    "machine",
+    "measured_at",
+    "other_load",
+}
 
 
 def collect(image_set: ImageSet) -> np.ndarray:

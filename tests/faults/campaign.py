@@ -50,6 +50,9 @@ MEASURED_ON_THIS_MACHINE = {
     "seconds_per_image_p90",
     "images_per_second",
     "peak_memory_bytes",
+    "machine",
+    "measured_at",
+    "other_load",
 }
 # Loaded before the forks, which then start at once
 LOADED = (cli, train, run, export, check, generate)

@@ -229,10 +229,27 @@ def test_two_voters_vote_blind_and_no_vote_is_lost(tmp_path: Path, open_page: Op
             page.wait_for_selector("#right img")
             assert page.inner_text("#line") == "0 of 4 pairs done"
             assert "pocket" not in page.inner_text("body")
+            assert page.locator("#left img").get_attribute("alt") == "left image"
+            assert page.locator("#right img").get_attribute("alt") == "right image"
 
         # Next without answers is refused
         first.click("#next")
         first.get_by_text("answer both questions").first.wait_for()
+
+        # A phone shows both images, side by side, and every button without scrolling
+        phone = open_page(url, viewport={"width": 390, "height": 664})
+        phone.set_default_timeout(WAIT_MS)
+        phone.wait_for_selector("#right img")
+        left, right = (phone.locator(f"#{side} img").bounding_box() for side in ("left", "right"))
+        assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
+        for name in ("#left img", "#right img", "#realism", "#alignment", "#next"):
+            box = phone.locator(name).bounding_box()
+            assert box["x"] >= 0 and box["x"] + box["width"] <= 390, name
+            assert box["y"] >= 0 and box["y"] + box["height"] <= 664, name
+        for label in phone.locator("#questions label").all():
+            box = label.bounding_box()
+            assert box["x"] + box["width"] <= 390 and box["height"] < 50
+        phone.context.close()
 
         # Both vote in turns; the first reloads the page and continues
         for _ in range(2):
@@ -242,7 +259,7 @@ def test_two_voters_vote_blind_and_no_vote_is_lost(tmp_path: Path, open_page: Op
         first.wait_for_selector("#right img")
         first.get_by_text("2 of 4 pairs done").wait_for()
         for _ in range(2):
-            answer(first, "Left", "Left")
+            answer(first, "Left", "No difference")
         first.get_by_text("Thank you! You have voted on all 4 pairs.").wait_for()
         first.context.close()
         second.context.close()
@@ -257,6 +274,7 @@ def test_two_voters_vote_blind_and_no_vote_is_lost(tmp_path: Path, open_page: Op
     assert (len(by_first), len(by_second)) == (4, 2)
     assert {vote["prompt"] for vote in by_first} == set(PROMPTS)
     assert all(vote["realism"] == vote["left"] for vote in by_first)
+    assert [vote["alignment"] for vote in by_first].count(None) == 2
     head = votes.summarize(votes_file)[0]
     assert head == "pocket-student against pocket-teacher@2: 6 votes, 2 voters, 4 prompts"
 

@@ -24,7 +24,10 @@ WAIT_S = 600  # at most, on a busy machine
 
 
 def build_vote(
-    voter: str = "v", index: int = 0, realism: str = "teacher", alignment: str = "student"
+    voter: str = "v",
+    index: int = 0,
+    realism: str | None = "teacher",
+    alignment: str | None = "student",
 ) -> dict[str, object]:
     return {
         "study": {"a": "teacher", "b": "student", "digest": "d1"},
@@ -51,9 +54,61 @@ def test_interval_and_p_value_agree_with_scipy(wins: int, count: int, level: flo
     assert ours.p_value == pytest.approx(theirs.pvalue, rel=1e-9)
 
 
+@pytest.mark.parametrize(("wins", "losses", "ties"), [(7, 3, 5), (0, 0, 4), (12, 20, 1), (0, 6, 6)])
+def test_no_difference_is_half_a_vote_for_each(wins: int, losses: int, ties: int) -> None:
+    count = wins + losses + ties
+    ours = votes.preference(wins, count, ties=ties)
+    assert ours.share == (wins + ties / 2) / count
+    assert (ours.wins, ours.num_votes, ours.ties) == (wins, count, ties)
+
+    # The other system has the complement, and p leaves ties out
+    other = votes.preference(losses, count, ties=ties)
+    assert other.share == pytest.approx(1 - ours.share)
+    assert (other.low, other.high) == pytest.approx((1 - ours.high, 1 - ours.low))
+    decided = wins + losses
+    expected = stats.binomtest(wins, decided).pvalue if decided else 1.0
+    assert ours.p_value == other.p_value == pytest.approx(expected)
+
+    # Two ties have the interval of one vote for each
+    if ties % 2 == 0:
+        as_votes = votes.preference(wins + ties // 2, count)
+        assert (ours.low, ours.high) == pytest.approx((as_votes.low, as_votes.high))
+
+
+@pytest.mark.parametrize(("p_win", "p_tie"), [(0.35, 0.3), (0.5, 0.2), (0.1, 0.6), (0.05, 0.05)])
+def test_interval_with_ties_covers_the_true_share(p_win: float, p_tie: float) -> None:
+    """The exact probability that it does, over all results of 30 votes."""
+    count = 30
+    truth = p_win + p_tie / 2
+    covered = 0.0
+    for wins in range(count + 1):
+        for ties in range(count + 1 - wins):
+            result = votes.preference(wins, count, ties=ties)
+            if result.low <= truth <= result.high:
+                counts = [wins, ties, count - wins - ties]
+                shares = [p_win, p_tie, 1 - p_win - p_tie]
+                covered += stats.multinomial.pmf(counts, count, shares)
+    assert covered >= 0.94
+
+
+def test_summary_counts_no_difference_and_says_how(tmp_path: Path) -> None:
+    path = tmp_path / "votes.jsonl"
+    for index, realism in enumerate(["teacher", "teacher", None, "student"]):
+        votes.append_vote(path, build_vote("one", index, realism=realism))
+    found, num_invalid = votes.read_votes(path)
+    assert num_invalid == 0 and found[2]["realism"] is None
+    _, realism_line, alignment, note = votes.summarize(path)
+    assert "teacher preferred 62.5% [" in realism_line
+    assert "(2 of 4, 1 no difference), p = 1 against even" in realism_line
+    assert "no difference" not in alignment
+    assert "half a vote for each" in note
+
+
 def test_missing_votes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="0 of 0 votes"):
         votes.preference(0, 0)
+    with pytest.raises(UserError, match="3 of 4 votes and 2 ties"):
+        votes.preference(3, 4, ties=2)
     with pytest.raises(UserError, match="the file does not exist"):
         votes.summarize(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="is a folder"):

@@ -9,9 +9,10 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import diffusion2gan
 from diffusion2gan.cli.compare import compare, serve, votes
@@ -27,8 +28,30 @@ from diffusion2gan.cli.recipe import recipe_app
 from diffusion2gan.cli.startup import INTERRUPTED
 from diffusion2gan.errors import Diffusion2GANError, UserError
 
+# Commands that continue when they are run again
+CONTINUING = ("pairs", "distill", "evaluate", "compare", "demo", "perceptual", "pocket")
+
+
+class Application(TyperGroup):
+    """The group of all commands. After Ctrl-C it prints what is saved and how to continue."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            message = str(interrupt)  # some jobs give their own
+            if not message and ctx.invoked_subcommand in CONTINUING:
+                message = (
+                    "stopped. What was finished is saved; to continue, run the same command again."
+                )
+            if message and os.environ.get("RANK", "0") == "0":
+                print(message, file=sys.stderr)
+            raise
+
+
 # Commands inherit `-h` from the app's context settings.
 app = typer.Typer(
+    cls=Application,
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=True,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffusion2gan.cli.options import DeviceOption, PrecisionOption, local_path
+from diffusion2gan.cli.options import DeviceOption, PrecisionOption, QuietOption, local_path
 from diffusion2gan.errors import UserError
 
 
@@ -39,6 +39,7 @@ def compare(
     ] = 255,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "float32",
+    quiet: QuietOption = False,
 ) -> None:
     """Write a page with the images of several systems.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffusion2gan.cli.options import SetOption, local_path
+from diffusion2gan.cli.options import QuietOption, SetOption, local_path
 
 
 def demo(
@@ -21,6 +21,7 @@ def demo(
         int, typer.Option(min=1, help="Number of prompts (rows) in the report.")
     ] = 12,
     set_: SetOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Run every stage on the embedded teacher.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffusion2gan.cli.options import DeviceOption, PrecisionOption, local_path
+from diffusion2gan.cli.options import DeviceOption, PrecisionOption, QuietOption, local_path
 from diffusion2gan.errors import UserError
 
 
@@ -104,6 +104,7 @@ def evaluate(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images generated at once (default 1; pocket: 64).")
     ] = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure a system's images: on your own prompts, on the pocket world, or on COCO.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from diffusion2gan.cli.options import DeviceOption, PrecisionOption, local_path
+from diffusion2gan.cli.options import DeviceOption, PrecisionOption, QuietOption, local_path
 from diffusion2gan.errors import UserError
 
 
@@ -117,6 +117,7 @@ def generate(
     ] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "float32",
+    quiet: QuietOption = False,
 ) -> None:
     """Generate images and print the seconds per image."""
     from diffusion2gan import generate as job

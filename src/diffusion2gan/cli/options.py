@@ -45,6 +45,25 @@ PriceOption = Annotated[
     float | None,
     typer.Option(min=0.0, help="With --dry-run: price of a GPU hour, in any currency."),
 ]
+
+
+def hide_progress(requested: bool) -> bool:
+    """Option callback: `--quiet`."""
+    if requested:
+        from diffusion2gan.runtime import progress
+
+        progress.hide_progress()
+    return requested
+
+
+QuietOption = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        callback=hide_progress,
+        help="No progress bar and no settings; results, warnings and errors are printed.",
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting of the recipe: key=value; repeatable."),

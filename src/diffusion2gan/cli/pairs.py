@@ -12,6 +12,7 @@ import typer
 from diffusion2gan.cli.options import (
     DeviceOption,
     PriceOption,
+    QuietOption,
     ResolutionOption,
     TeacherConfigOption,
     TeacherLoraOption,
@@ -104,6 +105,7 @@ def pairs(
         bool, typer.Option("--dry-run", help="Print the estimated cost, make nothing.")
     ] = False,
     price_per_gpu_hour: PriceOption = None,
+    quiet: QuietOption = False,
 ) -> None:
     """Solve the teacher's ODE from per-pair noise, without randomness; run again to continue."""
     if context.invoked_subcommand is not None:

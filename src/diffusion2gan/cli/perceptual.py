@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from diffusion2gan.cli.options import DeviceOption, PrecisionOption, local_path, local_paths
+from diffusion2gan.cli.options import (
+    DeviceOption,
+    PrecisionOption,
+    QuietOption,
+    local_path,
+    local_paths,
+)
 from diffusion2gan.errors import UserError
 
 TransformsOption = Annotated[
@@ -66,6 +72,7 @@ def perceptual_fit(
     resampling: ResamplingOption = "bilinear",
     seed: Annotated[int, typer.Option(min=0, max=65535)] = 0,
     device: DeviceOption = "auto",
+    quiet: QuietOption = False,
 ) -> None:
     """Train a feature network on the latents of labelled images.
 
@@ -128,6 +135,7 @@ def perceptual_calibrate(
     resampling: ResamplingOption = "bilinear",
     seed: Annotated[int, typer.Option(min=0, max=65535)] = 0,
     device: DeviceOption = "auto",
+    quiet: QuietOption = False,
 ) -> None:
     """Fit a network's heads to two-alternative forced choices.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from diffusion2gan.cli.options import DeviceOption, local_path
+from diffusion2gan.cli.options import DeviceOption, QuietOption, local_path
 
 pocket_app = typer.Typer(
     help="Write triplets of the pocket world, or train its models.",
@@ -48,6 +48,7 @@ def pocket_train(
         float, typer.Option(min=0.0001, help="Factor of the number of images per stage.")
     ] = 1.0,
     device: DeviceOption = "auto",
+    quiet: QuietOption = False,
 ) -> None:
     """Train every pocket model from scratch.
 

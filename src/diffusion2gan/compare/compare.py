@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusion2gan import __version__
 from diffusion2gan.compare.images import generate_images
 from diffusion2gan.compare.report import write_report
 from diffusion2gan.compare.table import METRICS, Column
@@ -13,6 +15,7 @@ from diffusion2gan.errors import UserError, nearest
 from diffusion2gan.evaluate.protocols import check_same_protocol
 from diffusion2gan.pipelines.image_folder import ImageFolder
 from diffusion2gan.pipelines.system import System
+from diffusion2gan.pipelines.timing import describe_machine
 from diffusion2gan.runtime.files import read_json
 
 MAX_PROMPTS = 500
@@ -58,6 +61,8 @@ def compare(
     details = {"noise": describe_noise(systems, seed)}
     for name, system in systems.items():
         details[name] = describe_system(system)
+    written = time.strftime("%Y-%m-%d %H:%M %Z")
+    details["written"] = f"{written}, by diffusion2gan {__version__}, {describe_machine()}"
     write_report(out, columns, prompts, details)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from diffusion2gan.compare import table
+from diffusion2gan.compare import headline, table
 from diffusion2gan.compare.grid import check_columns, write_grid
 from diffusion2gan.compare.table import Column
 from diffusion2gan.compare.text import shorten
@@ -66,8 +66,21 @@ def write_report(
         notes["grid.png"] = f"the first {rows} of {len(prompts)} prompts; grid.pdf has all of them"
 
     # Markdown and HTML
-    _write_text(folder / "report.md", table.markdown(columns, len(prompts), notes))
+    _write_text(folder / "report.md", markdown(columns, len(prompts), notes))
     _write_text(folder / "index.html", page)
+
+
+def markdown(columns: Sequence[Column], num_prompts: int, details: Mapping[str, str]) -> str:
+    """The text of `report.md`: the headlines, the table of metrics, the origin of the images."""
+    lines = []
+    for item in headline.compute_headlines(columns):
+        lines.append(f"{item.system.name}: {item.title}. {item.details}.")
+    if lines and (note := headline.load_note(columns)):
+        lines.append(note)
+    notes = dict(details)
+    for number, machine in enumerate(headline.describe_machines(columns)):
+        notes["times" if number == 0 else f"times {number + 1}"] = machine
+    return table.markdown(columns, num_prompts, notes, lines)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -101,6 +114,11 @@ def render(columns: Sequence[Column], prompts: Sequence[str], details: Mapping[s
     )
     return environment.get_template("report.html.j2").render(
         columns=columns,
+        headlines=headline.compute_headlines(columns),
+        machines=headline.describe_machines(columns),
+        load_note=headline.load_note(columns),
+        loads=[headline.describe_load(column) for column in columns],
+        times=table.TIMES,
         metrics=table.metric_rows(columns),
         others=table.other_rows(columns),
         protocol=table.describe_protocol(columns),

@@ -73,6 +73,7 @@ METRICS = (
     Metric("images_per_second", "Images per second", "higher", ".3g"),
     Metric("peak_memory_bytes", "Peak memory", "lower", ".3g", " GiB", 2.0**-30),
 )
+TIMES = ("seconds_per_image", "seconds_per_image_p90", "images_per_second")
 # Keys shown elsewhere on the page, which the table of other values leaves out
 SHOWN_KEYS = {"intervals", "protocol", *(metric.key for metric in METRICS)}
 
@@ -282,8 +283,13 @@ def _chart_point(column: Column, metric: Metric) -> list[float] | None:
 # --------------------------------------------------------------------------------------- Markdown
 
 
-def markdown(columns: Sequence[Column], num_prompts: int, details: Mapping[str, str]) -> str:
-    """The text of `report.md`: the table of metrics with the best in bold, and its provenance."""
+def markdown(
+    columns: Sequence[Column],
+    num_prompts: int,
+    details: Mapping[str, str],
+    headlines: Sequence[str] = (),
+) -> str:
+    """A title, the headlines, the table of metrics with the best in bold, and its provenance."""
     # Title
     names = [_escape(column.name) for column in columns]
     lines = [
@@ -291,6 +297,8 @@ def markdown(columns: Sequence[Column], num_prompts: int, details: Mapping[str, 
         "",
         f"{plural(len(columns), 'system')}, {plural(num_prompts, 'prompt')}.",
     ]
+    for line in headlines:
+        lines += ["", _escape(line)]
 
     # Table of metrics
     rows = metric_rows(columns)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections import deque
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -17,11 +16,11 @@ from diffusion2gan.distill.checkpoints import CHECKPOINT
 from diffusion2gan.distill.checks import check_discriminator, check_ranks, load_pairs_teacher
 from diffusion2gan.distill.losses import Distance, build_distance
 from diffusion2gan.distill.memory import check_r1_memory, out_of_memory_failure
-from diffusion2gan.distill.metrics import StepMetrics
-from diffusion2gan.distill.reporting import log_step
+from diffusion2gan.distill.reporting import Reports
 from diffusion2gan.distill.run import Run, open_run
-from diffusion2gan.distill.samples import write_samples
+from diffusion2gan.distill.samples import PromptBatch, encode_sample_prompts, write_samples
 from diffusion2gan.distill.steps import step
+from diffusion2gan.distill.trackers import check_trackers
 from diffusion2gan.errors import UserError
 from diffusion2gan.pairs.sampler import PairReader
 from diffusion2gan.pairs.store import PairsSpec, read_shard
@@ -35,14 +34,24 @@ from diffusion2gan.runtime.storage import Location
 from diffusion2gan.teacher.prompt_cache import PromptCache
 
 
-def distill(recipe: Recipe, pairs: Location, out: Path, allow_change: Sequence[str] = ()) -> None:
+def distill(
+    recipe: Recipe,
+    pairs: Location,
+    out: Path,
+    allow_change: Sequence[str] = (),
+    sample_prompts: Sequence[str] = (),
+    trackers: Sequence[str] = (),
+) -> None:
     """Trains until `recipe.total_pairs`.
 
-    Writes checkpoints, log.jsonl and sample sheets into `out`. Under torchrun all ranks train one
-    run, and rank 0 writes. SIGTERM saves the run and ends the process with exit code 0
-    (torchrun itself, if it receives the signal, ends with 1). `allow_change`: settings that may
-    differ from those of the run in `out` (`open_run`).
+    Writes checkpoints, log.jsonl, sample sheets and the page index.html into `out`. Under torchrun
+    all ranks train one run, and rank 0 writes. SIGTERM saves the run and ends the process with exit
+    code 0 (torchrun itself, if it receives the signal, ends with 1). `allow_change`: settings that
+    may differ from those of the run in `out` (`open_run`). `sample_prompts`: further prompts that
+    are sampled. `trackers`: names of trackers that receive the log.
     """
+    check_trackers(trackers)
+
     # Device and ranks
     ranks = get_ranks()
     recipe = resolve_recipe(recipe, out)
@@ -63,28 +72,32 @@ def distill(recipe: Recipe, pairs: Location, out: Path, allow_change: Sequence[s
         run = Run(recipe, teacher, group)
         check_r1_memory(run)
         open_run(run, out, reader.spec, allow_change)
+        prompt_batches = encode_sample_prompts(teacher, sample_prompts)
         free_memory(run, pairs, reader.spec)
         try:
-            train(run, reader, distance, out)
+            train(run, reader, distance, out, prompt_batches, trackers)
         except torch.OutOfMemoryError as error:
             raise out_of_memory_failure(run, error) from error
         finally:
             run.wait_until_saved()
 
 
-def train(run: Run, reader: PairReader, distance: Distance, out: Path) -> None:
+def train(
+    run: Run,
+    reader: PairReader,
+    distance: Distance,
+    out: Path,
+    prompt_batches: Sequence[PromptBatch] = (),
+    trackers: Sequence[str] = (),
+) -> None:
     """The training loop."""
     recipe = run.recipe
     is_main = run.group.ranks.is_main
     batches = prefetch(run, reader.batches(recipe.batch_size, run.pairs_seen))
     bar = Bar(f"distill {recipe.loss}", recipe.total_pairs, run.pairs_seen)
+    reports = Reports(run, reader.spec, out, trackers)
 
-    # Steps that are not logged yet. On a GPU their numbers are read a step later, so that the host
-    # does not wait for them.
-    waiting: deque[StepMetrics] = deque()
-    lag = 1 if run.teacher.device.type == "cuda" else 0
-
-    with stop_signal() as stopped, bar, closing(batches):
+    with stop_signal() as stopped, reports, bar, closing(batches):
         control = StepControl(stopped, is_main, recipe.checkpoint_every_s)
         while run.pairs_seen < recipe.total_pairs:
             # Step: the discriminator's update, then the student's
@@ -92,17 +105,16 @@ def train(run: Run, reader: PairReader, distance: Distance, out: Path) -> None:
             metrics, flags = step(run, next(batches), distance, control.request)
 
             # Log
-            waiting.append(metrics)
-            log_steps(run, waiting, out, lag)
+            reports.add(metrics)
             bar.advance(recipe.batch_size, run.health.status())
 
             # Samples, each time that `pairs_seen` passes a multiple of `sample_every`
             if pairs_before // recipe.sample_every != run.pairs_seen // recipe.sample_every:
-                write_samples(run, out, reader)
+                reports.show_samples(write_samples(run, out, reader, prompt_batches))
 
             # Checkpoint: not right after skipped steps, so that the one from before them is kept
             if flags.stop or flags.save:
-                log_steps(run, waiting, out)
+                reports.log_all()
                 if flags.stop or run.health.skipped_in_a_row == 0:
                     run.save(out)
                     control.checkpoint_written()
@@ -110,18 +122,12 @@ def train(run: Run, reader: PairReader, distance: Distance, out: Path) -> None:
             # Stop
             if flags.stop:
                 run.wait_until_saved()
-                exit_after_signal(stopped())
+                exit_after_signal(stopped(), run, out)
 
-        log_steps(run, waiting, out)
+        reports.log_all()
         run.save(out)
         run.wait_until_saved()
-    write_samples(run, out, reader)
-
-
-def log_steps(run: Run, waiting: deque[StepMetrics], out: Path, lag: int = 0) -> None:
-    """Logs the steps in `waiting`, but for the last `lag`. Raises Failure as `log_step` does."""
-    while len(waiting) > lag:
-        log_step(run, waiting.popleft().read(), out)
+        reports.show_samples(write_samples(run, out, reader, prompt_batches))
 
 
 def free_memory(run: Run, folder: Location, spec: PairsSpec) -> None:
@@ -149,9 +155,13 @@ def free_memory(run: Run, folder: Location, spec: PairsSpec) -> None:
     teacher.offload(network=not recipe.needs_teacher, vae=not recipe.needs_vae)
 
 
-def exit_after_signal(number: int | None) -> NoReturn:
+def exit_after_signal(number: int | None, run: Run, out: Path) -> NoReturn:
     """Ends the process of a saved run: Ctrl-C counts as an interrupt, SIGTERM as success."""
+    message = (
+        f"stopped after {run.pairs_seen} of {run.recipe.total_pairs} pairs; everything is saved in "
+        f"{out}. To continue, run the same command again."
+    )
     if number == signal.SIGINT:
-        raise KeyboardInterrupt
-    console.print("stopped and saved; run the same command to continue")
+        raise KeyboardInterrupt(message)
+    console.print(message, soft_wrap=True)
     raise SystemExit(0)

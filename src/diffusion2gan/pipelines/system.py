@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -178,12 +179,15 @@ class System:
 
     def timings(
         self, prompts: Sequence[str], noise: Tensor, repeats: int = timing.REPEATS
-    ) -> dict[str, float]:
+    ) -> dict[str, Any]:
         """Measures the latency of single images and the throughput of a batch.
 
         `seconds_per_image` and `seconds_per_image_p90`: median and 90th percentile for single
         images. `images_per_second`: for all prompts in one batch. `peak_memory_bytes`: on a
         single image; left out if the operating system does not report it.
+
+        `machine` and `measured_at` describe where and when. `other_load`: the share of the cores
+        that other processes used meanwhile, if the operating system reports it.
         """
 
         def generate_one() -> object:
@@ -193,16 +197,22 @@ class System:
             return self.generate(prompts, noise)
 
         # Measure
+        other_load = timing.OtherLoad()
         median, p90 = timing.median_and_p90(timing.latencies(generate_one, repeats, self.device))
         batch_seconds = timing.measure_seconds(generate_batch, self.device)
+        load = other_load.share()
         memory = timing.peak_memory_bytes(generate_one, self.device)
 
         # Report
-        report = {
+        report: dict[str, Any] = {
             "seconds_per_image": median,
             "seconds_per_image_p90": p90,
             "images_per_second": len(noise) / batch_seconds,
+            "machine": timing.describe_machine(self.device),
+            "measured_at": time.strftime("%Y-%m-%d %H:%M %Z"),
         }
+        if load is not None:
+            report["other_load"] = round(load, 3)
         if memory is not None:
             report["peak_memory_bytes"] = memory
         return report

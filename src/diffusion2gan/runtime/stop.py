@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from diffusion2gan.runtime.distributed import Flags
+from diffusion2gan.runtime.progress import console
 
 
 @contextmanager
@@ -24,6 +25,8 @@ def stop_signal() -> Iterator[Callable[[], int | None]]:
     def handle(number: int, frame: object) -> None:
         if number == signal.SIGINT and number in received:
             raise KeyboardInterrupt
+        if number == signal.SIGINT and not received:
+            console.print("stopping after this step (Ctrl-C again stops at once) …")
         received.append(number)
 
     def first_received() -> int | None:

@@ -33,6 +33,20 @@ CSS = """
   grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)) !important; padding-top: 1.75rem;
 }
 footer { display: none !important; }
+@media (max-width: 40rem) {
+  .gradio-container main { padding: 0.5rem !important; gap: 0.5rem; }
+  .words { font-size: 1.0625rem; max-height: 4.25rem; overflow: auto; }
+  #pair { flex-wrap: nowrap; gap: 0.5rem; }
+  #pair > * { min-width: 0 !important; }
+  #pair .picture { height: auto !important; }
+  #words, #line { padding: 0 !important; min-height: 0; }
+  #questions .form { flex-direction: column; }
+  #questions .block { padding: 0.5rem; min-width: 0 !important; }
+  #questions .wrap { flex-wrap: nowrap; gap: 0.375rem; }
+  #questions label {
+    flex: 1 1 auto; justify-content: center; padding: 0.5rem 0.25rem; font-size: 0.875rem;
+  }
+}
 """
 
 ImageAndNote = tuple[Image.Image | None, str]
@@ -75,9 +89,10 @@ def format_note(text: str) -> str:
     return f'<div class="note" dir="auto">{escape(text)}</div>'
 
 
-def build_image(elem_id: str, label: str, buttons: Sequence[str]) -> gr.Image:
+def build_image(elem_id: str, label: str, buttons: Sequence[str], alt_text: str) -> gr.Image:
     return gr.Image(
         label=label,
+        alt_text=alt_text,
         type="pil",
         format="png",
         interactive=False,
@@ -141,12 +156,20 @@ def student_page(
         buttons = ["download", "fullscreen"]
         with gr.Row():
             with gr.Column():
-                student_image = build_image("student", f"Student, {student.system.note}", buttons)
+                student_image = build_image(
+                    "student",
+                    f"Student, {student.system.note}",
+                    buttons,
+                    "the student's image of the prompt",
+                )
                 student_note = gr.HTML(format_note("Type a prompt."), elem_id="student-note")
             if teacher is not None:
                 with gr.Column():
                     teacher_image = build_image(
-                        "teacher", f"Teacher, {teacher.system.note}", buttons
+                        "teacher",
+                        f"Teacher, {teacher.system.note}",
+                        buttons,
+                        "the teacher's image of the prompt",
                     )
                     teacher_note = gr.HTML(
                         format_note("Press the button for the teacher's image of the same noise."),
@@ -332,10 +355,11 @@ def vote_page(
         voter, trial = shown
 
         answers = {}
+        systems = {"left": trial.left, "none": None, "right": trial.right}
         for question, side in zip(QUESTIONS, sides, strict=True):
-            if side not in ("left", "right"):
+            if side not in systems:
                 raise UserError("please answer both questions, then press Next")
-            answers[question] = trial.left if side == "left" else trial.right
+            answers[question] = systems[side]
         record = {
             "study": asdict(study),
             "voter": voter,
@@ -359,11 +383,11 @@ def vote_page(
         # Layout
         heading = gr.HTML(elem_id="words")
         progress = gr.HTML(elem_id="line")
-        with gr.Row():
-            left = build_image("left", "Left", ["fullscreen"])
-            right = build_image("right", "Right", ["fullscreen"])
-        sides = [("Left", "left"), ("Right", "right")]
-        with gr.Row():
+        with gr.Row(elem_id="pair"):
+            left = build_image("left", "Left", ["fullscreen"], "left image")
+            right = build_image("right", "Right", ["fullscreen"], "right image")
+        sides = [("Left", "left"), ("No difference", "none"), ("Right", "right")]
+        with gr.Row(elem_id="questions"):
             questions = [
                 gr.Radio(sides, label=text, elem_id=name) for name, text in QUESTIONS.items()
             ]

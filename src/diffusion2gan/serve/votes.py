@@ -180,12 +180,12 @@ def _parse_vote(line: str) -> dict[str, Any] | None:
     if not isinstance(vote["prompt_index"], int):
         return None
     answers = [vote[question] for question in QUESTIONS]
-    names = [*study.values(), vote["voter"], vote["left"], vote["right"], *answers]
+    names = [*study.values(), vote["voter"], vote["left"], vote["right"]]
     if not all(isinstance(name, str) for name in names):
         return None
 
-    # Every answer is one of the two systems
-    if not all(answer in (vote["left"], vote["right"]) for answer in answers):
+    # Every answer is one of the two systems, or none
+    if not all(answer in (vote["left"], vote["right"], None) for answer in answers):
         return None
     return vote
 
@@ -219,10 +219,10 @@ def voted_prompts(path: Path, voter: str) -> set[int]:
 
 
 class Preference(NamedTuple):
-    """How often `a` was preferred: `wins` of `num_votes`.
+    """How often `a` was preferred: `wins` of `num_votes`, `ties` of which saw no difference.
 
-    `share` is their ratio, `low` to `high` its interval, and `p_value` that of the hypothesis that
-    the true share is one half.
+    A tie is half a vote for each system. `share` is (wins + ties / 2) / num_votes, `low` to `high`
+    its interval, and `p_value` that of the hypothesis that both are preferred equally often.
     """
 
     wins: int
@@ -231,20 +231,25 @@ class Preference(NamedTuple):
     low: float
     high: float
     p_value: float
+    ties: int = 0
 
 
-def preference(wins: int, count: int, level: float = 0.95) -> Preference:
-    """The share wins / count with Wilson's interval, and the exact binomial test against one half.
+def preference(wins: int, count: int, level: float = 0.95, *, ties: int = 0) -> Preference:
+    """The share preferred with Wilson's interval, and the sign test of the hypothesis of one half.
 
-    Wilson, "Probable inference, the law of succession, and statistical inference", 1927. The
-    interval assumes independent votes. Raises UserError if there are no votes.
+    Wilson, "Probable inference, the law of succession, and statistical inference", 1927; the sign
+    test leaves ties out (Dixon and Mood, "The statistical sign test", 1946). With ties the interval
+    is wider than needed: a vote of one half varies less than one of 0 or 1. It assumes independent
+    votes. Raises UserError if there are no votes.
     """
-    if count < 1 or not 0 <= wins <= count:
-        raise UserError(f"{wins} of {count} votes: a share cannot be computed from these")
+    if count < 1 or wins < 0 or ties < 0 or wins + ties > count:
+        raise UserError(
+            f"{wins} of {count} votes and {ties} ties: a share cannot be computed from these"
+        )
 
     # Wilson's score interval: its centre and half width, from the normal quantile z
     z = NormalDist().inv_cdf((1 + level) / 2)
-    share = wins / count
+    share = (wins + ties / 2) / count
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
 
@@ -254,7 +259,8 @@ def preference(wins: int, count: int, level: float = 0.95) -> Preference:
         share=share,
         low=max(0.0, centre - half),
         high=min(1.0, centre + half),
-        p_value=_sign_test(wins, count),
+        p_value=_sign_test(wins, count - ties),
+        ties=ties,
     )
 
 
@@ -294,11 +300,22 @@ def _summarize_study(study: Study, votes: Sequence[Mapping[str, Any]]) -> list[s
     # Preferences
     for question in QUESTIONS:
         wins = sum(vote[question] == study.a for vote in votes)
-        result = preference(wins, len(votes))
+        ties = sum(vote[question] is None for vote in votes)
+        result = preference(wins, len(votes), ties=ties)
+        counts = f"{result.wins} of {result.num_votes}"
+        if ties:
+            counts += f", {ties} no difference"
         lines.append(
             f"  {question}: {study.a} preferred {result.share:.1%} "
-            f"[{result.low:.1%}, {result.high:.1%}] ({result.wins} of {result.num_votes}), "
+            f"[{result.low:.1%}, {result.high:.1%}] ({counts}), "
             f"p = {result.p_value:.2g} against even"
+        )
+
+    # Ties
+    if any(vote[question] is None for vote in votes for question in QUESTIONS):
+        lines.append(
+            "  note: a vote for no difference counts as half a vote for each; the interval is that "
+            "of as many decided votes, which is a little too wide, and p leaves these votes out"
         )
 
     # Several votes on a prompt: the interval is slightly too narrow

@@ -332,26 +332,58 @@ function drawScatter(metric, points) {
   }
   addText((left + right) / 2, height - 6, "middle", "seconds per image", {class: "faint"});
 
-  // A dot, an interval and a label per system
-  const labels = [];
-  for (const {system, name, value, interval, seconds} of points) {
+  // Dots and intervals first: the labels avoid them
+  byId("scatter").replaceChildren(root);
+  const taken = [];
+  const dots = points.map(({system, interval, value, seconds}) => {
     const x = toX(seconds), y = toY(value), style = {"--colour": getColour(system)};
     if (interval[1] > interval[0]) {
       addLine(x, x, toY(interval[0]), toY(interval[1]), {class: "whisker", ...style});
     }
     root.append(createSvg("circle", {cx: x, cy: y, r: 7, ...style}));
+    taken.push({left: x - 8, right: x + 8, top: y - 8, bottom: y + 8});
+    return {x, y};
+  });
 
-    // The label moves down until it does not cover an earlier one
-    const isRight = x < width * 0.6;
-    let line = y + 4;
-    const covers = label =>
-      label.isRight === isRight && Math.abs(label.line - line) < 15 && Math.abs(label.x - x) < 150;
-    while (labels.some(covers)) line += 15;
-    labels.push({isRight, line, x});
+  // Each label at the nearest free position beside its dot, with a line to it if it is not next to it
+  points.forEach(({name}, index) => {
+    const {x, y} = dots[index];
     const text = name.length > 26 ? `${name.slice(0, 25)}…` : name;
-    addText(x + (isRight ? 12 : -12), line, isRight ? "start" : "end", text);
+    const label = createSvg("text", {x: 0, y: 0}, text);
+    root.append(label);
+    const length = label.getComputedTextLength();
+    const place = findFreePlace(x, y, length, taken, {width, bottom});
+    taken.push(place);
+    label.setAttribute("x", place.left);
+    label.setAttribute("y", place.bottom - 4);
+    if (Math.abs(place.bottom - 8 - y) > 4) {
+      const end = place.left > x ? place.left - 2 : place.right + 2;
+      root.insertBefore(
+        createSvg("line", {x1: x, y1: y, x2: end, y2: place.bottom - 8, class: "leader"}),
+        root.querySelector("circle"),
+      );
+    }
+  });
+}
+
+// The box of a label near a dot that covers no other label or dot and is inside the chart
+function findFreePlace(x, y, length, taken, {width, bottom}) {
+  const isFree = box =>
+    box.left >= 0 && box.right <= width && box.top >= 0 && box.bottom <= bottom &&
+    !taken.some(other =>
+      box.left < other.right && other.left < box.right &&
+      box.top < other.bottom && other.top < box.bottom);
+  let first = null;
+  for (let step = 0; step < 40; step++) {
+    // 0, 8 down, 8 up, 16 down, …
+    const shift = 8 * Math.ceil(step / 2) * (step % 2 ? 1 : -1);
+    for (const left of [x + 12, x - 12 - length]) {
+      const box = {left, right: left + length, top: y + shift - 8, bottom: y + shift + 8};
+      first ??= box;
+      if (isFree(box)) return box;
+    }
   }
-  byId("scatter").replaceChildren(root);
+  return first;
 }
 
 function drawCharts() {

@@ -108,8 +108,6 @@ sys.path[:0] = {sys.path!r}
 from pathlib import Path
 from distill.test_trackers import train
 train(Path({str(pairs)!r}), Path({str(tmp_path / "run")!r}), ["trackio"])
-import trackio
-run = trackio.Api().runs("diffusion2gan")[0]
 import json, sqlite3
 (database,) = Path({str(tmp_path / "trackio")!r}).glob("*.db")
 rows = sqlite3.connect(database).execute("select step, metrics from metrics order by step")

@@ -98,7 +98,11 @@ PANELS = (
         "May grow by orders of magnitude. Its scale depends on the number of logits.",
         logarithmic=True,
     ),
-    Panel("Learning rate", {"student": "learning_rate", "discriminator": "d_learning_rate"}),
+    Panel(
+        "Learning rate",
+        {"student": "learning_rate", "discriminator": "d_learning_rate"},
+        low=0.0,
+    ),
     Panel("Pairs per second", {"pairs/s": "pairs_per_s"}, low=0.0),
 )
 

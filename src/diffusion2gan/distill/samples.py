@@ -33,7 +33,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Some prompts of the user, encoded, with the seeds of their noise."""
+    """Some prompts of the user, encoded (on the CPU), with the seeds of their noise."""
 
     prompts: Sequence[str]
     seeds: Sequence[int]
@@ -54,7 +54,7 @@ def encode_sample_prompts(teacher: Teacher, prompts: Sequence[str]) -> list[Prom
     for start in range(0, len(prompts), NUM_SAMPLES):
         batch = prompts[start : start + NUM_SAMPLES]
         seeds = range(start, start + len(batch))
-        batches.append(PromptBatch(batch, seeds, teacher.encode(batch)))
+        batches.append(PromptBatch(batch, seeds, teacher.encode(batch).to("cpu")))
     return batches
 
 
@@ -82,7 +82,7 @@ def write_samples(
         latents = run.student(noise, cond)
         for batch in prompt_batches:
             noise = noise_from_seeds(batch.seeds, teacher.latent_shape).to(teacher.device)
-            of_prompts.append(run.student(noise, batch.cond))
+            of_prompts.append(run.student(noise, batch.cond.to(teacher.device)))
     if not is_main:
         return []
 

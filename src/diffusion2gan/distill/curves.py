@@ -204,10 +204,10 @@ def compute_ticks(panel: Panel, low: float, high: float) -> list[float]:
         every = -(-(last - first) // 4)
         return [10.0**power for power in range(first, last + 1, every)]
 
-    # About three intervals of 1, 2 or 5 times a power of ten
-    target = (high - low) / 3
+    # At most five intervals of 1, 2 or 5 times a power of ten
+    target = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(target))
-    spacing = max(step * power for step in (1, 2, 5) if step * power <= target * 1.0001)
+    spacing = min(step * power for step in (1, 2, 5, 10) if step * power >= target * 0.9999)
     first = math.ceil(low / spacing - 1e-9)
     last = math.floor(high / spacing + 1e-9)
     return [number * spacing for number in range(first, last + 1)]

@@ -241,10 +241,15 @@ def test_labels_of_the_chart_do_not_collide(tmp_path: Path, open_page: Open) -> 
                 .map(({left, right, top, bottom}) => ({left, right, top, bottom}))"""
         )
         assert len(texts) == 9
+        texts_of_axes = page.evaluate(
+            """() => [...document.querySelectorAll("#scatter text.faint")]
+                .map(node => node.getBoundingClientRect())
+                .map(({left, right, top, bottom}) => ({left, right, top, bottom}))"""
+        )
         plot = page.locator("#scatter svg").bounding_box()
         for i, a in enumerate(texts):
             assert plot["x"] - 1 <= a["left"] and a["right"] <= plot["x"] + plot["width"] + 1
-            for b in texts[:i]:
+            for b in [*texts[:i], *texts_of_axes]:
                 apart_x = a["right"] <= b["left"] or b["right"] <= a["left"]
                 middle_distance = abs(a["top"] + a["bottom"] - b["top"] - b["bottom"]) / 2
                 assert apart_x or middle_distance > 0.7 * (a["bottom"] - a["top"])

@@ -242,6 +242,7 @@ def test_two_voters_vote_blind_and_no_vote_is_lost(tmp_path: Path, open_page: Op
         phone.wait_for_selector("#right img")
         left, right = (phone.locator(f"#{side} img").bounding_box() for side in ("left", "right"))
         assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
+        assert min(left["width"], left["height"]) > 140  # pocket images have 64 pixels
         for name in ("#left img", "#right img", "#realism", "#alignment", "#next"):
             box = phone.locator(name).bounding_box()
             assert box["x"] >= 0 and box["x"] + box["width"] <= 390, name

@@ -82,7 +82,9 @@ def describe_machine(device: str | torch.device = "cpu") -> str:
     else:
         num_cores = os.cpu_count() or 1
         cores = "1 core" if num_cores == 1 else f"{num_cores} cores"
-        processor = f"{_processor_name()}, {cores}, {torch.get_num_threads()} threads"
+        num_threads = torch.get_num_threads()
+        threads = "1 thread" if num_threads == 1 else f"{num_threads} threads"
+        processor = f"{_processor_name()}, {cores}, {threads}"
     return f"{processor}; {platform.system()}, torch {torch.__version__}"
 
 

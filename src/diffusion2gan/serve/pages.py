@@ -38,7 +38,8 @@ footer { display: none !important; }
   .words { font-size: 1.0625rem; max-height: 4.25rem; overflow: auto; }
   #pair { flex-wrap: nowrap; gap: 0.5rem; }
   #pair > * { min-width: 0 !important; }
-  #pair .picture { height: auto !important; }
+  #pair .picture { height: calc(50vw - 2.25rem) !important; }
+  #pair .picture img { height: 100%; }
   #words, #line { padding: 0 !important; min-height: 0; }
   #questions .form { flex-direction: column; }
   #questions .block { padding: 0.5rem; min-width: 0 !important; }

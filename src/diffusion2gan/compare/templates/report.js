@@ -352,7 +352,7 @@ function drawScatter(metric, points) {
     const label = createSvg("text", {x: 0, y: 0}, text);
     root.append(label);
     const length = label.getComputedTextLength();
-    const place = findFreePlace(x, y, length, taken, {width, bottom});
+    const place = findFreePlace(x, y, length, taken, {left, width, bottom});
     taken.push(place);
     label.setAttribute("x", place.left);
     label.setAttribute("y", place.bottom - 4);
@@ -367,9 +367,9 @@ function drawScatter(metric, points) {
 }
 
 // The box of a label near a dot that covers no other label or dot and is inside the chart
-function findFreePlace(x, y, length, taken, {width, bottom}) {
+function findFreePlace(x, y, length, taken, {left: start, width, bottom}) {
   const isFree = box =>
-    box.left >= 0 && box.right <= width && box.top >= 0 && box.bottom <= bottom &&
+    box.left >= start && box.right <= width && box.top >= 0 && box.bottom <= bottom &&
     !taken.some(other =>
       box.left < other.right && other.left < box.right &&
       box.top < other.bottom && other.top < box.bottom);

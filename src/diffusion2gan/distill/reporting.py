@@ -147,8 +147,8 @@ def learning_rates(run: Run, entry: dict[str, Any]) -> dict[str, float]:
     rate = learning_rate(recipe, entry["pairs_seen"] - recipe.batch_size)
     rates = {"learning_rate": rate}
     if "d_loss" in entry:
-        ratio = recipe.discriminator_learning_rate / recipe.learning_rate
-        rates["d_learning_rate"] = rate * ratio
+        d_rate = rate * recipe.discriminator_learning_rate / recipe.learning_rate
+        rates["d_learning_rate"] = d_rate
     return rates
 
 

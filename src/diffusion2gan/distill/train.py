@@ -158,8 +158,8 @@ def free_memory(run: Run, folder: Location, spec: PairsSpec) -> None:
 def exit_after_signal(number: int | None, run: Run, out: Path) -> NoReturn:
     """Ends the process of a saved run: Ctrl-C counts as an interrupt, SIGTERM as success."""
     message = (
-        f"stopped after {run.pairs_seen} of {run.recipe.total_pairs} pairs; everything is saved in "
-        f"{out}. To continue, run the same command again."
+        f"stopped and saved: {run.pairs_seen} of {run.recipe.total_pairs} pairs are in {out}; run "
+        "the same command to continue"
     )
     if number == signal.SIGINT:
         raise KeyboardInterrupt(message)

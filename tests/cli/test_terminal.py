@@ -72,7 +72,8 @@ def test_ctrl_c_in_a_run_says_that_all_is_saved_and_how_to_go_on(
     result = distill(folder, tmp_path / "run")
     assert result.code == 130
     assert result.err.splitlines()[-1] == (
-        f"stopped and saved: 4 of 8 pairs are in {tmp_path / 'run'}; run the same command to continue"
+        f"stopped and saved: 4 of 8 pairs are in {tmp_path / 'run'}; run the same command to "
+        "continue"
     )
     assert "stopping after this step (Ctrl-C again stops at once)" in result.err
     assert "Traceback" not in result.err

@@ -56,8 +56,8 @@ MEASURED_ON_THIS_MACHINE = {
 }
 # Loaded before the forks, which then start at once
 LOADED = (cli, train, run, export, check, generate)
-# Two chunks of eight captions: one for each of two ranks
-images.CHUNK = 4
+# Images per file of the cache, in the forks: two files of eight captions, one for each of two ranks
+IMAGES_PER_FILE = 4
 OUT = Path(__file__).parents[2] / "docs" / "results" / "faults.json"
 
 
@@ -107,6 +107,7 @@ def fork(job: Job, folder: Path, rank: int, port: int) -> int:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         sys.argv = ["diffusion2gan", *map(str, job.argv(folder))]
         torch.set_num_threads(1)
+        images.CHUNK = IMAGES_PER_FILE
         cli.main()
         code = 0
     except SystemExit as end:

@@ -75,7 +75,7 @@ def wait_until_stopped(process: subprocess.Popen[str], code: int = 1) -> None:
     """
     _, err = process.communicate(timeout=900)
     assert process.returncode == code, err
-    assert "stopped and saved" in err
+    assert "stopped and saved" in err, err
 
 
 def relative_difference(

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusion2gan import cli
-from diffusion2gan.distill import train
+from diffusion2gan.distill import reporting
 from diffusion2gan.runtime.distributed import get_ranks
 from diffusion2gan.runtime.stop import StepControl
 
 pairs_seen, number = int(sys.argv.pop(1)), sys.argv.pop(1)
 stopped: Callable[[], int | None] = lambda: None  # noqa: E731
 original_init = StepControl.__init__
-original_log_step = train.log_step
+original_log_step = reporting.log_step
 
 
 def init(self: StepControl, *arguments: Any) -> None:
@@ -32,11 +32,11 @@ def init(self: StepControl, *arguments: Any) -> None:
     original_init(self, *arguments)
 
 
-def log_step(run: Any, entry: dict[str, Any], out: Path) -> None:
-    original_log_step(run, entry, out)
+def log_step(run: Any, entry: dict[str, Any], out: Path, seconds: float) -> dict[str, Any]:
+    line = original_log_step(run, entry, out, seconds)
     ranks = get_ranks()
     if run.pairs_seen != pairs_seen:
-        return
+        return line
     if number == "TERM" and ranks.is_main:
         os.kill(os.getpid() if ranks.world_size == 1 else os.getppid(), signal.SIGTERM)
         while stopped() is None:
@@ -45,8 +45,9 @@ def log_step(run: Any, entry: dict[str, Any], out: Path) -> None:
     if number == "KILL" and ranks.rank == 1 and is_first_attempt:
         print("KILLED", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
+    return line
 
 
 StepControl.__init__ = init  # type: ignore[method-assign]
-train.log_step = log_step
+reporting.log_step = log_step
 cli.main()

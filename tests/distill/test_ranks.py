@@ -147,7 +147,7 @@ def test_preempted_run_exits_with_0_and_a_second_process_is_refused(
     first.send_signal(signal.SIGTERM)
     _, err = first.communicate(timeout=300)
     assert first.returncode == 0
-    assert "stopped and saved" in err
+    assert "stopped and saved" in err, err
     pairs_seen = checkpoint.load(out / CHECKPOINT)[1]["pairs_seen"]
     assert pairs_seen == read_log(out)[-1]["pairs_seen"]
     assert not list(out.glob(".*"))

@@ -1,4 +1,4 @@
-"""Reading a run's log in tests."""
+"""Reading a run's log and files in tests."""
 
 from __future__ import annotations
 
@@ -25,6 +25,22 @@ def repeatable_text(out: Path) -> str:
     lines = []
     for entry in read_log(out):
         for key in MACHINE_KEYS:
-            assert entry.pop(key) > 0, key
+            assert isinstance(entry.pop(key), int | float), key
         lines.append(json.dumps(entry))
     return "\n".join(lines)
+
+
+def repeatable_files(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files in a folder, by name: equal for jobs that did the same.
+
+    Logs of runs are without what depends on the machine; the page of a run, which shows times, is
+    left out.
+    """
+    files = {}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.name == "log.jsonl":
+            files[name] = repeatable_text(path.parent).encode()
+        elif path.is_file() and path.name != "index.html":
+            files[name] = path.read_bytes()
+    return files

@@ -34,6 +34,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, tests/ is not importable
 import tiny_pocket
+from distill.run_logs import read_log, repeatable_files
 
 from diffusion2gan import cli, generate
 from diffusion2gan.distill import train
@@ -41,7 +42,7 @@ from diffusion2gan.evaluate import images, run
 from diffusion2gan.export import export
 from diffusion2gan.pairs import check, store
 from diffusion2gan.runtime import checkpoint
-from diffusion2gan.runtime.files import sha256, write_json
+from diffusion2gan.runtime.files import write_json
 from diffusion2gan.teacher.loading import load_teacher
 
 # Metrics that depend on the machine
@@ -165,18 +166,10 @@ def campaign(job: Job, base: Path, rounds: int, rng: random.Random) -> None:
     print(job.name, {**job.row, "whole_run_s": round(duration_s, 2)}, flush=True)
 
 
-def hash_files(folder: Path) -> dict[Path, str]:
-    return {path.relative_to(folder): sha256(path) for path in folder.rglob("*") if path.is_file()}
-
-
-def read_log(run_folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
-
-
 def different_files(reference: Path, found: Path) -> list[str]:
-    """Files whose bytes differ, or that only one folder has."""
-    expected, actual = hash_files(reference), hash_files(found)
-    names = sorted({*expected, *actual}, key=str)
+    """Files whose bytes differ, or that only one folder has; as `repeatable_files` reads them."""
+    expected, actual = repeatable_files(reference), repeatable_files(found)
+    names = sorted({*expected, *actual})
     return [f"{name} differs" for name in names if expected.get(name) != actual.get(name)]
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import tiny_pocket
 from cli.runner import run
+from distill.run_logs import repeatable_files
 
 from diffusion2gan.pairs import store
 from diffusion2gan.runtime import storage
@@ -93,25 +94,15 @@ def clear_s3fs() -> None:
 
 def run_jobs(base: str, folder: Path, teacher: Path) -> None:
     """Every job that takes a URL; `base` is a folder or a URL, other outputs are in `folder`."""
-    shape = ("--num-inference-steps", 2, "--guidance-scale", 1, "--shard-size", 2)
+    shape: list[object] = ["--num-inference-steps", 2, "--guidance-scale", 1, "--shard-size", 2]
+    make = ["pairs", "--teacher", teacher, "--prompts", "pocket", "--count", 8, *shape]
     settings = []
     for setting in (*SETTINGS, *MORE_SETTINGS, f"teacher={teacher}"):
         settings += ["--set", setting]
     pairs = f"{base}/pairs"
     commands: list[list[object]] = [
-        [
-            "pairs",
-            "--teacher",
-            teacher,
-            "--count",
-            8,
-            *shape,
-            "--out",
-            pairs,
-            "--shard-range",
-            "0:2",
-        ],
-        ["pairs", "--teacher", teacher, "--count", 8, *shape, "--out", pairs],
+        [*make, "--out", pairs, "--shard-range", "0:2"],
+        [*make, "--out", pairs],
         ["pairs", "info", pairs],
         ["pairs", "verify", pairs],
         ["pairs", "merge", pairs, "--out", f"{base}/merged"],
@@ -126,14 +117,6 @@ def run_jobs(base: str, folder: Path, teacher: Path) -> None:
 
 def read_all(location: Location) -> dict[str, bytes]:
     return {name: with_local_copy(location, name, Path.read_bytes) for name in list_files(location)}
-
-
-def read_folder(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +158,7 @@ def test_faults_of_a_store_change_nothing(
         assert read_all(remote) == read_all(expected / name), name
         assert store.open_set(remote) == store.open_set(expected / name)
     for name in ("tars", "run"):
-        assert read_folder(tmp_path / "out" / name) == read_folder(expected / name), name
+        assert repeatable_files(tmp_path / "out" / name) == repeatable_files(expected / name), name
 
     # Nothing unfinished is left in the cache
     assert not [name for name in os.listdir(tmp_path / "cache") if name.startswith(".")]

@@ -14,20 +14,16 @@ import time
 from pathlib import Path
 
 import pytest
+from distill.run_logs import repeatable_files
 from faults.others import OTHER_FAULTS, OUT, ROOT, run_rounds
 
 from diffusion2gan.distill.train import distill
 from diffusion2gan.pairs.make import make_pairs
 from diffusion2gan.pairs.store import PairsSpec
 from diffusion2gan.recipe import Recipe
-from diffusion2gan.runtime.files import sha256
 from diffusion2gan.teacher.loading import load_teacher
 
 CAMPAIGN = Path(__file__).with_name("campaign.py")
-
-
-def hash_files(folder: Path) -> dict[Path, str]:
-    return {path.relative_to(folder): sha256(path) for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.slow
@@ -78,7 +74,7 @@ def test_a_clock_that_jumps_changes_nothing(
         )
         distill(recipe, tmp_path / name / "pairs", tmp_path / name / "run")
 
-    steady, jumping = hash_files(tmp_path / "steady"), hash_files(tmp_path / "jumping")
+    steady, jumping = repeatable_files(tmp_path / "steady"), repeatable_files(tmp_path / "jumping")
     assert len(steady) > 8 and steady == jumping
 
 

@@ -45,7 +45,8 @@ def pocket_train(
     ] = Path("pocket"),
     seed: Annotated[int, typer.Option(min=0)] = 0,
     scale: Annotated[
-        float, typer.Option(min=0.0001, help="Factor of the number of images per stage.")
+        float,
+        typer.Option(min=0.0001, max=10_000, help="Factor of the number of images per stage."),
     ] = 1.0,
     device: DeviceOption = "auto",
     quiet: QuietOption = False,

@@ -53,17 +53,29 @@ class FaultyServer(Server):
         if fault == "500":
             self.faults = 1
         elif fault == "reset":
-            # Closing with this option resets the connection
-            connection = environ["werkzeug.socket"]
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            connection.close()
+            end_connection(environ)
             return []
         elif fault == "slow":
             time.sleep(SLOW_S)
         elif fault == "cut":
-            content = b"".join(super().__call__(environ, start))
-            return [content[: len(content) // 2]]
+            return cut_off(environ, b"".join(super().__call__(environ, start)))
         return super().__call__(environ, start)
+
+
+def end_connection(environ: dict[str, Any]) -> None:
+    """Ends the connection of a request, which would else wait for another one.
+
+    With this option the server resets it when it closes it.
+    """
+    connection = environ["werkzeug.socket"]
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.shutdown(socket.SHUT_RDWR)
+
+
+def cut_off(environ: dict[str, Any], content: bytes) -> Iterator[bytes]:
+    """The first half of a body, and then nothing."""
+    yield content[: len(content) // 2]
+    end_connection(environ)
 
 
 @pytest.fixture(scope="module")

@@ -172,7 +172,7 @@ PATH_PARAMETERS = list(find_path_parameters())
 
 
 def test_all_path_parameters_are_found() -> None:
-    assert len(PATH_PARAMETERS) == 31
+    assert len(PATH_PARAMETERS) == 32
     for expected in (
         ["distill", "--out"],
         ["export"],

@@ -203,7 +203,7 @@ def test_tensor_digest_covers_names_types_and_shapes() -> None:
 
 
 def recorded_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the files and folders that are flushed, renamed to, in order."""
+    """The names of the files and folders that are flushed, renamed to, in order; no hidden ones."""
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
 
@@ -212,7 +212,8 @@ def recorded_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         fsync(descriptor)
 
     def record_replace(source: Path, target: Path) -> None:
-        calls.append(f"rename {Path(target).name}")
+        if not Path(target).name.startswith("."):
+            calls.append(f"rename {Path(target).name}")
         replace(source, target)
 
     monkeypatch.setattr(os, "fsync", record_fsync)

@@ -328,7 +328,8 @@ def install() -> list[str]:
     torch.cuda.reset_peak_memory_stats = lambda *args, **kwargs: None
     torch.cuda.synchronize = lambda *args, **kwargs: calls.append("synchronize")
     torch.cuda.set_device = lambda device: calls.append(f"set_device {device}")
-    torch.cuda.get_device_properties = lambda device: SimpleNamespace(total_memory=80 * 2**30)
+    properties = SimpleNamespace(name="simulated", total_memory=80 * 2**30)
+    torch.cuda.get_device_properties = lambda device: properties
     torch.cuda.Event = SimulatedEvent  # type: ignore[misc,assignment]
     torch.Tensor.pin_memory = pin_memory  # type: ignore[method-assign,assignment]
     torch._C._set_only_lift_cpu_tensors(True)

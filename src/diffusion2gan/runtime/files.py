@@ -55,6 +55,7 @@ def atomic_write(path: Path, flush_to_disk: bool = True) -> Iterator[Path]:
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.tmp")
     temporary = scratch / path.name
+    finished = scratch.with_name(f"{scratch.name}.new")
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UserError(
             f"{path} is a device or a pipe, which a file would replace; name a file or a folder."
@@ -66,19 +67,25 @@ def atomic_write(path: Path, flush_to_disk: bool = True) -> Iterator[Path]:
         scratch.mkdir(exist_ok=True)
         yield temporary
 
-        # 2. Rename
+        # 2. Permissions and contents
         if temporary.is_dir():
             for file in temporary.rglob("*"):
                 if file.is_file() and not file.is_symlink():
                     _apply_umask(file)
             if flush_to_disk:
                 flush_folder(temporary)
-            _replace_folder(temporary, path)
         else:
             _apply_umask(temporary)
             if flush_to_disk:
                 _flush(temporary)
-            os.replace(temporary, path)
+
+        # 3. Rename: out of the temporary folder first, so that nothing is left to delete at the end
+        os.replace(temporary, finished)
+        delete(scratch)
+        if finished.is_dir():
+            _replace_folder(finished, path)
+        else:
+            os.replace(finished, path)
         if flush_to_disk:
             _flush(path.parent)
         _remove_abandoned(path)
@@ -96,6 +103,7 @@ def atomic_write(path: Path, flush_to_disk: bool = True) -> Iterator[Path]:
         # On a read-only disk there is no temporary, and the attempt to delete it fails.
         with contextlib.suppress(OSError):
             delete(scratch)
+            delete(finished)
 
 
 def flush_folder(folder: Path) -> None:

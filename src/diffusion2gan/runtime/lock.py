@@ -58,5 +58,5 @@ def _remove_temporaries(path: Path) -> None:
     Only the owner of the lock writes `path`, so none of them belongs to a living process.
     """
     for leftover in find_leftovers(path):
-        if leftover.kind == "tmp":
+        if leftover.kind != "old":
             delete(leftover.path)

@@ -127,7 +127,7 @@ def draw_subject(rng: random.Random) -> str:
     if kind == 6:
         return f"{with_article(rng.choice(PLANTS))} {rng.choice(PLANT_WORDS)}"
 
-    # Several things, to be counted or told apart
+    # Several things, to be counted or distinguished
     first, second = rng.sample(THINGS[:3] + THINGS[4:], 2)
     if kind == 7:
         left = with_article(f"{rng.choice(COLOURS)} {first}")

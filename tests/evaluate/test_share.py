@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluate.machine_keys import MACHINE_KEYS
 from PIL import Image
 
 from diffusion2gan.evaluate.pocket import HELD_OUT_WORLD, real_images
@@ -23,15 +24,6 @@ from diffusion2gan.runtime.files import sha256
 
 COUNT, CHUNK = 70, 64  # two cache files
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-TIMED = {
-    "seconds_per_image",
-    "seconds_per_image_p90",
-    "images_per_second",
-    "peak_memory_bytes",
-    "machine",
-    "measured_at",
-    "other_load",
-}
 
 
 def run_python(*arguments: object, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
@@ -76,7 +68,7 @@ def evaluate_one_step(teacher: Path, out: Path, *launcher: str) -> tuple[dict[st
     )
     assert completed.returncode == 0, completed.stderr
     metrics = json.loads((out / "metrics.json").read_text())
-    for key in TIMED:
+    for key in MACHINE_KEYS:
         metrics.pop(key, None)
     return metrics, completed.stdout
 

@@ -35,6 +35,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, tests/ is not importable
 import tiny_pocket
 from distill.run_logs import read_log, repeatable_files
+from evaluate.machine_keys import MACHINE_KEYS
 
 from diffusion2gan import cli, generate
 from diffusion2gan.distill import train
@@ -45,16 +46,6 @@ from diffusion2gan.runtime import checkpoint
 from diffusion2gan.runtime.files import write_json
 from diffusion2gan.teacher.loading import load_teacher
 
-# Metrics that depend on the machine
-MEASURED_ON_THIS_MACHINE = {
-    "seconds_per_image",
-    "seconds_per_image_p90",
-    "images_per_second",
-    "peak_memory_bytes",
-    "machine",
-    "measured_at",
-    "other_load",
-}
 # Loaded before the forks, which then start at once
 LOADED = (cli, train, run, export, check, generate)
 # Images per file of the cache, in the forks: two files of eight captions, one for each of two ranks
@@ -198,7 +189,7 @@ def different_losses(reference: Path, found: Path) -> list[str]:
 def different_metrics(reference: Path, found: Path) -> list[str]:
     expected = json.loads((reference / "metrics.json").read_text())
     actual = json.loads((found / "metrics.json").read_text())
-    compared = [key for key in expected if key not in MEASURED_ON_THIS_MACHINE]
+    compared = [key for key in expected if key not in MACHINE_KEYS]
     return [f"{key} differs" for key in compared if not is_close(expected[key], actual.get(key))]
 
 

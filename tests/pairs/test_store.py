@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -296,3 +297,24 @@ def test_shard_under_another_name_is_refused_when_it_is_read(tmp_path: Path) -> 
         with pytest.raises(Failure, match=message):
             read_shard(tmp_path, 1)
         assert any(message in problem for problem in verify(tmp_path))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts the threads in /proc")
+def test_reading_in_a_thread_starts_no_further_openmp_team(tmp_path: Path) -> None:
+    """Such a team makes OpenMP's threads sleep between operations, for the rest of the process."""
+    spec = dataclasses.replace(SPEC, latent_shape=(64, 64, 64), count=4)
+    write_set(tmp_path, spec)
+
+    def count_after_read(shard: int) -> int:
+        read_shard(tmp_path, shard, spec=spec, dtype=torch.float16)
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    # The reader of Parquet has threads of its own, which the first read starts
+    before = count_after_read(0)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(count_after_read, 0).result() == before + 1
+    finally:
+        torch.set_num_threads(num_threads)

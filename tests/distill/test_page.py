@@ -301,5 +301,7 @@ def test_healthy_curves_are_those_of_the_figure() -> None:
 
 
 def test_log_is_valid_json_lines(finished_run: Path) -> None:
-    for line in (finished_run / "log.jsonl").read_text().splitlines():
+    lines = (finished_run / "log.jsonl").read_text().splitlines()
+    assert lines
+    for line in lines:
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))

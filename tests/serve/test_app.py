@@ -215,7 +215,7 @@ def request_images(page: Any, count: str, expected: Any) -> None:
         number.fill(count)
         page.click("#make-many")
         try:
-            expected.wait_for(timeout=WAIT_MS / 2)
+            expected.wait_for(timeout=WAIT_MS)
             return
         except TimeoutError:
             if attempts_left == 0 or number.input_value() == count:
